@@ -1,0 +1,156 @@
+"""Which teacher layers each student layer stands for: the arithmetic everything else follows from.
+
+A student keeps some teacher layers, and student layer i stands for the teacher layers from its own up to
+the next kept one:
+
+    teacher block i = range(kept[i], kept[i + 1])        (the last block ends at N)
+
+Patching student layer i puts its whole block in its place. Everything here is integers (arXiv 2510.05064,
+section 2); no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Order = Literal["last", "first"]
+"""Which patchable layers are patched as k grows: from the last towards the first, or from the first."""
+
+
+def default_kept_layers(
+    num_teacher_layers: int,
+    alternate_every_n_layers: int,
+    first_layers_to_keep: int,
+    last_layers_to_keep: int,
+) -> tuple[int, ...]:
+    """The first layers, every n-th one from the last of those, and the tail, as 0-based teacher layers.
+
+    On some remainders this differs from the paper's code, which leaves layers unaligned there; the published
+    models' layers come out the same.
+
+    Raises ValueError where a number lies outside 1..num_teacher_layers.
+    """
+    problems = [
+        f"{name}={value}: this teacher has {num_teacher_layers} layers, choose 1-{num_teacher_layers}"
+        for name, value in (
+            ("alternate_every_n_layers", alternate_every_n_layers),
+            ("first_layers_to_keep", first_layers_to_keep),
+            ("last_layers_to_keep", last_layers_to_keep),
+        )
+        if not 1 <= value <= num_teacher_layers
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    first = range(first_layers_to_keep)
+    alternating = range(first_layers_to_keep - 1, num_teacher_layers, alternate_every_n_layers)
+    last = range(num_teacher_layers - last_layers_to_keep, num_teacher_layers)
+    return tuple(sorted({*first, *alternating, *last}))
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """How a student's layers map onto its teacher's.
+
+    Raises ValueError unless `kept` starts at 0, increases, and stays below `num_teacher_layers`.
+    """
+
+    kept: tuple[int, ...]
+    """Teacher layer that student layer i was initialised from."""
+    num_teacher_layers: int
+
+    def __post_init__(self) -> None:
+        increasing = all(a < b for a, b in zip(self.kept, self.kept[1:]))
+        if (
+            not self.kept
+            or self.kept[0] != 0
+            or not increasing
+            or self.kept[-1] >= self.num_teacher_layers
+        ):
+            raise ValueError(
+                f"kept layers {list(self.kept)}: they must start at 0, increase, and stay below the teacher's "
+                f"{self.num_teacher_layers} layers"
+            )
+
+    @cached_property
+    def blocks(self) -> tuple[range, ...]:
+        """Teacher block of each student layer; together they partition the teacher's layers."""
+        stops = (*self.kept[1:], self.num_teacher_layers)
+        return tuple(range(start, stop) for start, stop in zip(self.kept, stops))
+
+    @cached_property
+    def patchable(self) -> tuple[int, ...]:
+        """Student layers whose block is longer than one layer."""
+        return tuple(i for i, block in enumerate(self.blocks) if len(block) > 1)
+
+    @property
+    def max_layers_to_patch(self) -> int:
+        """The k at which the patched model is the teacher."""
+        return len(self.patchable)
+
+    @cached_property
+    def alignment_pairs(self) -> tuple[tuple[int, int], ...]:
+        """(student hidden state, teacher hidden state) to compare: embeddings, then the end of each block.
+
+        Hidden state j is the activation after j layers; the last pair is after each model's final norm.
+        """
+        return ((0, 0), *((i + 1, block.stop) for i, block in enumerate(self.blocks)))
+
+    def patched_layers(self, num_layers_to_patch: int, order: Order) -> frozenset[int]:
+        """The student layers replaced at size k.
+
+        Single-layer blocks at the patched end come from the teacher too, so that k = max is the teacher itself.
+
+        Raises ValueError where k lies outside 0..max_layers_to_patch.
+        """
+        k, k_max = num_layers_to_patch, self.max_layers_to_patch
+        if not 0 <= k <= k_max:
+            allowed = f"choose 0-{k_max}" if k_max else "only 0 is possible"
+            raise ValueError(
+                f"num_layers_to_patch={k}: this student has {k_max} patchable layers, {allowed}"
+            )
+        num_student_layers = len(self.kept)
+        if k == 0:
+            return frozenset()
+        if k == k_max:
+            return frozenset(range(num_student_layers))
+        if order == "last":
+            return frozenset(range(self.patchable[-k], num_student_layers))
+        return frozenset(range(self.patchable[k]))
+
+
+def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:
+    """Sizes named as `4`, `1,3,5`, `0-5` (inclusive) or `all`, as increasing k without repetition.
+
+    Raises ValueError where the text is none of these or a size lies outside 0..max_layers_to_patch.
+    """
+    if text.strip() == "all":
+        return list(range(max_layers_to_patch + 1))
+    sizes = set(parse_ranges(text, "num_layers_to_patch"))
+    outside = sorted(k for k in sizes if k > max_layers_to_patch)
+    if outside:
+        raise ValueError(
+            f"num_layers_to_patch={text}: this student has {max_layers_to_patch} patchable layers, "
+            f"choose 0-{max_layers_to_patch}"
+        )
+    return sorted(sizes)
+
+
+def parse_ranges(text: str, name: str) -> list[int]:
+    """Numbers and inclusive ranges, `0,2,4-7`, in the order given; `name` is the flag, for the message."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        start, dash, stop = (piece.strip() for piece in part.partition("-"))
+        if (
+            not start.isdecimal()
+            or (dash and not stop.isdecimal())
+            or (dash and int(stop) < int(start))
+        ):
+            raise ValueError(f"{name}={text}: write numbers and ranges such as 4, 1,3,5 or 0-5")
+        numbers.extend(range(int(start), int(stop or start) + 1))
+    return numbers
+
+
+def as_layer_list(layers: Sequence[int]) -> str:
+    """Layers as text for a person: `0,2,4`."""
+    return ",".join(map(str, layers))

@@ -1,0 +1,96 @@
+"""What the command lines leave behind: files and folders that appear complete or not at all, and what made them."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "safetensors")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside `path` and rename it: a reader finds the old text or the new, never half of it."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise ValueError unless a folder can be made at `path`: nothing there yet, or an empty folder, and writable."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder that does not exist yet")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty: name another folder, or remove this one first")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError unless files can be made in the folder `path`, which need not exist yet."""
+    nearest = path.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"{path} cannot be written to: {nearest} is not a folder")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written to: {error.strerror}, choose another folder"
+        ) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name `path` only when the block ends well; removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.incomplete-"))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        os.replace(staging, path)  # an empty folder may be replaced, a full one may not
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, device and command line: what a run writes down beside its arguments."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _commit() -> str | None:
+    """The toolkit's own commit, `-dirty` behind it where files differ; None outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

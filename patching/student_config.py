@@ -1,0 +1,69 @@
+"""`student_config.json`: which teacher layers a student was made from, kept beside its weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from patching.blocks import LayerMap, Order
+from patching.outputs import write_text
+
+FILE_NAME = "student_config.json"
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What a student says of itself. Published students state the two lists of layers and nothing more."""
+
+    layer_map: LayerMap
+    patch_order: Order | None = None
+    """The order recommended by whoever trained the student."""
+
+    def to_dict(self) -> dict[str, object]:
+        kept = self.layer_map.kept
+        pruned = sorted(set(range(self.layer_map.num_teacher_layers)) - set(kept))
+        values: dict[str, object] = {
+            "pruned_teacher_layers": pruned,
+            "copied_teacher_layers": list(kept),
+        }
+        if self.patch_order is not None:
+            values["patch_order"] = self.patch_order
+        return values
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / FILE_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def read_student_config(student_name_or_path: str, revision: str | None = None) -> StudentConfig:
+    """Read `student_config.json` from a local folder or a hub repository.
+
+    Raises ValueError where the file is missing, is not JSON, lacks one of the two lists, or where the lists do
+    not split the teacher's layers between them.
+    """
+    where = f"{student_name_or_path}/{FILE_NAME}"
+    try:
+        path = cached_file(student_name_or_path, FILE_NAME, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"{where} cannot be read: a student needs it beside its weights to say which teacher layers it was "
+            f"made from ({_first_line(error)})"
+        ) from error
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        copied, pruned = values["copied_teacher_layers"], values["pruned_teacher_layers"]
+        if sorted([*copied, *pruned]) != list(range(len(copied) + len(pruned))):
+            raise ValueError("the two lists must name every teacher layer exactly once")
+        layer_map = LayerMap(tuple(copied), len(copied) + len(pruned))
+        order = values.get("patch_order")
+        if order not in (None, "last", "first"):
+            raise ValueError(f"patch_order={order}: choose last or first")
+    except KeyError as error:
+        raise ValueError(f"{where} lacks the list {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} is not a valid student config: {_first_line(error)}") from error
+    return StudentConfig(layer_map, order)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

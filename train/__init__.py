@@ -1,0 +1,1 @@
+"""Distil a depth-pruned student from its teacher."""

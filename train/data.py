@@ -1,0 +1,191 @@
+"""Text to rows of tokens: local files or a hub stream, a held-out part, packing.
+
+Documents are joined by the end-of-text token and cut into full rows. What is left over at the end of a
+batch of documents becomes a shorter row, so no text is lost. Rows are padded only when they meet in a batch.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from train.data_args import DataArguments
+from train.losses import IGNORED_LABEL
+
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+DOCUMENTS_PER_BATCH = 1000
+STREAM_SHUFFLE_BUFFER = 1000
+
+
+class Rows(NamedTuple):
+    train: Dataset | IterableDataset
+    held_out: Dataset | None
+
+
+def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+    """Rows to train on and rows that training never sees, each row `{"input_ids": [...]}`.
+
+    Raises ValueError where there is no text, no such column, or no file of a known kind.
+    """
+    documents = load_documents(arguments, arguments.dataset)
+    if arguments.eval_dataset is not None:
+        held_out = load_documents(arguments, arguments.eval_dataset)
+        if isinstance(held_out, IterableDataset):
+            held_out = _materialise(held_out.take(max(arguments.heldout_documents, 1)))
+    else:
+        documents, held_out = split_held_out(documents, arguments.heldout_documents, seed)
+    if isinstance(documents, IterableDataset):
+        documents = documents.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BUFFER)
+    train = tokenize(documents, tokenizer, arguments)
+    if isinstance(train, Dataset) and len(train) == 0:
+        raise ValueError(f"dataset={arguments.dataset}: there is no text in it")
+    if held_out is not None:
+        held_out = tokenize(held_out, tokenizer, arguments)
+        if len(held_out) == 0:
+            raise ValueError(
+                f"eval_dataset={arguments.eval_dataset or arguments.dataset}: the held-out documents "
+                "hold no text, give another --eval_dataset"
+            )
+    return Rows(train, held_out)
+
+
+def load_documents(arguments: DataArguments, name: str) -> Dataset | IterableDataset:
+    """Documents in one column, `text`. Local files are read whole, a hub dataset is streamed."""
+    path = Path(name)
+    column = arguments.text_column
+    if path.exists():
+        builder, files = _local_files(path)
+        extra = {"sample_by": "document"} if builder == "text" else {}
+        documents = load_dataset(builder, data_files=files, split="train", **extra)
+        column = "text" if builder == "text" else column
+    else:
+        documents = load_dataset(
+            name, arguments.dataset_config, split=arguments.dataset_split, streaming=True
+        )
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if not columns:
+        raise ValueError(f"dataset={name}: there is no text in it")
+    if column not in columns:
+        raise ValueError(
+            f"text_column={column}: {name} has the columns {', '.join(columns)}, choose one of them"
+        )
+    documents = documents.select_columns([column])
+    if column != "text":
+        documents = documents.rename_column(column, "text")
+    if path.exists() and builder == "text":
+        documents = documents.map(_split_at_blank_lines, batched=True, batch_size=1)
+    return documents
+
+
+def _local_files(path: Path) -> tuple[str, list[str]]:
+    """The `datasets` builder for a file or folder, and the files in it."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    known = [file for file in files if file.suffix in BUILDERS]
+    builders = {BUILDERS[file.suffix] for file in known}
+    if len(builders) != 1:
+        found = "none of these" if not builders else "several kinds"
+        raise ValueError(
+            f"dataset={path}: name a .txt, .jsonl or .parquet file or a folder of one kind; "
+            f"there is {found}"
+        )
+    return builders.pop(), [str(file) for file in known]
+
+
+def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {"text": [piece for text in batch["text"] for piece in BLANK_LINES.split(text)]}
+
+
+def split_held_out(
+    documents: Dataset | IterableDataset, num_documents: int, seed: int
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """Documents for training, and others that are held out of it.
+
+    Of local text a random sample, at most a tenth; of a stream the first ones.
+    """
+    if num_documents == 0:
+        return documents, None
+    if isinstance(documents, IterableDataset):
+        return documents.skip(num_documents), _materialise(documents.take(num_documents))
+    if len(documents) < 2:
+        raise ValueError(
+            "the dataset is a single document, so none can be held out: give --eval_dataset, or "
+            "--heldout_documents 0"
+        )
+    num_documents = min(num_documents, max(1, len(documents) // 10))
+    parts = documents.train_test_split(test_size=num_documents, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _materialise(documents: IterableDataset) -> Dataset:
+    return Dataset.from_list(list(documents))
+
+
+def tokenize(
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+) -> Dataset | IterableDataset:
+    """Documents as rows of at most `max_length` token ids."""
+    return documents.map(
+        rows_of_documents,
+        batched=True,
+        batch_size=DOCUMENTS_PER_BATCH,
+        remove_columns=["text"],
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "max_length": arguments.max_length,
+            "packing": arguments.packing,
+        },
+    )
+
+
+def rows_of_documents(
+    batch: dict[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    packing: bool,
+) -> dict[str, list[list[int]]]:
+    """Rows of token ids from a batch of documents, the end-of-text token behind each document.
+
+    A row of one token predicts nothing and is left out.
+    """
+    texts = [text for text in batch["text"] if text and text.strip()]
+    documents = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    for ids in documents:
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+    if packing:
+        stream = [token for ids in documents for token in ids]
+        rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
+    else:
+        rows = [ids[:max_length] for ids in documents]
+    return {"input_ids": [row for row in rows if len(row) > 1]}
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """Rows as tensors of shape (B, T), padded on the right to the longest.
+
+    `labels` are the tokens, IGNORED_LABEL at padding. What is padding follows from the lengths, never from a
+    token's id: end of text is often the padding token too and yet a real target. Without padding there is
+    no `attention_mask`, which lets attention take its plain causal path.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+    lengths_B1 = torch.tensor([[len(row["input_ids"])] for row in rows])
+    input_ids_BT = torch.tensor([_padded(row["input_ids"], length) for row in rows])
+    mask_BT = torch.arange(length)[None] < lengths_B1
+    batch: dict[str, Tensor] = {
+        "input_ids": input_ids_BT,
+        "labels": input_ids_BT.masked_fill(~mask_BT, IGNORED_LABEL),
+    }
+    if not mask_BT.all():
+        batch["attention_mask"] = mask_BT.long()
+    return batch
+
+
+def _padded(ids: list[int], length: int) -> list[int]:
+    return [*ids, *[0] * (length - len(ids))]

@@ -1,0 +1,50 @@
+"""Flags that say which text is read and how it is cut into rows."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(
+        default="EleutherAI/the_pile_deduplicated",
+        metadata={
+            "help": "text to learn from: a .txt, .jsonl or .parquet file, a folder of them, or a hub "
+            "dataset, which is streamed. In .txt files blank lines separate documents"
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of a hub dataset"}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "held-out text, named like --dataset; by default some documents of --dataset are "
+            "held out"
+        },
+    )
+    heldout_documents: int = field(
+        default=64,
+        metadata={
+            "help": "documents of --dataset that training never sees, at most a tenth of local text: "
+            "a sample of local text, the first ones of a stream; 0 for none"
+        },
+    )
+    max_length: int = field(default=2048, metadata={"help": "tokens in a row"})
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "join documents by the end-of-text token into full rows; off, a document is a row, "
+            "cut at --max_length"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_length < 2:
+            problems.append(f"max_length={self.max_length}: a row needs 2 tokens or more")
+        if self.heldout_documents < 0:
+            problems.append(f"heldout_documents={self.heldout_documents}: choose 0 or more")
+        if problems:
+            raise ValueError("; ".join(problems))

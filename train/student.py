@@ -1,0 +1,31 @@
+"""The student before training: the kept teacher layers, or random weights of the same shape."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from patching.assemble import assemble
+from patching.blocks import LayerMap
+from patching.families import config_for
+from patching.recipe import initial_student
+
+
+def new_student(
+    teacher: PreTrainedModel, layer_map: LayerMap, random_initialization: bool = False
+) -> PreTrainedModel:
+    """A student in fp32 with tensors of its own. Random weights follow torch's global seed."""
+    recipe = initial_student(layer_map)
+    if random_initialization:
+        config = config_for(recipe, {"teacher": teacher.config})
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return copy.deepcopy(assemble(recipe, teacher=teacher)).float()
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model's parameters in place and leave its buffers, unlike `.to(dtype)`.
+
+    Rotary frequencies lie in buffers, and rounding them to bf16 changes every position.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,129 @@
+"""Distil a student from its teacher.
+
+    torchrun --standalone --nnodes=1 --nproc-per-node=4 --module train.train \\
+        --teacher_model_name_or_path TEACHER --save_directory DIR \\
+        --dataset EleutherAI/the_pile_deduplicated --fsdp_config TEACHER
+
+One process needs no torchrun: `python -m train.train ...`. The student lies directly in DIR, with
+student_config.json (its kept layers) and run.json (what made it) beside the weights.
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from patching.blocks import as_layer_list
+from patching.command_line import CommandLineParser, user_errors
+from patching.families import family_of
+from patching.outputs import check_writable, environment, write_json
+from patching.pair import recommended_order
+from patching.student_config import StudentConfig
+from train.data import load_rows
+from train.data_args import DataArguments
+from train.model_args import ModelArguments
+from train.student import cast_parameters, new_student
+from train.trainer import DistillationTrainer
+from train.training_args import DistillationArguments
+
+RUN_FILE_NAME = "run.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors():
+        parser = CommandLineParser(
+            (ModelArguments, DataArguments, DistillationArguments),
+            prog="train.train",
+            description=__doc__,
+        )
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+        save_directory = Path(args.save_directory)
+        check_save_directory(save_directory)
+        reference = {
+            "revision": model_args.revision,
+            "trust_remote_code": model_args.trust_remote_code,
+        }
+        teacher_config = AutoConfig.from_pretrained(
+            model_args.teacher_model_name_or_path, **reference
+        )
+        family_of(teacher_config)
+        layer_map = model_args.layer_map(teacher_config)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.teacher_model_name_or_path, **reference
+        )
+        with args.main_process_first(desc="tokenising"):
+            rows = load_rows(data_args, tokenizer, args.seed)
+    print_on_main_process(
+        args,
+        f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
+        f"{as_layer_list(layer_map.kept)}",
+    )
+
+    set_seed(args.seed)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        model_args.teacher_model_name_or_path, dtype="auto", **reference
+    )
+    student = new_student(teacher, layer_map, model_args.random_initialization)
+    cast_parameters(teacher, compute_dtype(args))
+    trainer = DistillationTrainer(
+        student, teacher, layer_map, args, train_dataset=rows.train, eval_dataset=rows.held_out
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = trainer.evaluate() if rows.held_out is not None else {}
+
+    student_config = StudentConfig(layer_map, recommended_order(teacher_config))
+    run = {
+        "arguments": {
+            **dataclasses.asdict(model_args),
+            **dataclasses.asdict(data_args),
+            **args.to_dict(),
+        },
+        "student": student_config.to_dict(),
+        "held_out": metrics,
+        "log": trainer.state.log_history,
+        "environment": environment(),
+    }
+    save_directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=save_directory, prefix=".incomplete-") as folder:
+        staging = Path(folder)
+        trainer.save_student(staging, getattr(torch, args.save_dtype))
+        if args.should_save:
+            tokenizer.save_pretrained(staging)
+            student_config.save(staging)
+            write_json(staging / RUN_FILE_NAME, run)
+            publish(staging, save_directory)
+    print_on_main_process(args, f"student saved in {save_directory}")
+
+
+def check_save_directory(save_directory: Path) -> None:
+    """Raise ValueError where the folder cannot be written to or holds a model already."""
+    if (save_directory / "config.json").exists():
+        raise ValueError(
+            f"{save_directory} holds a model already: name another --save_directory, or remove it first"
+        )
+    check_writable(save_directory)
+
+
+def publish(staging: Path, folder: Path) -> None:
+    """Move a finished checkpoint into its folder, config.json last: without it nothing loads."""
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+
+
+def compute_dtype(args: DistillationArguments) -> torch.dtype:
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else torch.float32
+
+
+def print_on_main_process(args: DistillationArguments, text: Any) -> None:
+    if args.process_index == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Every flag of transformers' TrainingArguments with the paper's settings as defaults, and the loss's own."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+
+from train.losses import LossWeights
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """Defaults are those of arXiv 2510.05064 on 4 ranks: 500 steps of 2048 rows."""
+
+    save_directory: str | None = field(
+        default=None, metadata={"help": "where the student is saved (required)"}
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "where checkpoints are kept, by default save_directory/checkpoints"},
+    )
+    save_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "dtype of the saved student",
+            "choices": ("float32", "bfloat16", "float16"),
+        },
+    )
+
+    use_cross_entropy: bool = field(default=True, metadata={"help": "learn from the next token"})
+    use_kl_loss: bool = field(
+        default=True, metadata={"help": "learn from the teacher's distribution of the next token"}
+    )
+    kl_loss_weight: float = field(default=0.1, metadata={"help": "weight of the KL term"})
+    use_cosine_loss: bool = field(
+        default=True, metadata={"help": "align hidden states with the teacher's"}
+    )
+    cosine_loss_weight: float = field(default=2.0, metadata={"help": "weight of the cosine term"})
+    temperature: float = field(
+        default=1.0, metadata={"help": "temperature of the KL term", "aliases": ["--T"]}
+    )
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "beta2 of AdamW"})
+    weight_decay: float = field(default=0.1, metadata={"help": "weight decay of AdamW"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    warmup_steps: float = field(
+        default=0.01, metadata={"help": "steps of warm-up, below 1 a share of all steps"}
+    )
+    max_steps: int = field(
+        default=500, metadata={"help": "optimiser steps; -1: --num_train_epochs counts"}
+    )
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "rows per micro-batch"})
+    gradient_accumulation_steps: int = field(
+        default=256, metadata={"help": "micro-batches per optimiser step and rank"}
+    )
+    bf16: bool = field(default=True, metadata={"help": "compute in bf16, weights stay in fp32"})
+    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between log lines"})
+    save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
+    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    fsdp_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "shard with FSDP: an existing .json file as in transformers, or any model, whose "
+            "layers are then wrapped"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.output_dir is None:
+            self.output_dir = os.path.join(self.save_directory, "checkpoints")
+        # Rows hold only what the loss needs; the student's signature does not know the half of it.
+        self.remove_unused_columns = False
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers takes bf16 on a CPU only when told that one is meant
+        if self.fsdp_config:
+            self.fsdp = self.fsdp or True  # transformers ignores the config without it
+            if not _is_json(self.fsdp_config):
+                self.fsdp_config = {
+                    "transformer_layer_cls_to_wrap": layer_classes(self.fsdp_config)
+                }
+        super().__post_init__()
+
+    def _check(self) -> None:
+        problems = []
+        if self.save_directory is None:
+            problems.append("--save_directory is required: name the folder for the student")
+        if self.temperature <= 0:
+            problems.append(f"temperature={self.temperature}: choose a number above 0")
+        for name in ("kl_loss_weight", "cosine_loss_weight"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)}: choose 0 or more")
+        if not any(self.loss_weights[:3]):
+            problems.append("every loss term is off: leave at least one on, with a weight above 0")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}: choose 1 or more")
+        if self.learning_rate < 0:
+            problems.append(f"learning_rate={self.learning_rate}: choose 0 or more")
+        if self.warmup_steps < 0:
+            problems.append(f"warmup_steps={self.warmup_steps}: choose 0 or more")
+        if self.max_steps == 0 or self.max_steps < -1:
+            problems.append(f"max_steps={self.max_steps}: choose 1 or more, or -1 to count epochs")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(
+            cross_entropy=float(self.use_cross_entropy),
+            kl=self.kl_loss_weight * self.use_kl_loss,
+            cosine=self.cosine_loss_weight * self.use_cosine_loss,
+            temperature=self.temperature,
+        )
+
+
+def _is_json(fsdp_config: dict | str) -> bool:
+    """Whether the value is a config already: a dict, its text, or a file of it."""
+    if isinstance(fsdp_config, dict) or fsdp_config.startswith("{"):
+        return True
+    if not fsdp_config.endswith(".json"):
+        return False
+    if not os.path.isfile(fsdp_config):
+        raise ValueError(f"fsdp_config={fsdp_config}: no such file; name a .json file or a model")
+    return True
+
+
+def layer_classes(model_name_or_path: str) -> list[str]:
+    """Class names of a causal language model's layers, as the model declares them for sharding."""
+    config = AutoConfig.from_pretrained(model_name_or_path)
+    return sorted(AutoModelForCausalLM._model_mapping[type(config)]._no_split_modules)
