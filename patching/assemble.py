@@ -11,21 +11,23 @@ from patching.recipe import Parent, Recipe
 
 
 def assemble(
-    recipe: Recipe, *, teacher: PreTrainedModel, student: PreTrainedModel | None = None
+    recipe: Recipe,
+    *,
+    teacher: PreTrainedModel | None = None,
+    student: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The model a recipe describes, in eval mode, sharing its tensors with its parents.
 
     Nothing is copied and neither parent changes; training the result in place would change them, so copy it
     first. Parents share one dtype.
 
-    Raises ValueError if the recipe needs a student and there is none.
+    Raises ValueError if the recipe needs a parent that was not given.
     """
-    parents: dict[Parent, PreTrainedModel] = {"teacher": teacher}
-    if student is not None:
-        parents["student"] = student
-    missing = recipe.parents - parents.keys()
+    given: dict[Parent, PreTrainedModel | None] = {"teacher": teacher, "student": student}
+    parents = {parent: model for parent, model in given.items() if model is not None}
+    missing = sorted(recipe.parents - parents.keys())
     if missing:
-        raise ValueError(f"the recipe takes layers from the {missing.pop()}, which was not given")
+        raise ValueError(f"the recipe takes layers from the {missing[0]}, which was not given")
     base = parents[recipe.embedding]
     family = family_of(base.config)
     config = config_for(recipe, {parent: model.config for parent, model in parents.items()})

@@ -64,10 +64,7 @@ def build_intermediate_model(
 
 def load_and_assemble(pair: Pair, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     """The recipe's model from whichever parents it needs."""
-    parents = pair.load(recipe.parents, dtype)
-    if "teacher" not in parents:
-        return parents["student"]
-    return assemble(recipe, **parents)
+    return assemble(recipe, **pair.load(recipe.parents, dtype))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,94 @@
+"""Which lm-eval tasks are run, loaded before any weights so that a missing one is noticed at once."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+PAPER_SUITE = (
+    "arc_easy",
+    "arc_challenge",
+    "boolq",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "winogrande",
+    "race",
+    "mmlu",
+    "rte",
+    "wikitext",
+    "gsm8k_cot",
+    "ifeval",
+    "hendrycks_math",
+)
+"""The suite of arXiv 2510.05064: classification, perplexity and generation."""
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | None = None, trust_remote_code: bool = False
+) -> list[Task | Group]:
+    """The named tasks and groups with their data.
+
+    `include_path` is a folder of task files, which come before lm-eval's own. A metric that Hugging Face's
+    `evaluate` would download is code, so it runs only with `trust_remote_code`; a metric in a local folder runs.
+
+    Raises ValueError for an unknown task, and for a metric that cannot be loaded, which lm-eval would
+    leave out of the results.
+    """
+    if not names:
+        raise ValueError("no tasks: name some with --tasks, separated by commas")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path={include_path}: there is no such folder")
+    if not trust_remote_code:
+        refuse_metric_downloads()
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if any(name not in manager.task_index for name in names):
+        manager = TaskManager(include_path=include_path)  # scans all of lm-eval's own: seconds
+    unknown = [name for name in names if name not in manager.task_index]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], manager.task_index, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
+        raise ValueError(f"tasks={','.join(unknown)}: lm-eval has no such task, {hint}")
+    loaded: list[Task | Group] = []
+    for name in names:
+        built = manager._load_spec(name)
+        loaded += built if isinstance(built, list) else [built]
+    for task in _leaves(loaded):
+        for metric, function in task._metric_fn_list.items():
+            if function is None:
+                raise ValueError(
+                    f"task {task.task_name}: its metric {metric} cannot be loaded. A metric of Hugging Face's "
+                    "evaluate is downloaded code: give --trust_remote_code to run it, or the path of a local "
+                    "metric folder in the task file"
+                )
+    return loaded
+
+
+def _leaves(tasks: Sequence[Task | Group]) -> list[Task]:
+    return [
+        leaf
+        for task in tasks
+        for leaf in (task.get_all_tasks() if isinstance(task, Group) else [task])
+    ]
+
+
+def refuse_metric_downloads() -> None:
+    """From here on, `evaluate.load` takes local folders and nothing from the hub."""
+    import evaluate
+
+    if getattr(evaluate.load, "only_local", False):
+        return
+    load_anything = evaluate.load
+
+    def load(path: str, *args, **kwargs):
+        if not Path(path).exists():
+            raise ValueError(
+                f"metric {path} would be downloaded and run: give --trust_remote_code to allow it"
+            )
+        return load_anything(path, *args, **kwargs)
+
+    load.only_local = True
+    evaluate.load = load

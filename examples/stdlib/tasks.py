@@ -1,0 +1,138 @@
+"""Local lm-eval tasks over the held-out modules of the standard library.
+
+    stdlib_bits_per_byte  rolling log-likelihood of excerpts
+    stdlib_next_line      which of four lines of this module comes next (multiple choice)
+    stdlib_end_of_line    finish the line (generation, exact match)
+
+Which excerpts and lines are asked for depends on the modules' names and text alone.
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.stdlib.corpus import Module
+
+EXCERPT_CHARACTERS = 1600
+CONTEXT_LINES = 10
+NUM_DOCUMENTS = {
+    "stdlib_bits_per_byte": 120,
+    "stdlib_next_line": 150,
+    "stdlib_end_of_line": 150,
+}
+TASK_NAMES = tuple(NUM_DOCUMENTS)
+
+
+def excerpts(module: Module) -> list[dict[str, Any]]:
+    """The module in pieces of whole lines, each of about EXCERPT_CHARACTERS."""
+    pieces, piece = [], ""
+    for line in module.text.splitlines(keepends=True):
+        piece += line
+        if len(piece) >= EXCERPT_CHARACTERS:
+            pieces.append(piece)
+            piece = ""
+    return [{"module": module.name, "text": text} for text in pieces]
+
+
+def next_line_questions(module: Module) -> list[dict[str, Any]]:
+    """Some lines, what stands before each, and the right next line among three others of the module."""
+    lines = module.text.splitlines()
+    candidates = sorted({line for line in lines if 10 <= len(line.strip()) <= 60})
+    draw = random.Random(module.name)
+    questions = []
+    for i in _asked_lines(lines, draw):
+        if lines[i] not in candidates or len(candidates) < 8:
+            continue
+        others = draw.sample([line for line in candidates if line != lines[i]], 3)
+        answer = draw.randrange(4)
+        choices = [*others[:answer], lines[i], *others[answer:]]
+        questions.append({"context": _context(lines, i), "choices": choices, "answer": answer})
+    return questions
+
+
+def end_of_line_questions(module: Module) -> list[dict[str, Any]]:
+    """Some lines without their last word, and that word."""
+    lines = module.text.splitlines()
+    draw = random.Random(module.name)
+    questions = []
+    for i in _asked_lines(lines, draw):
+        beginning, space, last_word = lines[i].rpartition(" ")
+        if beginning.strip() and 3 <= len(last_word) <= 16:
+            questions.append({"context": _context(lines, i) + beginning, "answer": last_word})
+    return questions
+
+
+def _asked_lines(lines: list[str], draw: random.Random) -> list[int]:
+    """Up to eight line numbers, in order, each with a full context before it."""
+    possible = range(CONTEXT_LINES, len(lines))
+    return sorted(draw.sample(possible, min(8, len(possible))))
+
+
+def _context(lines: list[str], i: int) -> str:
+    return "".join(f"{line}\n" for line in lines[i - CONTEXT_LINES : i])
+
+
+MAKERS = {
+    "stdlib_bits_per_byte": excerpts,
+    "stdlib_next_line": next_line_questions,
+    "stdlib_end_of_line": end_of_line_questions,
+}
+
+TASK_FILES: dict[str, dict[str, Any]] = {
+    "stdlib_bits_per_byte": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        ],
+    },
+    "stdlib_next_line": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+    },
+    "stdlib_end_of_line": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
+        "filter_list": [
+            {
+                "name": "strip",
+                "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+def write_tasks(modules: Iterable[Module], folder: Path) -> None:
+    """Write each task's documents and its task file to `folder`, for `--include_path`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = list(modules)
+    for name, make in MAKERS.items():
+        documents = [document for module in modules for document in make(module)]
+        chosen = random.Random(0).sample(documents, min(NUM_DOCUMENTS[name], len(documents)))
+        data_file = (folder / f"{name}.jsonl").resolve()
+        data_file.write_text("".join(json.dumps(document) + "\n" for document in chosen))
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data_file)}},
+            "test_split": "test",
+            **TASK_FILES[name],
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
