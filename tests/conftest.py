@@ -1,0 +1,164 @@
+"""Small random models and texts for every test; nothing here touches a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from patching.assemble import assemble
+from patching.blocks import LayerMap
+from patching.recipe import initial_student
+from patching.student_config import StudentConfig
+
+ROOT = Path(__file__).parents[1]
+VOCAB_SIZE = 257  # every byte, and end of text
+
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": VOCAB_SIZE - 1,
+    "pad_token_id": VOCAB_SIZE - 1,
+}
+GROUPED = {"num_key_value_heads": 2}
+
+
+def tiny_config(kind: str, num_layers: int) -> PreTrainedConfig:
+    """A config by model_type, `-tied` or `-untied` behind it where that is the point."""
+    model_type, _, tying = kind.partition("-")
+    tied = {"tie_word_embeddings": tying == "tied"}
+    match model_type:
+        case "llama":
+            return LlamaConfig(num_hidden_layers=num_layers, **SHAPE, **GROUPED, **tied)
+        case "mistral":
+            return MistralConfig(
+                num_hidden_layers=num_layers, sliding_window=None, **SHAPE, **GROUPED, **tied
+            )
+        case "qwen2":
+            return Qwen2Config(num_hidden_layers=num_layers, **SHAPE, **GROUPED, **tied)
+        case "qwen2mixed":
+            # Sliding attention from the second layer on, so that a layer's kind must follow the layer.
+            return Qwen2Config(
+                num_hidden_layers=num_layers,
+                use_sliding_window=True,
+                sliding_window=4,
+                layer_types=[
+                    "sliding_attention" if i % 3 == 1 else "full_attention"
+                    for i in range(num_layers)
+                ],
+                **SHAPE,
+                **GROUPED,
+                **tied,
+            )
+        case "qwen3":
+            return Qwen3Config(num_hidden_layers=num_layers, head_dim=8, **SHAPE, **GROUPED, **tied)
+        case "gpt_neox":
+            return GPTNeoXConfig(num_hidden_layers=num_layers, **SHAPE, **tied)
+        case "gpt2":
+            shape = {k: v for k, v in SHAPE.items() if k.endswith("_id") or k == "vocab_size"}
+            return GPT2Config(n_embd=32, n_layer=num_layers, n_head=4, n_positions=128, **shape)
+    raise AssertionError(kind)
+
+
+def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """Random weights with a spread wide enough that every layer changes the output."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def trained_student(teacher: PreTrainedModel, layer_map: LayerMap) -> PreTrainedModel:
+    """A student whose every tensor differs from the teacher's, as after distillation."""
+    student = copy.deepcopy(assemble(initial_student(layer_map), teacher=teacher))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return student.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, end of text last; end of text is the padding token too."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)} | {"<eos>": VOCAB_SIZE - 1}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def save_pair(
+    folder: Path, kind: str = "qwen3-tied", kept=(0, 2, 4, 5), num_layers: int = 6
+) -> tuple[Path, Path]:
+    """A teacher and a student on disk, as a user has them."""
+    layer_map = LayerMap(kept, num_layers)
+    teacher = tiny_model(tiny_config(kind, num_layers))
+    student = trained_student(teacher, layer_map)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    StudentConfig(layer_map).save(folder / "student")
+    return folder / "teacher", folder / "student"
+
+
+@pytest.fixture(scope="session")
+def pair_folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Teacher and student folders of a tied qwen3 pair, kept 0,2,4,5 of 6."""
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Forty different documents."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [
+        json.dumps(
+            {"text": f"Document {i} says {' '.join(str(i * j) for j in range(i % 17 + 2))}."}
+        )
+        for i in range(40)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run_module(
+    *arguments: str | Path, timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """`python -m ...` in the repository, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
