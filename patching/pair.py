@@ -89,19 +89,13 @@ class Pair:
         requested = arguments.requested_order()
         trust = arguments.trust_remote_code
         configs: dict[Parent, PreTrainedConfig] = {
-            "teacher": AutoConfig.from_pretrained(
-                arguments.teacher_model_name_or_path,
-                revision=arguments.revision,
-                trust_remote_code=trust,
+            "teacher": read_config(
+                "teacher", arguments.teacher_model_name_or_path, arguments.revision, trust
             ),
-            "student": AutoConfig.from_pretrained(
-                arguments.student_model_name_or_path,
-                revision=arguments.student_revision,
-                trust_remote_code=trust,
+            "student": read_config(
+                "student", arguments.student_model_name_or_path, arguments.student_revision, trust
             ),
         }
-        for config in configs.values():
-            family_of(config)
         check_parents_match(configs["student"], configs["teacher"])
         student_config = read_student_config(
             arguments.student_model_name_or_path, arguments.student_revision
@@ -174,6 +168,26 @@ class Pair:
                 dtype=dtype,
             ).to(device)
         return models
+
+
+def read_config(
+    parent: Parent, name_or_path: str, revision: str | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    """A model's config, from a folder or the hub.
+
+    Raises ValueError where it cannot be read or its architecture has no row in the families table.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{parent}_model_name_or_path={name_or_path}: neither a model folder nor a hub repository "
+            f"that can be read here ({error})"
+        ) from error
+    family_of(config)
+    return config
 
 
 def recommended_order(teacher: PreTrainedConfig) -> Order:

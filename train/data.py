@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -61,7 +62,11 @@ def load_documents(arguments: DataArguments, name: str) -> Dataset | IterableDat
     if path.exists():
         builder, files = _local_files(path)
         extra = {"sample_by": "document"} if builder == "text" else {}
-        documents = load_dataset(builder, data_files=files, split="train", **extra)
+        try:
+            documents = load_dataset(builder, data_files=files, split="train", **extra)
+        except DatasetGenerationError as error:
+            cause = str(error.__cause__ or error)
+            raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
         column = "text" if builder == "text" else column
     else:
         documents = load_dataset(
@@ -93,7 +98,10 @@ def _local_files(path: Path) -> tuple[str, list[str]]:
             f"dataset={path}: name a .txt, .jsonl or .parquet file or a folder of one kind; "
             f"there is {found}"
         )
-    return builders.pop(), [str(file) for file in known]
+    files_with_text = [str(file) for file in known if file.stat().st_size]
+    if not files_with_text:
+        raise ValueError(f"dataset={path}: there is no text in it")
+    return builders.pop(), files_with_text
 
 
 def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -11,17 +11,18 @@ student_config.json (its kept layers) and run.json (what made it) beside the wei
 import dataclasses
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.training_args import ParallelMode
 
 from patching.blocks import as_layer_list
 from patching.command_line import CommandLineParser, user_errors
-from patching.families import family_of
 from patching.outputs import check_writable, environment, write_json
-from patching.pair import recommended_order
+from patching.pair import read_config, recommended_order
 from patching.student_config import StudentConfig
 from train.data import load_rows
 from train.data_args import DataArguments
@@ -41,19 +42,15 @@ def main(argv: list[str] | None = None) -> None:
             description=__doc__,
         )
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+        shard_only_where_there_are_ranks(args)
         save_directory = Path(args.save_directory)
         check_save_directory(save_directory)
-        reference = {
-            "revision": model_args.revision,
-            "trust_remote_code": model_args.trust_remote_code,
-        }
-        teacher_config = AutoConfig.from_pretrained(
-            model_args.teacher_model_name_or_path, **reference
-        )
-        family_of(teacher_config)
+        teacher_name = model_args.teacher_model_name_or_path
+        revision, trust = model_args.revision, model_args.trust_remote_code
+        teacher_config = read_config("teacher", teacher_name, revision, trust)
         layer_map = model_args.layer_map(teacher_config)
         tokenizer = AutoTokenizer.from_pretrained(
-            model_args.teacher_model_name_or_path, **reference
+            teacher_name, revision=revision, trust_remote_code=trust
         )
         with args.main_process_first(desc="tokenising"):
             rows = load_rows(data_args, tokenizer, args.seed)
@@ -65,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     set_seed(args.seed)
     teacher = AutoModelForCausalLM.from_pretrained(
-        model_args.teacher_model_name_or_path, dtype="auto", **reference
+        teacher_name, dtype="auto", revision=revision, trust_remote_code=trust
     )
     student = new_student(teacher, layer_map, model_args.random_initialization)
     cast_parameters(teacher, compute_dtype(args))
@@ -97,6 +94,13 @@ def main(argv: list[str] | None = None) -> None:
             write_json(staging / RUN_FILE_NAME, run)
             publish(staging, save_directory)
     print_on_main_process(args, f"student saved in {save_directory}")
+
+
+def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
+    """A documented command line holds --fsdp_config; with a single process there is nothing to shard."""
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        warnings.warn("--fsdp_config has no effect on a single process: start it with torchrun")
+        args.fsdp = args.fsdp_plugin_args = None
 
 
 def check_save_directory(save_directory: Path) -> None:

@@ -25,6 +25,7 @@ from train.losses import (
     count,
     distillation_loss,
 )
+from train.student import cast_parameters
 from train.training_args import DistillationArguments
 
 
@@ -129,12 +130,11 @@ class DistillationTrainer(Trainer):
         return 0
 
     def save_student(self, folder: Path, dtype: torch.dtype) -> None:
-        """The whole student as a Hugging Face checkpoint in `folder`, written by the main process."""
+        """Cast the student and write it whole, as a Hugging Face checkpoint, from the main process."""
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        cast_parameters(student, dtype)
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
-            student = self.accelerator.unwrap_model(self.model_wrapped)
-            student.config.dtype = dtype
-            state = {name: tensor.to(dtype) for name, tensor in state.items()}
             student.save_pretrained(folder, state_dict=state)
 
 

@@ -1,0 +1,203 @@
+"""build_intermediate_model and the saved checkpoints, through the real command line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import run_module, save_pair, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from patching.patch import build_intermediate_model, main
+
+TOKENS = torch.arange(10)[None]
+
+
+def flags(pair_folders, folder, **changes):
+    teacher, student = pair_folders
+    values = {
+        "teacher_model_name_or_path": teacher,
+        "student_model_name_or_path": student,
+        "num_layers_to_patch": 1,
+        "save_directory": folder,
+    } | changes
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@torch.no_grad()
+def test_a_saved_intermediate_is_an_ordinary_checkpoint(pair_folders, tmp_path):
+    folder = tmp_path / "k1"
+    done = run_module("patching.patch", *flags(pair_folders, folder))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "provenance.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    saved = AutoModelForCausalLM.from_pretrained(folder)
+    built, tokenizer = build_intermediate_model(*map(str, pair_folders), 1)
+    assert torch.equal(saved(TOKENS).logits, built(TOKENS).logits)
+    assert AutoTokenizer.from_pretrained(folder)("abc") == tokenizer("abc")
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["recipe"]["layers"] == [
+        "student 0",
+        "teacher 2",
+        "teacher 3",
+        "teacher 4",
+        "teacher 5",
+    ]
+    assert provenance["order"] == "last"
+    assert provenance["patched_layers"] == [1, 2, 3]
+    assert provenance["environment"]["transformers"]
+
+
+@torch.no_grad()
+def test_python_ends_orders_and_dtype(pair_folders):
+    teacher, student = (AutoModelForCausalLM.from_pretrained(folder) for folder in pair_folders)
+    names = [str(folder) for folder in pair_folders]
+    for k, original in ((0, student), (2, teacher)):
+        model, _ = build_intermediate_model(*names, k)
+        assert torch.equal(model(TOKENS).logits, original(TOKENS).logits)
+    first, _ = build_intermediate_model(*names, 1, patch_first_k_layers=True)
+    last, _ = build_intermediate_model(*names, 1, patch_first_k_layers=False)
+    default, tokenizer = build_intermediate_model(*names, 1, dtype=torch.bfloat16)
+    assert torch.equal(first.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
+    assert torch.equal(last.model.embed_tokens.weight, student.model.embed_tokens.weight)
+    assert default.dtype == torch.bfloat16
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token is not None
+
+
+def test_a_llama_is_patched_first_first_unless_told_otherwise(tmp_path):
+    folders = [str(folder) for folder in save_pair(tmp_path, "llama-untied")]
+    student = AutoModelForCausalLM.from_pretrained(folders[1])
+    model, _ = build_intermediate_model(*folders, 1)
+    assert torch.equal(
+        model.lm_head.weight, student.lm_head.weight
+    )  # the end is still the student's
+    model, _ = build_intermediate_model(*folders, 1, patch_first_k_layers=False)
+    assert not torch.equal(model.lm_head.weight, student.lm_head.weight)
+    main(flags(folders, tmp_path / "overridden") + ["--override_llama_patching"])
+    assert json.loads((tmp_path / "overridden" / "provenance.json").read_text())["order"] == "last"
+    recorded = json.loads((tmp_path / "student" / "student_config.json").read_text())
+    recorded["patch_order"] = "last"
+    (tmp_path / "student" / "student_config.json").write_text(json.dumps(recorded))
+    model, _ = build_intermediate_model(*folders, 1)
+    assert not torch.equal(model.lm_head.weight, student.lm_head.weight)
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_layers_to_patch": 3},
+            "num_layers_to_patch=3: this student has 2 patchable layers, choose 0-2",
+        ),
+        ({"num_layers_to_patch": "x"}, "invalid int value: 'x'"),
+        ({"dtype": "int8"}, "invalid choice: 'int8'"),
+        ({"order": "last", "patch_first_k_layers": True}, "both name an order"),
+        ({"order": "middle"}, "--order"),
+        ({"teacher_model_name_or_path": "no/such-teacher"}, "no/such-teacher"),
+        ({"no_such_flag": 1}, "no_such_flag"),
+    ],
+)
+def test_bad_flags_end_in_one_line_and_exit_code_2(
+    pair_folders, tmp_path, capsys, changes, message
+):
+    with pytest.raises(SystemExit) as ended:
+        main(flags(pair_folders, tmp_path / "out", **changes))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_fit_together_are_refused(pair_folders, tmp_path, capsys):
+    teacher, student = pair_folders
+
+    def refused(message, **changes):
+        with pytest.raises(SystemExit) as ended:
+            main(flags(pair_folders, tmp_path / "out", **changes))
+        error = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert message in error
+        assert error.count("\n") == 1
+
+    other = copy_of(student, tmp_path)
+    change_config(other, hidden_size=64)
+    refused(
+        "hidden_size is 64 in the student and 32 in the teacher", student_model_name_or_path=other
+    )
+    change_config(other, hidden_size=32, vocab_size=300)
+    refused(
+        "vocab_size is 300 in the student and 257 in the teacher", student_model_name_or_path=other
+    )
+    change_config(
+        other, vocab_size=257, rope_parameters={"rope_type": "default", "rope_theta": 5.0}
+    )
+    refused("rope_parameters is", student_model_name_or_path=other)
+    shutil.rmtree(other)
+    copy_of(student, tmp_path)
+    (other / "student_config.json").unlink()
+    refused("student_config.json cannot be read", student_model_name_or_path=other)
+    (other / "student_config.json").write_text(
+        json.dumps({"copied_teacher_layers": [0, 2, 4, 6], "pruned_teacher_layers": [1, 3, 5]})
+    )
+    refused(
+        "the teacher has 6 layers and student_config.json speaks of 7",
+        student_model_name_or_path=other,
+    )
+
+    llama = tmp_path / "llama"
+    tiny_model(tiny_config("llama-tied", 6)).save_pretrained(llama)
+    capsys.readouterr()  # its progress bar
+    refused(
+        "the student is a qwen3 model and the teacher a llama model",
+        teacher_model_name_or_path=llama,
+    )
+    change_config(llama, model_type="bloom", architectures=["BloomForCausalLM"])
+    refused(
+        "model_type=bloom: this architecture is not supported", teacher_model_name_or_path=llama
+    )
+    change_config(llama, model_type="gpt2", scale_attn_by_inverse_layer_idx=True)
+    refused("scale_attn_by_inverse_layer_idx=True", teacher_model_name_or_path=llama)
+
+
+def test_a_folder_in_use_or_unwritable_is_refused(pair_folders, tmp_path, capsys):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").touch()
+    (tmp_path / "a_file").touch()
+    for folder, message in (
+        (used, "is not empty"),
+        (tmp_path / "a_file", "is a file"),
+        (tmp_path / "a_file" / "below", "cannot be written to"),
+        ("/proc/out", "cannot be written to"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(flags(pair_folders, folder))
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_save_that_fails(pair_folders, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr("patching.patch.write_json", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        main(flags(pair_folders, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []

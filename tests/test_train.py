@@ -1,0 +1,265 @@
+"""`train.train` as a user runs it: the documented command line, its output, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, run_module, save_pair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from patching.command_line import CommandLineParser
+from patching.student_config import read_student_config
+from train.data_args import DataArguments
+from train.model_args import ModelArguments
+from train.train import main
+from train.training_args import DistillationArguments
+
+
+def documented_command(teacher, folder, dataset) -> list[str]:
+    """The flags of the README's torchrun line, in its order."""
+    return [
+        "--teacher_model_name_or_path", str(teacher), "--save_directory", str(folder),
+        "--dataset", str(dataset), "--fsdp_config", str(teacher),
+    ]  # fmt: skip
+
+
+SMALL = [
+    "--max_steps", "2", "--max_length", "32", "--gradient_accumulation_steps", "2",
+    "--logging_steps", "1",
+]  # fmt: skip
+
+
+def parse(*flags: str):
+    parser = CommandLineParser((ModelArguments, DataArguments, DistillationArguments))
+    return parser.parse_args_into_dataclasses(list(flags))
+
+
+def test_the_papers_settings_are_the_defaults(pair_folders, tmp_path):
+    model_args, data_args, args = parse(
+        *documented_command(pair_folders[0], tmp_path, "EleutherAI/the_pile_deduplicated")
+    )
+    assert (data_args.dataset, data_args.max_length) == ("EleutherAI/the_pile_deduplicated", 2048)
+    assert args.loss_weights == (1.0, 0.1, 2.0, 1.0)
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (3e-4, 0.9, 0.95)
+    assert (args.adam_epsilon, args.weight_decay, args.max_grad_norm) == (1e-8, 0.1, 1.0)
+    assert (args.lr_scheduler_type, args.warmup_steps, args.max_steps) == ("cosine", 0.01, 500)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 256)
+    assert args.bf16
+    assert args.seed == 0
+    assert args.output_dir == str(tmp_path / "checkpoints")
+    assert args.fsdp is True
+    assert args.fsdp_config["transformer_layer_cls_to_wrap"] == ["Qwen3DecoderLayer"]
+    assert not model_args.trust_remote_code
+
+
+def test_fsdp_config_may_be_a_file_and_the_temperature_has_an_alias(tmp_path):
+    path = tmp_path / "fsdp.json"
+    path.write_text(json.dumps({"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}))
+    *_, args = parse(
+        "--teacher_model_name_or_path", "t", "--save_directory", str(tmp_path),
+        "--fsdp_config", str(path), "--T", "3", "--output_dir", str(tmp_path / "elsewhere"),
+    )  # fmt: skip
+    assert args.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
+    assert args.temperature == 3.0
+    assert args.output_dir == str(tmp_path / "elsewhere")
+
+
+def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp_path):
+    folder = tmp_path / "student"
+    done = run_module(
+        "train.train", *documented_command(pair_folders[0], folder, text_file), *SMALL
+    )
+    assert done.returncode == 0, done.stderr
+    assert "student of 4 layers from 6: 0,2,4,5" in done.stdout
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints", "config.json", "generation_config.json", "model.safetensors", "run.json",
+        "student_config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    config = read_student_config(str(folder))
+    assert (config.layer_map.kept, config.patch_order) == ((0, 2, 4, 5), "last")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["arguments"]["max_length"] == 32
+    assert (
+        run["environment"]["torch"] == torch.__version__.split("+")[0]
+        or "torch" in run["environment"]
+    )
+    assert run["held_out"]["eval_cross_entropy"] > 0
+    assert {"cross_entropy", "kl", "cosine", "grad_norm"} <= run["log"][0].keys()
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    assert student.dtype == torch.float32
+    assert student.config.num_hidden_layers == 4
+    assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
+
+
+def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text_file, tmp_path):
+    size = ["--max_steps", "2", "--max_length", "32", "--bf16", "False", "--save_strategy", "no"]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    launchers = [
+        ["train.train"],
+        [
+            "torch.distributed.run",
+            "--standalone",
+            "--nnodes=1",
+            "--nproc-per-node=2",
+            "--module",
+            "train.train",
+        ],
+    ]
+    for folder, launcher, accumulation in zip(folders, launchers, ("4", "2")):
+        done = run_module(
+            *launcher,
+            *documented_command(pair_folders[0], folder, text_file)[:-2],
+            *size,
+            "--gradient_accumulation_steps",
+            accumulation,
+            OMP_NUM_THREADS="1",
+        )
+        assert done.returncode == 0, done.stderr
+    logs = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    for name in ("eval_cross_entropy", "eval_kl", "eval_cosine"):
+        assert logs[1]["held_out"][name] == pytest.approx(logs[0]["held_out"][name], rel=1e-4)
+    one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["--first_layers_to_keep", "9"],
+            "first_layers_to_keep=9: this teacher has 6 layers, choose 1-6",
+        ),
+        (["--kept_layers", "0,3,9"], "kept layers [0, 3, 9]"),
+        (
+            ["--kept_layers", "0,3", "--last_layers_to_keep", "1"],
+            "--kept_layers already names every layer",
+        ),
+        (["--max_length", "1"], "max_length=1"),
+        (["--temperature", "0"], "temperature=0.0: choose a number above 0"),
+        (["--kl_loss_weight", "-1"], "kl_loss_weight=-1.0: choose 0 or more"),
+        (
+            [
+                "--use_cross_entropy",
+                "False",
+                "--use_kl_loss",
+                "False",
+                "--use_cosine_loss",
+                "False",
+            ],
+            "every loss term is off",
+        ),
+        (["--max_steps", "0"], "max_steps=0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
+        (["--fsdp_config", "no_such.json"], "fsdp_config=no_such.json: no such file"),
+        (["--dataset", "no/such-dataset"], "no/such-dataset"),
+        (["--text_column", "body"], "text_column=body"),
+        (
+            ["--teacher_model_name_or_path", "no/such-teacher"],
+            "teacher_model_name_or_path=no/such-teacher",
+        ),
+        (["--save_directory", "/proc/student"], "/proc/student cannot be written to"),
+        (["--lr_scheduler_type", "stairs"], "stairs"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_weights_load(
+    pair_folders, text_file, tmp_path, capsys, monkeypatch, changes, message
+):
+    def no_weights(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
+    command = documented_command(pair_folders[0], tmp_path / "student", text_file)[:-2]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *SMALL, *changes])
+    error = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert ended.value.code == 2
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_finished_student_is_not_overwritten(pair_folders, text_file, capsys):
+    command = documented_command(pair_folders[0], pair_folders[1], text_file)
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *SMALL])
+    assert ended.value.code == 2
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_a_teacher_without_a_row_in_the_table_is_refused(tmp_path, text_file, capsys):
+    teacher, _ = save_pair(tmp_path)
+    config = json.loads((teacher / "config.json").read_text()) | {"model_type": "bloom"}
+    (teacher / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as ended:
+        main(documented_command(teacher, tmp_path / "out", text_file)[:-2])
+    assert ended.value.code == 2
+    assert "model_type=bloom: this architecture is not supported" in capsys.readouterr().err
+
+
+def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_file, tmp_path):
+    folder = tmp_path / "student"
+    main(
+        [
+            *documented_command(pair_folders[0], folder, text_file)[:-2],
+            *SMALL,
+            "--kept_layers",
+            "0,2-3",
+            "--random_initialization",
+            "--save_dtype",
+            "bfloat16",
+            "--save_strategy",
+            "no",
+            "--packing",
+            "False",
+        ]  # fmt: skip
+    )
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0])
+    assert read_student_config(str(folder)).layer_map.kept == (0, 2, 3)
+    assert student.dtype == torch.bfloat16
+    ours, theirs = (m.model.embed_tokens.weight.float().flatten() for m in (student, teacher))
+    assert abs(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) < 0.1
+
+
+def test_the_readme_says_what_the_parser_takes():
+    readme = (ROOT / "README.md").read_text()
+    assert "--module train.train" in readme
+    assert "--fsdp_config $TEACHER" in readme
+
+
+def test_resuming_ends_with_the_same_weights(pair_folders, text_file, tmp_path):
+    size = [
+        "--max_length",
+        "32",
+        "--gradient_accumulation_steps",
+        "1",
+        "--max_steps",
+        "6",
+        "--save_steps",
+        "3",
+    ]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    main(
+        [
+            *documented_command(pair_folders[0], whole, text_file)[:-2],
+            *size,
+            "--save_total_limit",
+            "5",
+        ]
+    )
+    shutil.copytree(whole / "checkpoints" / "checkpoint-3", again / "checkpoints" / "checkpoint-3")
+    main(
+        [
+            *documented_command(pair_folders[0], again, text_file)[:-2],
+            *size,
+            "--resume_from_checkpoint",
+            str(again / "checkpoints" / "checkpoint-3"),
+        ]  # fmt: skip
+    )
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, again)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)

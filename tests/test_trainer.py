@@ -1,0 +1,166 @@
+"""Training: the step does not depend on how it is split, the teacher stays as it is, held-out means are exact."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from datasets import Dataset
+
+from patching.blocks import LayerMap
+from patching.hidden_states import hidden_states_at
+from train.data import collate
+from train.student import cast_parameters, new_student
+from train.trainer import DistillationTrainer
+from train.training_args import DistillationArguments
+
+LAYER_MAP = LayerMap((0, 2, 3), 4)
+
+
+def rows(num_rows: int, seed: int = 0) -> Dataset:
+    """Rows of different lengths, so that micro-batches have different numbers of targets."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 12, (num_rows,), generator=generator).tolist()
+    return Dataset.from_list(
+        [{"input_ids": torch.randint(0, 256, (n,), generator=generator).tolist()} for n in lengths]
+    )
+
+
+def trainer_for(folder, kind="qwen3-tied", **changes) -> DistillationTrainer:
+    settings = {
+        "save_directory": str(folder),
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    } | changes
+    args = DistillationArguments(**settings)
+    teacher = tiny_model(tiny_config(kind, LAYER_MAP.num_teacher_layers))
+    student = new_student(teacher, LAYER_MAP)
+    return DistillationTrainer(
+        student, teacher, LAYER_MAP, args, train_dataset=rows(64), eval_dataset=rows(7, seed=1)
+    )
+
+
+def test_accumulation_does_not_change_the_trajectory(tmp_path):
+    runs = []
+    for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
+        trainer = trainer_for(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            kl_loss_weight=0.5,
+        )
+        trainer.train()
+        log = [line for line in trainer.state.log_history if "loss" in line]
+        assert len(log) == 3
+        runs.append((log, trainer.model.state_dict()))
+    (reference_log, reference_weights), *others = runs
+    assert len({line["loss"] for line in reference_log}) == 3
+    for log, weights in others:
+        for line, expected in zip(log, reference_log):
+            for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
+                assert line[term] == pytest.approx(expected[term], rel=1e-4), term
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, reference_weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
+    trainer = trainer_for(
+        tmp_path, temperature=2.0, kl_loss_weight=0.5, logging_steps=2, max_steps=4
+    )
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        weighted = line["cross_entropy"] + 0.5 * 4 * line["kl"] + 2.0 * line["cosine"]
+        assert line["loss"] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_training_leaves_the_teacher_alone_and_moves_the_student(tmp_path):
+    args = DistillationArguments(
+        save_directory=str(tmp_path),
+        max_steps=2,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_accumulation_steps=1,
+        warmup_steps=0,
+    )
+    teacher = tiny_model(tiny_config("gpt_neox-untied", 4))
+    before = copy.deepcopy(teacher.state_dict())
+    student = new_student(teacher, LAYER_MAP)
+    start = copy.deepcopy(student.state_dict())
+    DistillationTrainer(student, teacher, LAYER_MAP, args, train_dataset=rows(16)).train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(
+        not torch.equal(tensor, start[name]) for name, tensor in student.state_dict().items()
+    )
+
+
+def test_held_out_means_are_exact_whatever_the_batch_size(tmp_path):
+    metrics = [
+        trainer_for(tmp_path, per_device_eval_batch_size=size).evaluate() for size in (1, 3, 7)
+    ]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+    assert metrics[0] == pytest.approx(metrics[2], rel=1e-5)
+    trainer = trainer_for(tmp_path)
+    teacher = tiny_model(tiny_config("qwen3-tied", 4))
+    student = new_student(teacher, LAYER_MAP)
+    total, targets = 0.0, 0
+    for row in trainer.eval_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        log_p = student(ids).logits.double().log_softmax(-1)
+        total -= log_p[0, torch.arange(ids.shape[1] - 1), ids[0, 1:]].sum().item()
+        targets += ids.shape[1] - 1
+    assert metrics[0]["eval_cross_entropy"] == pytest.approx(total / targets, rel=1e-5)
+
+
+@pytest.mark.parametrize("tying", ["tied", "untied"])
+def test_cosine_alone_leaves_an_untied_head_as_it_is(tmp_path, tying):
+    trainer = trainer_for(tmp_path, f"qwen3-{tying}", use_cross_entropy=False, use_kl_loss=False)
+    head = trainer.model.lm_head.weight.clone()
+    trainer.train()
+    assert torch.equal(trainer.model.lm_head.weight, head) == (tying == "untied")
+    line = next(line for line in trainer.state.log_history if "loss" in line)
+    assert line["loss"] == pytest.approx(2.0 * line["cosine"], rel=1e-5)
+    assert "cross_entropy" not in line
+    assert "kl" not in line
+
+
+def test_hidden_states_are_transformers_own():
+    for kind in ("llama-tied", "gpt_neox-untied", "gpt2"):
+        model = tiny_model(tiny_config(kind, 4))
+        batch = collate([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6]}])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            states = hidden_states_at(model, [0, 2, 3, 4], ids, mask)
+        for state, j in zip(states, (0, 2, 3, 4)):
+            assert torch.equal(state, expected[j])
+
+
+def test_random_initialisation_has_the_shape_and_none_of_the_weights():
+    teacher = tiny_model(tiny_config("llama-untied", 4))
+    kept, drawn = (new_student(teacher, LAYER_MAP, random) for random in (False, True))
+    assert drawn.config.num_hidden_layers == 3
+    for name, tensor in kept.state_dict().items():
+        assert drawn.state_dict()[name].shape == tensor.shape
+        assert not torch.equal(drawn.state_dict()[name], tensor) or "norm" in name
+    assert kept.model.embed_tokens.weight.data_ptr() != teacher.model.embed_tokens.weight.data_ptr()
+
+
+def test_casting_leaves_rotary_frequencies_in_fp32():
+    teacher = tiny_model(tiny_config("llama-untied", 4))
+    frequencies = teacher.model.rotary_emb.inv_freq.clone()
+    cast_parameters(teacher, torch.bfloat16)
+    assert teacher.dtype == torch.bfloat16
+    assert torch.equal(teacher.model.rotary_emb.inv_freq, frequencies)
+    student = new_student(teacher, LAYER_MAP)
+    assert student.dtype == torch.float32
