@@ -1,4 +1,6 @@
-"""From a recipe and its parents in memory to a model. Initial students, baselines and patched models all come from here."""
+"""From a recipe and its parents in memory to a model. Initial students, baselines and patched
+models all come from here.
+"""
 
 import copy
 from typing import NamedTuple
@@ -18,8 +20,8 @@ def assemble(
 ) -> PreTrainedModel:
     """The model a recipe describes, in eval mode, sharing its tensors with its parents.
 
-    Nothing is copied and neither parent changes; training the result in place would change them, so copy it
-    first. Parents share one dtype.
+    Nothing is copied and neither parent changes; training the result in place would change them, so
+    copy it first. Parents share one dtype.
 
     Raises ValueError if the recipe needs a parent that was not given.
     """

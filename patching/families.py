@@ -1,4 +1,5 @@
-"""What the architectures differ in: where a model keeps its parts, and what its config says about depth.
+"""What the architectures differ in: where a model keeps its parts, and what its config says about
+depth.
 
 One table row per `config.model_type`. Nothing is ever decided by a model's name or path.
 """
@@ -13,7 +14,9 @@ from patching.recipe import LayerSource, Parent, Recipe
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths inside a causal language model; all that is not named here goes with the embedding."""
+    """Module paths inside a causal language model; all that is not named here goes with the
+    embedding.
+    """
 
     layers: str
     norm: str
@@ -51,7 +54,8 @@ PER_LAYER_LISTS = ("layer_types",)
 """Config lists with one entry per layer: an entry follows its layer."""
 
 MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
-    # Bookkeeping of any model, above, and what changes neither the forward pass nor the shape of a layer.
+    # Bookkeeping of any model, above, and what changes neither the forward pass nor the shape of a
+    # layer.
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -77,7 +81,8 @@ MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
 def family_of(config: PreTrainedConfig) -> Family:
     """The table row of an architecture.
 
-    Raises ValueError for an architecture without a row, and where a flag ties a layer to its position.
+    Raises ValueError for an architecture without a row, and where a flag ties a layer to its
+    position.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -88,18 +93,21 @@ def family_of(config: PreTrainedConfig) -> Family:
     for flag in family.position_dependent_flags:
         if getattr(config, flag):
             raise ValueError(
-                f"{flag}=True in the {config.model_type} config: a layer's arithmetic then depends on its position, "
-                "so it cannot be moved; only models with this flag off can be pruned and patched"
+                f"{flag}=True in the {config.model_type} config: a layer's arithmetic then depends "
+                "on its position, so it cannot be moved; only models with this flag off can be "
+                "pruned and patched"
             )
     return family
 
 
 def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """Raise ValueError, naming the fields, unless layers of one model can stand between layers of the other."""
+    """Raise ValueError, naming the fields, unless layers of one model can stand between layers of
+    the other.
+    """
     if student.model_type != teacher.model_type:
         raise ValueError(
-            f"the student is a {student.model_type} model and the teacher a {teacher.model_type} model: "
-            "a student must have been distilled from this teacher"
+            f"the student is a {student.model_type} model and the teacher a {teacher.model_type} "
+            "model: a student must have been distilled from this teacher"
         )
     student_values, teacher_values = student.to_dict(), teacher.to_dict()
     declared = set(
@@ -107,7 +115,8 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
     )  # what only a config file holds, no forward pass reads
     names = declared - MAY_DIFFER - {_depth_field(teacher)}
     different = [
-        f"{name} is {student_values.get(name)} in the student and {teacher_values.get(name)} in the teacher"
+        f"{name} is {student_values.get(name)} in the student and {teacher_values.get(name)} "
+        "in the teacher"
         for name in sorted(names)
         if student_values.get(name) != teacher_values.get(name)
     ]
@@ -120,8 +129,8 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
 def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> PreTrainedConfig:
     """The config of the model a recipe makes: depth, per-layer entries and tying follow the recipe.
 
-    Embedding and head stay tied only where one tied model supplies both. Otherwise the config says they are
-    not, or every loader would tie them again and silently change the model.
+    Embedding and head stay tied only where one tied model supplies both. Otherwise the config says
+    they are not, or every loader would tie them again and silently change the model.
     """
     base = parents[recipe.embedding]
     values = base.to_dict()

@@ -1,4 +1,6 @@
-"""What the command lines leave behind: files and folders that appear complete or not at all, and what made them."""
+"""What the command lines leave behind: files and folders that appear complete or not at all, and
+what made them.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "safet
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside `path` and rename it: a reader finds the old text or the new, never half of it."""
+    """Write a file beside `path` and rename it: a reader finds the old text or the new, never half
+    of it.
+    """
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
@@ -33,7 +37,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise ValueError unless a folder can be made at `path`: nothing there yet, or an empty folder, and writable."""
+    """Raise ValueError unless a folder can be made at `path`: nothing there yet, or an empty
+    folder, and writable.
+    """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder that does not exist yet")
     if path.is_dir() and any(path.iterdir()):
@@ -58,7 +64,9 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `path` only when the block ends well; removed if it does not."""
+    """A folder to fill that takes the name `path` only when the block ends well; removed if it does
+    not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.incomplete-"))
     try:

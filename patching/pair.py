@@ -1,4 +1,6 @@
-"""A teacher and its student as the user names them: all checks from configs alone, weights only when asked for."""
+"""A teacher and its student as the user names them: all checks from configs alone, weights only
+when asked for.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -44,8 +46,8 @@ class PairArguments:
     order: Order | None = field(
         default=None,
         metadata={
-            "help": "which layers are patched as k grows (by default what student_config.json records, else "
-            "`first` for a llama and `last` for any other model_type)"
+            "help": "which layers are patched as k grows (by default what student_config.json "
+            "records, else `first` for a llama and `last` for any other model_type)"
         },
     )
     patch_first_k_layers: bool = field(
@@ -54,16 +56,19 @@ class PairArguments:
     override_llama_patching: bool = field(
         default=False,
         metadata={
-            "help": "obey --patch_first_k_layers even where it is absent, so that a llama is patched last first"
+            "help": "obey --patch_first_k_layers even where it is absent, so that a llama is "
+            "patched last first"
         },
     )
 
     def requested_order(self) -> Order | None:
-        """The order the flags ask for, None where they leave it to the student. Raises ValueError for two orders."""
+        """The order the flags ask for, None where they leave it to the student. Raises ValueError
+        for two orders.
+        """
         if self.order is not None and (self.patch_first_k_layers or self.override_llama_patching):
             raise ValueError(
-                f"--order {self.order} and --patch_first_k_layers or --override_llama_patching both name an order: "
-                "give one of them"
+                f"--order {self.order} and --patch_first_k_layers or --override_llama_patching "
+                "both name an order: give one of them"
             )
         if self.patch_first_k_layers:
             return "first"
@@ -72,7 +77,7 @@ class PairArguments:
 
 @dataclass(frozen=True)
 class Pair:
-    """A checked teacher and student, their layer map and the order in which the student is patched."""
+    """A checked teacher and student, their layer map and the order of patching."""
 
     arguments: PairArguments
     configs: dict[Parent, PreTrainedConfig]
@@ -83,8 +88,9 @@ class Pair:
     def from_pretrained(cls, arguments: PairArguments) -> "Pair":
         """Read both configs and student_config.json.
 
-        Raises ValueError or OSError where one is missing, the architecture has no row in the families table, the
-        two models do not fit together, or their depths are not what student_config.json says.
+        Raises ValueError or OSError where one is missing, the architecture has no row in the
+        families table, the two models do not fit together, or their depths are not what
+        student_config.json says.
         """
         requested = arguments.requested_order()
         trust = arguments.trust_remote_code
@@ -107,8 +113,9 @@ class Pair:
         ):
             if configs[parent].num_hidden_layers != depth:
                 raise ValueError(
-                    f"the {parent} has {configs[parent].num_hidden_layers} layers and student_config.json speaks "
-                    f"of {depth}: this student was not made from this teacher"
+                    f"the {parent} has {configs[parent].num_hidden_layers} layers and "
+                    f"student_config.json speaks of {depth}: this student was not made from this "
+                    "teacher"
                 )
         recommended = student_config.patch_order or recommended_order(configs["teacher"])
         return cls(arguments, configs, layer_map, requested or recommended)
@@ -126,7 +133,9 @@ class Pair:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, padding on the left with a padding token, as batched generation needs."""
+        """The teacher's tokenizer, padding on the left with a padding token, as batched generation
+        needs.
+        """
         tokenizer = AutoTokenizer.from_pretrained(
             self.arguments.teacher_model_name_or_path,
             revision=self.arguments.revision,
@@ -183,13 +192,15 @@ def read_config(
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{parent}_model_name_or_path={name_or_path}: neither a model folder nor a hub repository "
-            f"that can be read here ({error})"
+            f"{parent}_model_name_or_path={name_or_path}: neither a model folder nor a hub "
+            f"repository that can be read here ({error})"
         ) from error
     family_of(config)
     return config
 
 
 def recommended_order(teacher: PreTrainedConfig) -> Order:
-    """The order the paper found to work by architecture: Llamas from the first layer, all others from the last."""
+    """The order the paper found to work by architecture: Llamas from the first layer, all others
+    from the last.
+    """
     return "first" if teacher.model_type == "llama" else "last"

@@ -1,8 +1,10 @@
 """Build the model of any size between a student and its teacher, with no further training.
 
-In Python, `build_intermediate_model`. On the command line it is saved as an ordinary Hugging Face checkpoint:
+In Python, `build_intermediate_model`. On the command line it is saved as an ordinary Hugging Face
+checkpoint:
 
-    python -m patching.patch --teacher_model_name_or_path TEACHER --student_model_name_or_path STUDENT \\
+    python -m patching.patch --teacher_model_name_or_path TEACHER --student_model_name_or_path
+    STUDENT \\
         --num_layers_to_patch 4 --save_directory DIR
 """
 
@@ -47,11 +49,11 @@ def build_intermediate_model(
     """The family's member of size k and its tokenizer, which pads on the left with a padding token.
 
     k = 0 is exactly the student, the largest k exactly the teacher (arXiv 2510.05064, section 2).
-    `patch_first_k_layers` None leaves the order to student_config.json and the architecture; True patches from
-    the first layer on, False from the last one back. `dtype` `auto` is the teacher's.
+    `patch_first_k_layers` None leaves the order to student_config.json and the architecture; True
+    patches from the first layer on, False from the last one back. `dtype` `auto` is the teacher's.
 
-    Raises ValueError or OSError, before any weights load, for a k out of range, parents that do not fit together,
-    and files that are not there.
+    Raises ValueError or OSError, before any weights load, for a k out of range, parents that do not
+    fit together, and files that are not there.
     """
     order = {None: None, True: "first", False: "last"}[patch_first_k_layers]
     pair = Pair.from_pretrained(

@@ -1,4 +1,6 @@
-"""Every flag of transformers' TrainingArguments with the paper's settings as defaults, and the loss's own."""
+"""Every flag of transformers' TrainingArguments with the paper's settings as defaults, and the
+loss's own.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -63,8 +65,8 @@ class DistillationArguments(TrainingArguments):
     fsdp_config: dict | str | None = field(
         default=None,
         metadata={
-            "help": "shard with FSDP: an existing .json file as in transformers, or any model, whose "
-            "layers are then wrapped"
+            "help": "shard with FSDP: an existing .json file as in transformers, or any model, "
+            "whose layers are then wrapped"
         },
     )
 
