@@ -105,6 +105,11 @@ def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
             "--fsdp_config has no effect on a single process: start it with torchrun", stacklevel=2
         )
         args.fsdp = args.fsdp_plugin_args = None
+    elif args.fsdp and args.device.type == "cpu":
+        warnings.warn(
+            "accelerate shards on accelerators only: on a CPU every rank holds the whole student",
+            stacklevel=2,
+        )
 
 
 def check_save_directory(save_directory: Path) -> None:

@@ -62,6 +62,9 @@ class DistillationArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "steps between log lines"})
     save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "search for parameters without gradient; there are none"}
+    )
     fsdp_config: dict | str | None = field(
         default=None,
         metadata={
