@@ -16,8 +16,8 @@ from examples.stdlib.demo import TEACHER, complete
 from examples.stdlib.tasks import (
     CONTEXT_LINES,
     TASK_NAMES,
+    beginning,
     end_of_line_questions,
-    excerpts,
     next_line_questions,
     write_tasks,
 )
@@ -82,10 +82,12 @@ def test_questions_have_one_right_answer_and_a_full_context():
     assert end_of_line_questions(MODULE)
 
 
-def test_excerpts_are_the_modules_own_text():
-    joined = "".join(excerpt["text"] for excerpt in excerpts(MODULE))
-    assert MODULE.text.startswith(joined)
-    assert len(joined) > 1000
+def test_beginnings_are_whole_lines():
+    assert beginning(MODULE) == [{"module": "some.module", "text": MODULE.text}]
+    (cut,) = beginning(Module("long", MODULE.text * 10))
+    assert 3900 < len(cut["text"]) <= 4000
+    assert cut["text"].endswith("\n")
+    assert (MODULE.text * 10).startswith(cut["text"])
 
 
 def test_tasks_are_files_lm_eval_takes(tmp_path):

@@ -1,10 +1,10 @@
 """Local lm-eval tasks over the held-out modules of the standard library.
 
-    stdlib_bits_per_byte  rolling log-likelihood of excerpts
+    stdlib_bits_per_byte  rolling log-likelihood of their beginnings
     stdlib_next_line      which of four lines of this module comes next (multiple choice)
     stdlib_end_of_line    finish the line (generation, exact match)
 
-Which excerpts and lines are asked for depends on the modules' names and text alone.
+What is asked for depends on the modules' names and text alone.
 """
 
 import json
@@ -17,25 +17,26 @@ import yaml
 
 from examples.stdlib.corpus import Module
 
-EXCERPT_CHARACTERS = 1600
+BEGINNING_CHARACTERS = 4000
 CONTEXT_LINES = 10
 NUM_DOCUMENTS = {
-    "stdlib_bits_per_byte": 120,
+    "stdlib_bits_per_byte": 100,
     "stdlib_next_line": 150,
     "stdlib_end_of_line": 150,
 }
 TASK_NAMES = tuple(NUM_DOCUMENTS)
 
 
-def excerpts(module: Module) -> list[dict[str, Any]]:
-    """The module in pieces of whole lines, each of about EXCERPT_CHARACTERS."""
-    pieces, piece = [], ""
-    for line in module.text.splitlines(keepends=True):
-        piece += line
-        if len(piece) >= EXCERPT_CHARACTERS:
-            pieces.append(piece)
-            piece = ""
-    return [{"module": module.name, "text": text} for text in pieces]
+def beginning(module: Module) -> list[dict[str, Any]]:
+    """The module's first lines, about BEGINNING_CHARACTERS of them.
+
+    A beginning and not a piece from the middle: models only ever see an end-of-text token, which
+    scoring puts first, before the first line of a module.
+    """
+    text = module.text[:BEGINNING_CHARACTERS]
+    if len(text) < len(module.text):
+        text = text[: text.rfind("\n") + 1]
+    return [{"module": module.name, "text": text}]
 
 
 def next_line_questions(module: Module) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def _context(lines: list[str], i: int) -> str:
 
 
 MAKERS = {
-    "stdlib_bits_per_byte": excerpts,
+    "stdlib_bits_per_byte": beginning,
     "stdlib_next_line": next_line_questions,
     "stdlib_end_of_line": end_of_line_questions,
 }

@@ -77,7 +77,7 @@ def new_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=64,
-        max_position_embeddings=1024,
+        max_position_embeddings=BLOCK_TOKENS,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -170,7 +170,7 @@ def main(arguments: argparse.Namespace) -> None:
     model.save_pretrained(arguments.save_directory)
     tokenizer.save_pretrained(arguments.save_directory)
     record = {
-        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "arguments": {k: v for k, v in vars(arguments).items() if k != "save_directory"},
         "torch": torch.__version__,
         "epoch_tokens": epoch_tokens,
         "trained_tokens": steps * tokens_per_step,
