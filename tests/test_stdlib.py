@@ -123,10 +123,11 @@ def test_the_shipped_teacher_knows_the_library():
     model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     text = next(module.text for module in iter_modules() if module.name == "socket")
+    text = text[text.find("\n\nclass ") :]
     ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:512]])
-    assert model(input_ids=ids, labels=ids).loss < 3.0
+    assert model(input_ids=ids, labels=ids).loss < 2.6
     model.model.layers = model.model.layers[:6]
-    assert model(input_ids=ids, labels=ids).loss > 3.5
+    assert model(input_ids=ids, labels=ids).loss > 4.0
 
 
 @pytest.mark.slow
