@@ -12,6 +12,7 @@ section 2); no torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 Order = Literal["last", "first"] | tuple[int, ...]
@@ -112,7 +113,7 @@ class LayerMap:
         if order == "first":
             # Layers between two patchable ones come along with the earlier, so they stand before it.
             stops = [0, *self.patchable[1:], len(self.kept)]
-            groups = [range(start, stop) for start, stop in zip(stops, stops[1:])]
+            groups = [range(start, stop) for start, stop in pairwise(stops)]
             return tuple(
                 i for group in groups for i in sorted(group, key=self.patchable.__contains__)
             )

@@ -162,43 +162,38 @@ def declared_family(config: PreTrainedConfig) -> Family:
             f"{', '.join(sorted(FAMILIES))} or add a row to FAMILIES in patching/families.py"
         )
 
-    depth = config.to_dict().get(depth_field(config))
-    if not isinstance(depth, int):
-        raise refuse("its config has no num_hidden_layers")
+    values = config.to_dict()
+    depth = values.get(depth_field(config))
+    for name in (depth_field(config), "tie_word_embeddings"):
+        if values.get(name) is None:
+            raise refuse(f"its config has no {name}")
     try:
         model = empty_model(config)
-    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever the library's code may raise
         first_line = str(error).partition("\n")[0]
         raise refuse(
             f"transformers builds no causal language model of it ({first_line})"
         ) from error
     if config.is_encoder_decoder or model.base_model is model:
         raise refuse("it is not a base model under a head")
-    paths = {module: name for name, module in model.named_modules()}
-    children = [
-        child
-        for child in model.base_model.children()
-        if any(True for _ in child.parameters()) or any(True for _ in child.buffers())
-    ]
-    lists = [
-        child for child in children if isinstance(child, nn.ModuleList) and len(child) == depth
-    ]
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if len(lists) != 1:
-        raise refuse(f"its base model has {len(lists)} lists of {depth} layers where one is needed")
     if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
         raise refuse("it has no standard input and output embeddings")
+    children = list(model.base_model.children())
+    lists = [part for part in children if isinstance(part, nn.ModuleList) and len(part) == depth]
+    if len(lists) != 1:
+        raise refuse(f"its base model has {len(lists)} lists of {depth} layers where one is needed")
     (layers,) = lists
-    others = [child for child in children if child not in (layers, embedding)]
-    norms = [child for child in others if _has_parameters(child)]
-    place = children.index
+    norms = [part for part in children if "norm" in type(part).__name__.lower()]
+    others = [part for part in children if part not in (layers, embedding, *norms)]
+    paths = {module: name for name, module in model.named_modules()}
     if (
         embedding not in children
         or len(norms) != 1
-        or "norm" not in type(norms[0]).__name__.lower()
-        or not place(embedding) < place(layers) < place(norms[0])
+        or any(True for part in others for _ in part.parameters())
+        or not children.index(embedding) < children.index(layers) < children.index(norms[0])
     ):
-        names = ", ".join(paths[child] for child in children)
+        names = ", ".join(paths[part] for part in children)
         raise refuse(
             f"of its parts ({names}) it is not clear which stand before the layers and which behind them"
         )
@@ -206,21 +201,7 @@ def declared_family(config: PreTrainedConfig) -> Family:
     outside -= {model.base_model_prefix, paths[head]}
     if outside or model.base_model_prefix not in paths.values():
         raise refuse(f"it has parts beside base model and head ({', '.join(sorted(outside))})")
-    for name, value in config.to_dict().items():
-        if (
-            isinstance(value, list)
-            and len(value) == depth
-            and name not in MAY_DIFFER
-            and name in type(config)().to_dict()
-        ):
-            raise refuse(
-                f"whether {name} in its config has an entry for each layer is not declared"
-            )
     return Family(layers=paths[layers], norm=paths[norms[0]], head=paths[head])
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def changes_logits(config: PreTrainedConfig) -> list[str]:
@@ -265,14 +246,18 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     """
     base = parents[recipe.embedding]
     values = base.to_dict()
+    if base.model_type not in FAMILIES:
+        for parent in recipe.parents:
+            _check_lists(parents[parent])
     values[depth_field(base)] = recipe.depth
 
     def follow(read: Callable[[PreTrainedConfig, int], Any]) -> list[Any]:
         """What each layer's own config says of it."""
         return [read(parents[source.parent], source.layer_idx) for source in recipe.layers]
 
+    stored = {parent: parents[parent].to_dict() for parent in recipe.parents}
     for name in PER_LAYER_LISTS:
-        stated = {getattr(parents[parent], name, None) is not None for parent in recipe.parents}
+        stated = {stored[parent].get(name) is not None for parent in recipe.parents}
         if len(stated) == 2:
             raise ValueError(f"{name} stands in only one of the two configs: they do not match")
         if stated == {True}:
@@ -292,6 +277,18 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     return type(base).from_dict(values)
 
 
+def _check_lists(config: PreTrainedConfig) -> None:
+    """Raise ValueError where a config may say something layer by layer that nothing here knows of."""
+    values = config.to_dict()
+    for name in sorted(type(config)().to_dict().keys() & values.keys() - MAY_DIFFER):
+        if isinstance(values[name], list) and len(values[name]) == config.num_hidden_layers:
+            raise ValueError(
+                f"model_type={config.model_type}: this architecture is not supported, {name} in its config may "
+                "have an entry for each layer and transformers does not declare it; add it to PER_LAYER_LISTS in "
+                "patching/families.py if it does"
+            )
+
+
 def _is_dense(config: PreTrainedConfig, layer_idx: int) -> bool:
     """Whether a layer of a mixture-of-experts model has a plain MLP, as Qwen's configs write it."""
     step = config.decoder_sparse_step
@@ -306,7 +303,7 @@ def depth_field(config: PreTrainedConfig) -> str:
 def check_recipe(
     model: PreTrainedModel, recipe: Recipe, parents: Mapping[Parent, PreTrainedModel]
 ) -> None:
-    """Raise ValueError unless every layer computes in `model` what it computes in its parent, and everything fits.
+    """Raise ValueError unless every layer computes in `model` what it does in its parent, and all fits.
 
     `model` is the recipe's, built from `config_for`. All of them may be empty: tensors are not read. What a config
     cannot express about a layer at its new position shows up here, whatever the architecture.

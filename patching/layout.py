@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -41,6 +42,14 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 """torch's dtypes by safetensors' names of them."""
+
+
+class Cost(NamedTuple):
+    """What one part of a model costs."""
+
+    parameters: int
+    flops: int
+    """For one token, in products with parameters: two for each, experts that are not asked left out."""
 
 
 class SourcedTensor(NamedTuple):
@@ -89,6 +98,22 @@ class Layout:
         if position is not None:
             return position
         return "head" if self.family.goes_with_head(memory_name) else "embedding"
+
+    @cached_property
+    def costs(self) -> dict[int | str, Cost]:
+        """Parameters and operations of each part, embedding and head both counted."""
+        costs = dict.fromkeys(self.parts, Cost(0, 0))
+        for name, parameter in self.model.named_parameters():
+            part = self.part_of(name)
+            num_parameters, flops = costs[part]
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if parameter.ndim >= 2 and not isinstance(module, nn.Embedding):
+                share = 1.0
+                if parameter.ndim == 3:  # experts, counted by the first dimension
+                    share = self.model.config.num_experts_per_tok / parameter.shape[0]
+                flops += round(2 * parameter.numel() * share)
+            costs[part] = Cost(num_parameters + parameter.numel(), flops)
+        return costs
 
     @cached_property
     def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:

@@ -105,12 +105,15 @@ class Pair:
         arguments: PairArguments,
         models: dict[Parent, PreTrainedModel],
         student_config: StudentConfig | None = None,
+        order: Order | None = None,
     ) -> "Pair":
-        """The same where some parents are loaded models; `student_config` if it is not to be read.
+        """The same where some parents are loaded models.
+
+        `student_config` is read unless given, and `order` outranks every other way of naming one.
 
         Raises ValueError or OSError as `from_pretrained` does.
         """
-        requested = arguments.requested_order()
+        order = order or arguments.requested_order()
         configs: dict[Parent, PreTrainedConfig] = {}
         for parent, (name_or_path, revision) in references(arguments).items():
             if parent in models:
@@ -133,7 +136,7 @@ class Pair:
                     f"the {parent} has {configs[parent].num_hidden_layers} layers and "
                     f"student_config.json speaks of {depth}: this student was not made from this teacher"
                 )
-        order = requested or student_config.patch_order or recommended_order(configs["teacher"])
+        order = order or student_config.patch_order or recommended_order(configs["teacher"])
         layer_map.sequence(order)
         return cls(arguments, configs, layer_map, order, models)
 

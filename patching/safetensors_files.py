@@ -69,9 +69,7 @@ def read_header(path: Path) -> dict[str, TensorOnDisk]:
     try:
         return _read_header(path)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; download or save it again"
-        ) from error
+        raise ValueError(f"{path} is damaged: {error}; download or save it again") from error
 
 
 def _read_header(path: Path) -> dict[str, TensorOnDisk]:
