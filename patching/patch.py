@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.assemble import assemble
@@ -413,7 +414,10 @@ def save(
         generation_config_of(references(arguments)[recipe.embedding]).save_pretrained(folder)
         plan.config.save_pretrained(folder)
     else:
-        plan.save_pretrained(folder, max_shard_size=max_shard_bytes)
+        try:
+            plan.save_pretrained(folder, max_shard_size=max_shard_bytes)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Small random pairs of every family in the table, in memory and on disk."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import byte_tokenizer, tiny_model, trained_student
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from patching.blocks import LayerMap
+from patching.recipe import Recipe
 from patching.student_config import StudentConfig
 
 NUM_LAYERS = 6
@@ -45,7 +48,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mixtral": GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": GATED
-    | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    | {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 5.0,
+    },
     "gemma3_text": GATED
     | {
         "head_dim": 8,
@@ -119,3 +127,42 @@ def save_models(
 def change_config(folder: str | Path, **changes: Any) -> None:
     path = Path(folder, "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+PATHS = {
+    "gpt2": ("transformer.h", "transformer.ln_f"),
+    "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    "opt": ("model.decoder.layers", "model.decoder.final_layer_norm"),
+}
+"""Where layers and final norm lie, for families not built like Llama."""
+
+
+def hand_written(
+    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
+) -> PreTrainedModel:
+    """What a recipe means, written out: copies of layers put into a copy of the embedding's model."""
+    parents = {"teacher": teacher, "student": student}
+    model = copy.deepcopy(parents[recipe.embedding])
+    layers_path, norm_path = PATHS.get(model.config.model_type, ("model.layers", "model.norm"))
+    layers = torch.nn.ModuleList()
+    for position, (parent, layer_idx) in enumerate(recipe.layers):
+        layer = copy.deepcopy(parents[parent].get_submodule(layers_path)[layer_idx])
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+        layers.append(layer)
+    model.set_submodule(layers_path, layers)
+    head = parents[recipe.head]
+    model.set_submodule(norm_path, copy.deepcopy(head.get_submodule(norm_path)))
+    if model.config.model_type == "opt":
+        model.model.decoder.project_out = copy.deepcopy(head.model.decoder.project_out)
+    model.set_output_embeddings(copy.deepcopy(head.get_output_embeddings()))
+    if "layer_types" in model.config.to_dict():
+        model.config.layer_types = [
+            parents[parent].config.layer_types[layer_idx] for parent, layer_idx in recipe.layers
+        ]
+    if model.config.model_type in ("gemma3_text", "olmo3"):
+        # A student whose layers are all of one kind has no rotary table of the other.
+        model.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
+    model.config.num_hidden_layers = recipe.depth
+    return model.eval()
