@@ -1,9 +1,8 @@
 """Measure every size of a family with lm-evaluation-harness.
 
-Hugging Face has a package of this name too, and lm-eval's tasks import it. Both live here: what this folder does
-not define comes from the installed package, whose own `__init__` runs in this namespace the first time anything
-of it is asked for (it takes seconds to import).
-"""
+Hugging Face has a package of this name too, and lm-eval's tasks import it. Both live here: what
+this folder does not define comes from the installed package, whose own `__init__` runs in this
+namespace the first time anything of it is asked for (it takes seconds to import)."""
 
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -37,7 +36,9 @@ def __getattr__(name: str):
 
 
 class _InstalledSubmodules(MetaPathFinder):
-    """`import evaluate.loading` as the first use: the installed `__init__` has to run before its submodules."""
+    """`import evaluate.loading` as the first use: the installed `__init__` has to run before its
+    submodules.
+    """
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         if _installed_has_run or fullname.rpartition(".")[0] != __name__:
@@ -48,7 +49,13 @@ class _InstalledSubmodules(MetaPathFinder):
             return None
         _run_installed()
         module = sys.modules.get(fullname)
-        return None if module is None else ModuleSpec(fullname, _Loaded(module))
+        if module is not None:
+            # The import system takes the spec of a module that is there already, and would run it
+            # again.
+            origin, locations = module.__spec__.origin, module.__spec__.submodule_search_locations
+            module.__spec__ = ModuleSpec(fullname, _Loaded(module), origin=origin)
+            module.__spec__.submodule_search_locations = locations
+        return getattr(module, "__spec__", None)
 
 
 class _Loaded(Loader):

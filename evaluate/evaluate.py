@@ -1,14 +1,13 @@
 """Evaluate one size, several, or the whole family between a student and its teacher.
 
-    python -m evaluate.evaluate --teacher_model_name_or_path TEACHER --student_model_name_or_path STUDENT \\
+    python -m evaluate.evaluate --teacher_model_name_or_path TEACHER --student_model_name_or_path
+    STUDENT \\
         --save_directory DIR --num_layers_to_patch all --baselines naive
 
-Both models are loaded once; every size shares their weights. DIR receives one JSON file per model, a table
-(summary.md, summary.csv) and a plot (summary.png, summary.svg).
-"""
+Both models are loaded once; every size shares their weights. DIR receives one JSON file per model,
+a table (summary.md, summary.csv) and a plot (summary.png, summary.svg). """
 
 import dataclasses
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,8 @@ class EvaluationArguments(PairArguments):
     baselines: str | None = field(
         default=None,
         metadata={
-            "help": "evaluated beside each size, separated by commas: naive (the teacher pruned to the "
+            "help": "evaluated beside each size, separated by commas: naive (the teacher pruned "
+            "to the "
             "same depth without distillation)"
         },
     )
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         pair = Pair.from_pretrained(arguments)
         sizes = parse_sizes(arguments.num_layers_to_patch, pair.layer_map.max_layers_to_patch)
         members = members_of(pair, sizes, arguments.baseline_names)
-        device = torch.device(arguments.device or default_device())
+        device = usable_device(arguments.device)
         tokenizer = pair.tokenizer
         tasks = load_tasks(
             split_names(arguments.tasks), arguments.include_path, arguments.trust_remote_code
@@ -162,9 +162,6 @@ def run_tasks(model, tokenizer, tasks: list, arguments: EvaluationArguments) -> 
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns of each model it did not load itself
     model_of_harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
     limit = arguments.limit
     found = simple_evaluate(
@@ -178,9 +175,20 @@ def run_tasks(model, tokenizer, tasks: list, arguments: EvaluationArguments) -> 
     return {name: found[name] for name in kept if name in found}
 
 
-def default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None else accelerator.type
+def usable_device(name: str | None) -> torch.device:
+    """The named device, by default the accelerator where there is one. Raises ValueError if it is
+    not there.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch raises either for a device it has not got
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used here: {reason}") from error
 
 
 if __name__ == "__main__":

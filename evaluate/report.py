@@ -1,4 +1,6 @@
-"""Results of a sweep as a table (Markdown and CSV) and a plot of score against parameters (PNG and SVG)."""
+"""Results of a sweep as a table (Markdown and CSV) and a plot of score against parameters (PNG and
+SVG).
+"""
 
 import csv
 import io
@@ -38,8 +40,8 @@ class Score:
 def scores_of(result: dict[str, Any]) -> list[Score]:
     """All scores in a stored result, tasks and metrics in lm-eval's order.
 
-    Metrics are named as lm-eval does, with the filter behind where it is not `none`: `exact_match,strict-match`.
-    """
+    Metrics are named as lm-eval does, with the filter behind where it is not `none`:
+    `exact_match,strict-match`."""
     scores = []
     for task, values in result["results"].items():
         for key, value in values.items():
@@ -104,7 +106,9 @@ def name_of(result: dict[str, Any]) -> str:
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """One row per model: layers, parameters both ways, and each task's main score with its standard error."""
+    """One row per model: layers, parameters both ways, and each task's main score with its standard
+    error.
+    """
     columns = main_scores(results[0])
     header = ["model", "layers", "parameters", "stored"] + [
         f"{task} ({score.metric} {'↑' if score.higher_is_better else '↓'})"
@@ -132,8 +136,17 @@ def csv_table(results: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        "series num_layers_to_patch depth parameters_both_counted parameters_stored task metric value "
-        "stderr".split()
+        [
+            "series",
+            "num_layers_to_patch",
+            "depth",
+            "parameters_both_counted",
+            "parameters_stored",
+            "task",
+            "metric",
+            "value",
+            "stderr",
+        ]
     )
     for result in results:
         for score in scores_of(result):

@@ -1,6 +1,7 @@
-"""Which lm-eval tasks are run, loaded before any weights so that a missing one is noticed at once."""
+"""Which lm-eval tasks are run, loaded before any weights so that a missing one is noticed."""
 
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +33,12 @@ def load_tasks(
 ) -> list[Task | Group]:
     """The named tasks and groups with their data.
 
-    `include_path` is a folder of task files, which come before lm-eval's own. A metric that Hugging Face's
-    `evaluate` would download is code, so it runs only with `trust_remote_code`; a metric in a local folder runs.
+    `include_path` is a folder of task files, which come before lm-eval's own. A metric that Hugging
+    Face's `evaluate` would download is code, so it runs only with `trust_remote_code`; a metric in
+    a local folder runs.
 
-    Raises ValueError for an unknown task, and for a metric that cannot be loaded, which lm-eval would
-    leave out of the results.
+    Raises ValueError for an unknown task, and for a metric that cannot be loaded, which lm-eval
+    would leave out of the results.
     """
     if not names:
         raise ValueError("no tasks: name some with --tasks, separated by commas")
@@ -44,6 +46,10 @@ def load_tasks(
         raise ValueError(f"include_path={include_path}: there is no such folder")
     if not trust_remote_code:
         refuse_metric_downloads()
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns of each setting left at its default
+    logging.getLogger("lm_eval.api.registry").setLevel(logging.CRITICAL)  # said below, in one line
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if any(name not in manager.task_index for name in names):
         manager = TaskManager(include_path=include_path)  # scans all of lm-eval's own: seconds
@@ -54,15 +60,19 @@ def load_tasks(
         raise ValueError(f"tasks={','.join(unknown)}: lm-eval has no such task, {hint}")
     loaded: list[Task | Group] = []
     for name in names:
-        built = manager._load_spec(name)
-        loaded += built if isinstance(built, list) else [built]
+        found = manager.load([name])
+        group = found["groups"].get(name)
+        loaded += found["tasks"].values() if group is None else [group]
     for task in _leaves(loaded):
+        if task.config.process_results is not None:
+            continue  # such a task computes its metrics itself
         for metric, function in task._metric_fn_list.items():
             if function is None:
                 raise ValueError(
-                    f"task {task.task_name}: its metric {metric} cannot be loaded. A metric of Hugging Face's "
-                    "evaluate is downloaded code: give --trust_remote_code to run it, or the path of a local "
-                    "metric folder in the task file"
+                    f"task {task.task_name}: its metric {metric} cannot be loaded. A metric of "
+                    "Hugging Face's evaluate is downloaded code: give --trust_remote_code to run "
+                    "it, "
+                    "or the path of a local metric folder in the task file"
                 )
     return loaded
 
@@ -76,19 +86,20 @@ def _leaves(tasks: Sequence[Task | Group]) -> list[Task]:
 
 
 def refuse_metric_downloads() -> None:
-    """From here on, `evaluate.load` takes local folders and nothing from the hub."""
-    import evaluate
+    """From here on Hugging Face's `evaluate` loads metrics from local folders only."""
+    from evaluate import loading
 
-    if getattr(evaluate.load, "only_local", False):
+    if getattr(loading.evaluation_module_factory, "only_local", False):
         return
-    load_anything = evaluate.load
+    find_any_module = loading.evaluation_module_factory
 
-    def load(path: str, *args, **kwargs):
-        if not Path(path).exists():
+    def find_local_module(path: str, *args, **kwargs):
+        script = Path(path) if path.endswith(".py") else Path(path, f"{Path(path).name}.py")
+        if not script.is_file():
             raise ValueError(
                 f"metric {path} would be downloaded and run: give --trust_remote_code to allow it"
             )
-        return load_anything(path, *args, **kwargs)
+        return find_any_module(path, *args, **kwargs)
 
-    load.only_local = True
-    evaluate.load = load
+    find_local_module.only_local = True
+    loading.evaluation_module_factory = find_local_module

@@ -1,1 +1,3 @@
-"""Recipes of layers and the models made from them: initial students, pruned baselines, every size in between."""
+"""Recipes of layers and the models made from them: initial students, pruned baselines, every size
+in between.
+"""

@@ -1,12 +1,12 @@
 """Which teacher layers each student layer stands for: the arithmetic everything else follows from.
 
-A student keeps some teacher layers, and student layer i stands for the teacher layers from its own up to
-the next kept one:
+A student keeps some teacher layers, and student layer i stands for the teacher layers from its own
+up to the next kept one:
 
     teacher block i = range(kept[i], kept[i + 1])        (the last block ends at N)
 
-Patching student layer i puts its whole block in its place. Everything here is integers (arXiv 2510.05064,
-section 2); no torch.
+Patching student layer i puts its whole block in its place. Everything here is integers (arXiv
+2510.05064, section 2); no torch.
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,17 @@ def default_kept_layers(
     first_layers_to_keep: int,
     last_layers_to_keep: int,
 ) -> tuple[int, ...]:
-    """The first layers, every n-th one from the last of those, and the tail, as 0-based teacher layers.
+    """The first layers, every n-th one from the last of those, and the tail, as 0-based teacher
+    layers.
 
-    On some remainders this differs from the paper's code, which leaves layers unaligned there; the published
-    models' layers come out the same.
+    On some remainders this differs from the paper's code, which leaves layers unaligned there; the
+    published models' layers come out the same.
 
     Raises ValueError where a number lies outside 1..num_teacher_layers.
     """
     problems = [
-        f"{name}={value}: this teacher has {num_teacher_layers} layers, choose 1-{num_teacher_layers}"
+        f"{name}={value}: this teacher has {num_teacher_layers} layers, "
+        f"choose 1-{num_teacher_layers}"
         for name, value in (
             ("alternate_every_n_layers", alternate_every_n_layers),
             ("first_layers_to_keep", first_layers_to_keep),
@@ -70,8 +72,8 @@ class LayerMap:
             or self.kept[-1] >= self.num_teacher_layers
         ):
             raise ValueError(
-                f"kept layers {list(self.kept)}: they must start at 0, increase, and stay below the teacher's "
-                f"{self.num_teacher_layers} layers"
+                f"kept layers {list(self.kept)}: they must start at 0, increase, and stay below "
+                f"the teacher's {self.num_teacher_layers} layers"
             )
 
     @cached_property
@@ -92,9 +94,11 @@ class LayerMap:
 
     @cached_property
     def alignment_pairs(self) -> tuple[tuple[int, int], ...]:
-        """(student hidden state, teacher hidden state) to compare: embeddings, then the end of each block.
+        """(student hidden state, teacher hidden state) to compare: embeddings, then the end of each
+        block.
 
-        Hidden state j is the activation after j layers; the last pair is after each model's final norm.
+        Hidden state j is the activation after j layers; the last pair is after each model's final
+        norm.
         """
         return ((0, 0), *((i + 1, block.stop) for i, block in enumerate(self.blocks)))
 
@@ -131,7 +135,8 @@ class LayerMap:
     def patched_layers(self, num_layers_to_patch: int, order: Order) -> frozenset[int]:
         """The student layers replaced at size k: the order's sequence up to its k-th patchable layer.
 
-        Single-layer blocks at the patched end come from the teacher too, so that k = max is the teacher itself.
+        Single-layer blocks at the patched end come from the teacher too, so that k = max is the
+        teacher itself.
 
         Raises ValueError where k lies outside 0..max_layers_to_patch.
         """
@@ -178,7 +183,9 @@ def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:
 
 
 def parse_ranges(text: str, name: str) -> list[int]:
-    """Numbers and inclusive ranges, `0,2,4-7`, in the order given; `name` is the flag, for the message."""
+    """Numbers and inclusive ranges, `0,2,4-7`, in the order given; `name` is the flag, for the
+    message.
+    """
     numbers: list[int] = []
     for part in text.split(","):
         start, dash, stop = (piece.strip() for piece in part.partition("-"))

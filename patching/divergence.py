@@ -1,7 +1,8 @@
 """Cross entropy and Kullback-Leibler divergence over a large vocabulary, chunk by chunk of tokens.
 
-Logits of a whole batch are by far its largest tensors (151,936 entries a token for Qwen3). Here they exist for a
-chunk of tokens at a time: the gradient of each chunk is formed at once and only its sum is kept.
+Logits of a whole batch are by far its largest tensors (151,936 entries a token for Qwen3). Here
+they exist for a chunk of tokens at a time: the gradient of each chunk is formed at once and only
+its sum is kept.
 
 Shapes: N tokens, V vocabulary, D hidden size.
 """
@@ -36,11 +37,13 @@ def vocabulary_loss(
     kl_weight: float,
     temperature: float = 1.0,
 ) -> VocabularyLoss:
-    """Sums over tokens of CE(z_S, y) and KL(softmax(z_T / T) || softmax(z_S / T)), differentiable in the student.
+    """Sums over tokens of CE(z_S, y) and KL(softmax(z_T / T) || softmax(z_S / T)), differentiable
+    in the student.
 
-    `loss` is `cross_entropy_weight * cross_entropy + kl_weight * kl`; the factor T^2 of Hinton et al.
-    (arXiv 1503.02531) belongs into `kl_weight`. A term of weight 0 is not computed and its sum is 0. Gradients
-    reach `student_hidden_ND` and the head's parameters; the teacher gets none. Softmaxes are taken in fp32.
+    `loss` is `cross_entropy_weight * cross_entropy + kl_weight * kl`; the factor T^2 of Hinton et
+    al. (arXiv 1503.02531) belongs into `kl_weight`. A term of weight 0 is not computed and its sum
+    is 0. Gradients reach `student_hidden_ND` and the head's parameters; the teacher gets none.
+    Softmaxes are taken in fp32.
     """
     if kl_weight and (teacher_hidden_ND is None or teacher_head is None):
         raise ValueError("the KL term needs the teacher's hidden states and head")
@@ -86,7 +89,9 @@ def vocabulary_loss(
 
 
 class _Chunked(torch.autograd.Function):
-    """Runs the head over chunks of tokens, forming each chunk's gradient while its logits are there."""
+    """Runs the head over chunks of tokens, forming each chunk's gradient while its logits are
+    there.
+    """
 
     @staticmethod
     def forward(

@@ -17,7 +17,9 @@ from patching.recipe import Parent, Recipe
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths inside a causal language model; all that is not named here goes with the embedding."""
+    """Module paths inside a causal language model; all that is not named here goes with the
+    embedding.
+    """
 
     layers: str
     norm: str
@@ -87,7 +89,8 @@ LOGIT_FIELDS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_s
 """Config fields that scale or cap what the head returns, and the value at which they do nothing."""
 
 MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
-    # Bookkeeping of any model, above, and what changes neither the forward pass nor the shape of a layer.
+    # Bookkeeping of any model, above, and what changes neither the forward pass nor the shape of a
+    # layer.
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -132,8 +135,9 @@ def family_of(config: PreTrainedConfig) -> Family:
     for flag in family.position_dependent_flags:
         if getattr(config, flag):
             raise ValueError(
-                f"{flag}=True in the {config.model_type} config: a layer's arithmetic then depends on its position, "
-                "so it cannot be moved; only models with this flag off can be pruned and patched"
+                f"{flag}=True in the {config.model_type} config: a layer's arithmetic then depends "
+                "on its position, so it cannot be moved; only models with this flag off can be "
+                "pruned and patched"
             )
     values = config.to_dict()
     for name in LAYERS_THAT_SHARE:
@@ -214,11 +218,13 @@ def changes_logits(config: PreTrainedConfig) -> list[str]:
 
 
 def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """Raise ValueError, naming the fields, unless layers of one model can stand between layers of the other."""
+    """Raise ValueError, naming the fields, unless layers of one model can stand between layers of
+    the other.
+    """
     if student.model_type != teacher.model_type:
         raise ValueError(
-            f"the student is a {student.model_type} model and the teacher a {teacher.model_type} model: "
-            "a student must have been distilled from this teacher"
+            f"the student is a {student.model_type} model and the teacher a {teacher.model_type} "
+            "model: a student must have been distilled from this teacher"
         )
     student_values, teacher_values = student.to_dict(), teacher.to_dict()
     declared = set(
@@ -226,7 +232,8 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
     )  # what only a config file holds, no forward pass reads
     names = declared - MAY_DIFFER - {depth_field(teacher)}
     different = [
-        f"{name} is {student_values.get(name)} in the student and {teacher_values.get(name)} in the teacher"
+        f"{name} is {student_values.get(name)} in the student and {teacher_values.get(name)} "
+        "in the teacher"
         for name in sorted(names)
         if student_values.get(name) != teacher_values.get(name)
     ]

@@ -19,8 +19,8 @@ def hidden_states_at(
 ) -> list[Tensor]:
     """Run the model without its head; return hidden states `indices`, each of shape (B, T, D).
 
-    Hidden state j is what layer j reads; the last, behind all layers, is taken after the final norm,
-    as transformers counts them too.
+    Hidden state j is what layer j reads; the last, behind all layers, is taken after the final
+    norm, as transformers counts them too.
     """
     layers = model.get_submodule(family_of(model.config).layers)
     states: dict[int, Tensor] = {}

@@ -1,4 +1,6 @@
-"""What the command lines leave behind: files and folders that appear complete or not at all, and what made them."""
+"""What the command lines leave behind: files and folders that appear complete or not at all, and
+what made them.
+"""
 
 import fcntl
 import json
@@ -20,7 +22,9 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "safet
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside `path` and rename it: a reader finds the old text or the new, never half of it."""
+    """Write a file beside `path` and rename it: a reader finds the old text or the new, never half
+    of it.
+    """
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
@@ -34,7 +38,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise ValueError unless a folder can be made at `path`: nothing there yet, or an empty folder, and writable."""
+    """Raise ValueError unless a folder can be made at `path`: nothing there yet, or an empty
+    folder, and writable.
+    """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder that does not exist yet")
     if path.is_dir() and any(path.iterdir()):

@@ -1,4 +1,6 @@
-"""A teacher and its student as the user names them: all checks from configs alone, weights only when asked for."""
+"""A teacher and its student as the user names them: all checks from configs alone, weights only
+when asked for.
+"""
 
 import pickle
 from collections.abc import Iterable
@@ -58,7 +60,8 @@ class PairArguments:
     override_llama_patching: bool = field(
         default=False,
         metadata={
-            "help": "obey --patch_first_k_layers even where it is absent, so that a llama is patched last first"
+            "help": "obey --patch_first_k_layers even where it is absent, so that a llama is "
+            "patched last first"
         },
     )
 
@@ -69,8 +72,8 @@ class PairArguments:
         """
         if self.order is not None and (self.patch_first_k_layers or self.override_llama_patching):
             raise ValueError(
-                f"--order {self.order} and --patch_first_k_layers or --override_llama_patching both name an order: "
-                "give one of them"
+                f"--order {self.order} and --patch_first_k_layers or --override_llama_patching "
+                "both name an order: give one of them"
             )
         if self.patch_first_k_layers:
             return "first"
@@ -81,7 +84,7 @@ class PairArguments:
 
 @dataclass(frozen=True)
 class Pair:
-    """A checked teacher and student, their layer map and the order in which the student is patched."""
+    """A checked teacher and student, their layer map and the order of patching."""
 
     arguments: PairArguments
     configs: dict[Parent, PreTrainedConfig]
@@ -153,7 +156,9 @@ class Pair:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, padding on the left with a padding token, as batched generation needs."""
+        """The teacher's tokenizer, padding on the left with a padding token, as batched generation
+        needs.
+        """
         tokenizer = AutoTokenizer.from_pretrained(
             self.arguments.teacher_model_name_or_path,
             revision=self.arguments.revision,
@@ -255,13 +260,15 @@ def read_config(
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{parent}_model_name_or_path={name_or_path}: neither a model folder nor a hub repository "
-            f"that can be read here ({error})"
+            f"{parent}_model_name_or_path={name_or_path}: neither a model folder nor a hub "
+            f"repository that can be read here ({error})"
         ) from error
     family_of(config)
     return config
 
 
 def recommended_order(teacher: PreTrainedConfig) -> Order:
-    """The order the paper found to work by architecture: Llamas from the first layer, all others from the last."""
+    """The order the paper found to work by architecture: Llamas from the first layer, all others
+    from the last.
+    """
     return "first" if teacher.model_type == "llama" else "last"

@@ -1,4 +1,6 @@
-"""A recipe: which layer of which model goes where. Students, pruned baselines and patched models are all recipes."""
+"""A recipe: which layer of which model goes where. Students, pruned baselines and patched models
+are all recipes.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -24,7 +26,9 @@ class LayerSource(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """An ordered list of layer sources; embedding goes with the first layer's parent, norm and head with the last's."""
+    """An ordered list of layer sources; embedding goes with the first layer's parent, norm and head
+    with the last's.
+    """
 
     layers: tuple[LayerSource, ...]
     embedding: Parent
@@ -76,7 +80,9 @@ def intermediate_model(layer_map: LayerMap, num_layers_to_patch: int, order: Ord
 
 
 def naively_pruned(layer_map: LayerMap, recipe: Recipe) -> Recipe:
-    """The same depth without distillation: each student layer becomes the teacher layer it was initialised from."""
+    """The same depth without distillation: each student layer becomes the teacher layer it was
+    initialised from.
+    """
     layers = tuple(
         LayerSource("teacher", layer_map.kept[source.layer_idx])
         if source.parent == "student"

@@ -15,7 +15,9 @@ FILE_NAME = "student_config.json"
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What a student says of itself. Published students state the two lists of layers and nothing more."""
+    """What a student says of itself. Published students state the two lists of layers and nothing
+    more.
+    """
 
     layer_map: LayerMap
     patch_order: Order | None = None
@@ -39,16 +41,16 @@ class StudentConfig:
 def read_student_config(student_name_or_path: str, revision: str | None = None) -> StudentConfig:
     """Read `student_config.json` from a local folder or a hub repository.
 
-    Raises ValueError where the file is missing, is not JSON, lacks one of the two lists, or where the lists do
-    not split the teacher's layers between them.
+    Raises ValueError where the file is missing, is not JSON, lacks one of the two lists, or where
+    the lists do not split the teacher's layers between them.
     """
     where = f"{student_name_or_path}/{FILE_NAME}"
     try:
         path = cached_file(student_name_or_path, FILE_NAME, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"{where} cannot be read: a student needs it beside its weights to say which teacher layers it was "
-            f"made from ({_first_line(error)})"
+            f"{where} cannot be read: a student needs it beside its weights to say which teacher "
+            f"layers it was made from ({_first_line(error)})"
         ) from error
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -63,7 +63,8 @@ def tiny_config(kind: str, num_layers: int) -> PreTrainedConfig:
         case "qwen2":
             return Qwen2Config(num_hidden_layers=num_layers, **SHAPE, **GROUPED, **tied)
         case "qwen2mixed":
-            # Sliding attention from the second layer on, so that a layer's kind must follow the layer.
+            # Sliding attention from the second layer on, so that a layer's kind must follow the
+            # layer.
             return Qwen2Config(
                 num_hidden_layers=num_layers,
                 use_sliding_window=True,

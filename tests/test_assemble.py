@@ -32,7 +32,9 @@ def pair(request):
 
 
 def run_layers(recipe, teacher, student, tokens_BT):
-    """The recipe as a loop: each chosen layer of its parent in turn, everything else as transformers does it."""
+    """The recipe as a loop: each chosen layer of its parent in turn, everything else as
+    transformers does it.
+    """
     parents = {"teacher": teacher, "student": student}
     first, last = parents[recipe.embedding], parents[recipe.head]
     model_type = first.config.model_type

@@ -1,5 +1,7 @@
 """The layer arithmetic: published models exactly, and its properties for any numbers."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +49,7 @@ def test_sizes_grow_from_the_student_to_the_teacher(layer_map, order):
         intermediate_model(layer_map, k, order) for k in range(layer_map.max_layers_to_patch + 1)
     ]
     depths = [recipe.depth for recipe in recipes]
-    assert all(a < b for a, b in zip(depths, depths[1:]))
+    assert all(a < b for a, b in itertools.pairwise(depths))
     student = tuple(LayerSource("student", i) for i in range(len(layer_map.kept)))
     teacher = tuple(LayerSource("teacher", t) for t in range(layer_map.num_teacher_layers))
     assert recipes[0].layers == student
@@ -56,7 +58,7 @@ def test_sizes_grow_from_the_student_to_the_teacher(layer_map, order):
         assert recipes[-1].layers == teacher
         assert recipes[-1].parents == {"teacher"}
     patched = [layer_map.patched_layers(k, order) for k in range(len(recipes))]
-    assert all(smaller <= larger for smaller, larger in zip(patched, patched[1:]))
+    assert all(smaller <= larger for smaller, larger in itertools.pairwise(patched))
 
 
 @given(layer_maps(), st.sampled_from(["last", "first"]), st.data())

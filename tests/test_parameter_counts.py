@@ -1,5 +1,7 @@
 """Students of the published teachers have the sizes their names say, from configs alone."""
 
+import itertools
+
 import pytest
 from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config
 
@@ -78,5 +80,5 @@ def test_stored_parameters_of_a_tied_family_shrink_at_the_teacher():
         for k in range(18)
     ]
     both = [count.both_counted for count in counts]
-    assert all(smaller < larger for smaller, larger in zip(both, both[1:]))
+    assert all(smaller < larger for smaller, larger in itertools.pairwise(both))
     assert [round(counts[k].stored / 1e9, 2) for k in (16, 17)] == [4.31, 4.02]

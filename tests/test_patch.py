@@ -81,7 +81,7 @@ def test_a_llama_is_patched_first_first_unless_told_otherwise(tmp_path):
     )  # the end is still the student's
     model, _ = build_intermediate_model(*folders, 1, patch_first_k_layers=False)
     assert not torch.equal(model.lm_head.weight, student.lm_head.weight)
-    main(flags(folders, tmp_path / "overridden") + ["--override_llama_patching"])
+    main([*flags(folders, tmp_path / "overridden"), "--override_llama_patching"])
     assert json.loads((tmp_path / "overridden" / "provenance.json").read_text())["order"] == "last"
     recorded = json.loads((tmp_path / "student" / "student_config.json").read_text())
     recorded["patch_order"] = "last"
@@ -127,7 +127,7 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(
 
 
 def test_models_that_do_not_fit_together_are_refused(pair_folders, tmp_path, capsys):
-    teacher, student = pair_folders
+    _teacher, student = pair_folders
 
     def refused(message, **changes):
         with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,6 @@
-"""Training: the step does not depend on how it is split, the teacher stays as it is, held-out means are exact."""
+"""Training: the step does not depend on how it is split, the teacher stays as it is, held-out means
+are exact.
+"""
 
 import copy
 

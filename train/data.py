@@ -1,7 +1,8 @@
 """Text to rows of tokens: local files or a hub stream, a held-out part, packing.
 
-Documents are joined by the end-of-text token and cut into full rows. What is left over at the end of a
-batch of documents becomes a shorter row, so no text is lost. Rows are padded only when they meet in a batch.
+Documents are joined by the end-of-text token and cut into full rows. What is left over at the end
+of a batch of documents becomes a shorter row, so no text is lost. Rows are padded only when they
+meet in a batch.
 """
 
 import re
@@ -49,8 +50,8 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
         held_out = tokenize(held_out, tokenizer, arguments)
         if len(held_out) == 0:
             raise ValueError(
-                f"eval_dataset={arguments.eval_dataset or arguments.dataset}: the held-out documents "
-                "hold no text, give another --eval_dataset"
+                f"eval_dataset={arguments.eval_dataset or arguments.dataset}: the held-out "
+                "documents hold no text, give another --eval_dataset"
             )
     return Rows(train, held_out)
 
@@ -178,9 +179,9 @@ def rows_of_documents(
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
     """Rows as tensors of shape (B, T), padded on the right to the longest.
 
-    `labels` are the tokens, IGNORED_LABEL at padding. What is padding follows from the lengths, never from a
-    token's id: end of text is often the padding token too and yet a real target. Without padding there is
-    no `attention_mask`, which lets attention take its plain causal path.
+    `labels` are the tokens, IGNORED_LABEL at padding. What is padding follows from the lengths,
+    never from a token's id: end of text is often the padding token too and yet a real target.
+    Without padding there is no `attention_mask`, which lets attention take its plain causal path.
     """
     length = max(len(row["input_ids"]) for row in rows)
     lengths_B1 = torch.tensor([[len(row["input_ids"])] for row in rows])

@@ -8,8 +8,8 @@ class DataArguments:
     dataset: str = field(
         default="EleutherAI/the_pile_deduplicated",
         metadata={
-            "help": "text to learn from: a .txt, .jsonl or .parquet file, a folder of them, or a hub "
-            "dataset, which is streamed. In .txt files blank lines separate documents"
+            "help": "text to learn from: a .txt, .jsonl or .parquet file, a folder of them, or a "
+            "hub dataset, which is streamed. In .txt files blank lines separate documents"
         },
     )
     dataset_config: str | None = field(
@@ -20,23 +20,23 @@ class DataArguments:
     eval_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "held-out text, named like --dataset; by default some documents of --dataset are "
-            "held out"
+            "help": "held-out text, named like --dataset; by default some documents of --dataset "
+            "are held out"
         },
     )
     heldout_documents: int = field(
         default=64,
         metadata={
-            "help": "documents of --dataset that training never sees, at most a tenth of local text: "
-            "a sample of local text, the first ones of a stream; 0 for none"
+            "help": "documents of --dataset that training never sees: a sample of local text, at "
+            "most a tenth of it, or the first ones of a stream; 0 for none"
         },
     )
     max_length: int = field(default=2048, metadata={"help": "tokens in a row"})
     packing: bool = field(
         default=True,
         metadata={
-            "help": "join documents by the end-of-text token into full rows; off, a document is a row, "
-            "cut at --max_length"
+            "help": "join documents by the end-of-text token into full rows; off, a document is a "
+            "row, cut at --max_length"
         },
     )
 

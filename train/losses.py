@@ -1,9 +1,11 @@
 """The distillation loss (arXiv 2510.05064, section 3), as pure functions of tensors.
 
-    L = CE(z_S, y) + w_kl T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + w_cos / (M + 1) sum over pairs (1 - cos(h_S, h_T))
+    L = CE(z_S, y) + w_kl T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + w_cos / (M + 1) sum over
+    pairs (1 - cos(h_S, h_T))
 
-CE and KL are means over target positions, the cosine distance is a mean over real positions, and both means are
-over the whole optimiser step, so that the result does not depend on how the step is split.
+CE and KL are means over target positions, the cosine distance is a mean over real positions, and
+both means are over the whole optimiser step, so that the result does not depend on how the step is
+split.
 
 Shapes: B rows, T positions, D hidden size.
 """
@@ -55,7 +57,8 @@ def count(labels_BT: Tensor) -> StepCounts:
 
 
 def cosine_distance(pairs: Iterable[tuple[Tensor, Tensor]], is_real_BT: Tensor) -> Tensor:
-    """Mean over (student, teacher) hidden-state pairs of the sum over real positions of 1 - cos(h_S, h_T).
+    """Mean over (student, teacher) hidden-state pairs of the sum over real positions of 1 -
+    cos(h_S, h_T).
 
     Each state has shape (B, T, D). The teacher's get no gradient.
     """
@@ -82,8 +85,8 @@ def distillation_loss(
 ) -> LossTerms:
     """A micro-batch's share of the loss above; the shares of a step's micro-batches add up to it.
 
-    The lists hold the aligned hidden states; the last of each is after the final norm and feeds the head.
-    `labels_BT` are the tokens themselves, not shifted, with IGNORED_LABEL at padding.
+    The lists hold the aligned hidden states; the last of each is after the final norm and feeds the
+    head. `labels_BT` are the tokens themselves, not shifted, with IGNORED_LABEL at padding.
     """
     zero = student_states_BTD[-1].new_zeros((), dtype=torch.float32)
     loss, cross_entropy, kl, cosine = zero, zero, zero, zero

@@ -97,17 +97,26 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
-    """A documented command line holds --fsdp_config; with a single process there is nothing to shard."""
+    """A documented command line holds --fsdp_config; with a single process there is nothing to
+    shard.
+    """
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        warnings.warn("--fsdp_config has no effect on a single process: start it with torchrun")
+        warnings.warn(
+            "--fsdp_config has no effect on a single process: start it with torchrun", stacklevel=2
+        )
         args.fsdp = args.fsdp_plugin_args = None
+    elif args.fsdp and args.device.type == "cpu":
+        warnings.warn(
+            "accelerate shards on accelerators only: on a CPU every rank holds the whole student",
+            stacklevel=2,
+        )
 
 
 def check_save_directory(save_directory: Path) -> None:
     """Raise ValueError where the folder cannot be written to or holds a model already."""
     if (save_directory / "config.json").exists():
         raise ValueError(
-            f"{save_directory} holds a model already: name another --save_directory, or remove it first"
+            f"{save_directory} holds a model already: name another --save_directory, or remove it"
         )
     check_writable(save_directory)
 

@@ -1,8 +1,8 @@
 """transformers' Trainer with the distillation loss.
 
-The student's `forward` is replaced by one that runs the teacher and itself and returns the loss, so that
-whatever wraps the student (autocast, DDP, FSDP, compilation) wraps both, while saving and resuming still see an
-ordinary model.
+The student's `forward` is replaced by one that runs the teacher and itself and returns the loss, so
+that whatever wraps the student (autocast, DDP, FSDP, compilation) wraps both, while saving and
+resuming still see an ordinary model.
 """
 
 import types
@@ -59,7 +59,9 @@ class DistillationTrainer(Trainer):
         return batches, StepCounts(targets=totals[0], positions=totals[1])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the step's loss; data parallelism averages it over ranks again."""
+        """This micro-batch's share of the step's loss; data parallelism averages it over ranks
+        again.
+        """
         terms: LossTerms = model(**inputs, counts=num_items_in_batch)
         for name in ("cross_entropy", "kl", "cosine"):
             self._term_sums[name] = self._term_sums.get(name, 0) + getattr(terms, name)
@@ -67,7 +69,9 @@ class DistillationTrainer(Trainer):
         return (loss, terms) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the unweighted terms, as means over the steps since the last line, to a training line."""
+        """Add the unweighted terms, as means over the steps since the last line, to a training
+        line.
+        """
         if "loss" in logs and self._term_sums:
             names = active_terms(self.args.loss_weights)
             sums = torch.stack([self._term_sums[name] for name in names])
@@ -83,8 +87,8 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """Each active term and the loss over the held-out rows, as exact means over all of them.
 
-        Rows are shared out among the ranks; a rank that runs out repeats a row without counting it, since
-        sharded models need every rank at every forward pass.
+        Rows are shared out among the ranks; a rank that runs out repeats a row without counting it,
+        since sharded models need every rank at every forward pass.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.model_wrapped
@@ -130,7 +134,7 @@ class DistillationTrainer(Trainer):
         return 0
 
     def save_student(self, folder: Path, dtype: torch.dtype) -> None:
-        """Cast the student and write it whole, as a Hugging Face checkpoint, from the main process."""
+        """Cast the student and write it whole from the main process, as a checkpoint to load."""
         student = self.accelerator.unwrap_model(self.model_wrapped)
         cast_parameters(student, dtype)
         state = self.accelerator.get_state_dict(self.model_wrapped)

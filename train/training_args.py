@@ -1,4 +1,6 @@
-"""Every flag of transformers' TrainingArguments with the paper's settings as defaults, and the loss's own."""
+"""Every flag of transformers' TrainingArguments with the paper's settings as defaults, and the
+loss's own.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -60,11 +62,14 @@ class DistillationArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "steps between log lines"})
     save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "search for parameters without gradient; there are none"}
+    )
     fsdp_config: dict | str | None = field(
         default=None,
         metadata={
-            "help": "shard with FSDP: an existing .json file as in transformers, or any model, whose "
-            "layers are then wrapped"
+            "help": "shard with FSDP: an existing .json file as in transformers, or any model, "
+            "whose layers are then wrapped"
         },
     )
 

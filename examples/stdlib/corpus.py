@@ -1,8 +1,8 @@
 """The demo's text: the source of Python's own standard library, one document per module.
 
-It is on every machine that can run the toolkit, it is real text written by many people, and it needs no
-download. A module belongs to the held-out part if a hash of its *name* says so, so the modules that the
-shipped teacher never saw stay held out under every Python version.
+It is on every machine that can run the toolkit, it is real text written by many people, and it
+needs no download. A module belongs to the held-out part if a hash of its *name* says so, so the
+modules that the shipped teacher never saw stay held out under every Python version.
 
     python -m examples.stdlib.corpus --save_directory demo/corpus
 """
@@ -36,9 +36,10 @@ def is_held_out(module_name: str) -> bool:
 def iter_modules(root: Path | None = None) -> Iterator[Module]:
     """The modules of the standard library in name order, those that do not decode left out.
 
-    `root` is the library's folder, by default the running interpreter's. Installed packages are not part of
-    it, and neither are the build record of this very machine (`_sysconfigdata_*`) and the character tables of
-    `encodings`, which are generated and nearly equal to one another: held-out ones would hold nothing out.
+    `root` is the library's folder, by default the running interpreter's. Installed packages are not
+    part of it, and neither are the build record of this very machine (`_sysconfigdata_*`) and the
+    character tables of `encodings`, which are generated and nearly equal to one another: held-out
+    ones would hold nothing out.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -59,16 +60,17 @@ def iter_modules(root: Path | None = None) -> Iterator[Module]:
 
 
 def write_corpus(save_directory: Path) -> dict[str, int]:
-    """Write `train.jsonl` and `heldout.jsonl` (`module`, `text`); return the bytes of text in each."""
+    """Write `train.jsonl` and `heldout.jsonl` (`module`, `text`); return the bytes in each."""
     save_directory.mkdir(parents=True, exist_ok=True)
     sizes_bytes = {"train.jsonl": 0, "heldout.jsonl": 0}
-    files = {name: open(save_directory / name, "w", encoding="utf-8") for name in sizes_bytes}
-    for module in iter_modules():
-        name = "heldout.jsonl" if is_held_out(module.name) else "train.jsonl"
-        files[name].write(json.dumps({"module": module.name, "text": module.text}) + "\n")
-        sizes_bytes[name] += len(module.text.encode())
-    for file in files.values():
-        file.close()
+    with (
+        open(save_directory / "train.jsonl", "w", encoding="utf-8") as train,
+        open(save_directory / "heldout.jsonl", "w", encoding="utf-8") as held_out,
+    ):
+        for module in iter_modules():
+            file = held_out if is_held_out(module.name) else train
+            file.write(json.dumps({"module": module.name, "text": module.text}) + "\n")
+            sizes_bytes[Path(file.name).name] += len(module.text.encode())
     return sizes_bytes
 
 

@@ -39,7 +39,9 @@ def excerpts(module: Module) -> list[dict[str, Any]]:
 
 
 def next_line_questions(module: Module) -> list[dict[str, Any]]:
-    """Some lines, what stands before each, and the right next line among three others of the module."""
+    """Some lines, what stands before each, and the right next line among three others of the
+    module.
+    """
     lines = module.text.splitlines()
     candidates = sorted({line for line in lines if 10 <= len(line.strip()) <= 60})
     draw = random.Random(module.name)
@@ -60,7 +62,7 @@ def end_of_line_questions(module: Module) -> list[dict[str, Any]]:
     draw = random.Random(module.name)
     questions = []
     for i in _asked_lines(lines, draw):
-        beginning, space, last_word = lines[i].rpartition(" ")
+        beginning, _, last_word = lines[i].rpartition(" ")
         if beginning.strip() and 3 <= len(last_word) <= 16:
             questions.append({"context": _context(lines, i) + beginning, "answer": last_word})
     return questions

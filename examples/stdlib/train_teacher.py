@@ -1,9 +1,10 @@
-"""Train the demo's teacher and its tokenizer on the standard library: what made `examples/stdlib/teacher`.
+"""Train the demo's teacher and its tokenizer on the standard library: what made
+`examples/stdlib/teacher`.
 
     python -m examples.stdlib.train_teacher --save_directory my_teacher
 
-A Qwen3 model small enough to ship and deep enough that its layers matter. Matrices learn by Muon, the rest by
-AdamW, the learning rate falls linearly to zero. An hour or two on two CPU cores.
+A Qwen3 model small enough to ship and deep enough that its layers matter. Matrices learn by Muon,
+the rest by AdamW, the learning rate falls linearly to zero. An hour or two on two CPU cores.
 """
 
 import argparse
@@ -25,7 +26,9 @@ SHORT_BLOCK_TOKENS = 256
 
 
 def train_tokenizer(modules: list[Module], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the training modules; end of text is also the padding, as in Qwen3's base models."""
+    """Byte-level BPE over the training modules; end of text is also the padding, as in Qwen3's base
+    models.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,11 +51,13 @@ def train_tokenizer(modules: list[Module], vocab_size: int) -> PreTrainedTokeniz
 def token_stream(modules: list[Module], tokenizer: PreTrainedTokenizerFast) -> list[torch.Tensor]:
     """Token ids of each module, end of text behind each."""
     ids = tokenizer([module.text for module in modules], return_attention_mask=False)["input_ids"]
-    return [torch.tensor(document + [tokenizer.eos_token_id]) for document in ids]
+    return [torch.tensor([*document, tokenizer.eos_token_id]) for document in ids]
 
 
 def blocks(documents: list[torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-    """The documents in a new order, joined and cut into shuffled rows of BLOCK_TOKENS, shape (rows, BLOCK_TOKENS)."""
+    """The documents in a new order, joined and cut into shuffled rows of BLOCK_TOKENS, shape (rows,
+    BLOCK_TOKENS).
+    """
     order = torch.randperm(len(documents), generator=generator).tolist()
     rows_RT = cut(torch.cat([documents[i] for i in order]))
     return rows_RT[torch.randperm(len(rows_RT), generator=generator)]

@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later: each makes .venv where it is missing and
+# installs what it lacks. A second call installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo demo-variants test test-slow lint
+
+demo: $(VENV)/requirements.done
+	$(RUN) -m examples.stdlib.demo
+
+demo-variants: $(VENV)/requirements.done
+	$(RUN) -m examples.stdlib.demo --variants
+
+test: $(VENV)/requirements_dev.done
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/requirements_dev.done
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/requirements_dev.done
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/requirements.done: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/requirements_dev.done: requirements.txt requirements_dev.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements_dev.txt
+	touch $(VENV)/requirements.done $@

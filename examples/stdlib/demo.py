@@ -1,0 +1,125 @@
+"""The whole way on the embedded default: distil, evaluate every size, save one, use it.
+
+    python -m examples.stdlib.demo
+
+The shipped teacher learns nothing here: its student is distilled from it by `train.train` on the
+standard library's source, every size is measured by `evaluate.evaluate` on modules neither has
+seen, and `patching.patch` saves one. The three command lines are printed as they are run. With
+--variants it also evaluates the `first` order, and a student distilled from random weights with the
+same budget."""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
+from examples.stdlib.tasks import TASK_NAMES, write_tasks
+
+ROOT = Path(__file__).parents[2]
+TEACHER = Path(__file__).parent / "teacher"
+SAVED_SIZE = 3
+PROMPT = "def main(argv=None):\n    parser = argparse.ArgumentParser(description="
+
+DISTILLATION = {
+    "max_length": 256,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 120,
+    "learning_rate": 5e-4,
+    "cosine_loss_weight": 10,
+    "save_strategy": "no",
+    "logging_steps": 10,
+    "per_device_eval_batch_size": 16,
+}
+
+
+def main(folder: Path, variants: bool) -> None:
+    for name in ("corpus", "tasks", "student", "results", f"model_k{SAVED_SIZE}"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    sizes_bytes = write_corpus(folder / "corpus")
+    write_tasks((module for module in iter_modules() if is_held_out(module.name)), folder / "tasks")
+    print({name: f"{size / 1e6:.1f} MB" for name, size in sizes_bytes.items()})
+
+    student = distil(folder, "student")
+    results = evaluate(folder, student, "results", "--baselines", "naive")
+    model_folder = folder / f"model_k{SAVED_SIZE}"
+    run(
+        *("patching.patch", "--teacher_model_name_or_path", TEACHER),
+        *("--student_model_name_or_path", student, "--num_layers_to_patch", SAVED_SIZE),
+        *("--save_directory", model_folder),
+    )
+    print(f"\n{complete(model_folder, PROMPT)}\n")
+    print(f"table: {results / 'summary.md'}")
+    print(f"plot:  {results / 'summary.png'}")
+    print(f"model: {model_folder}")
+
+    if variants:
+        for name in ("student_random", "results_first", "results_random"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        evaluate(folder, student, "results_first", "--order", "first")
+        random_student = distil(folder, "student_random", "--random_initialization")
+        evaluate(folder, random_student, "results_random")
+
+
+def distil(folder: Path, name: str, *flags: str) -> Path:
+    """A student in `folder/name`, through the command line."""
+    settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
+    run(
+        *(
+            "train.train",
+            "--teacher_model_name_or_path",
+            TEACHER,
+            "--save_directory",
+            folder / name,
+        ),
+        *("--dataset", folder / "corpus" / "train.jsonl"),
+        *("--eval_dataset", folder / "corpus" / "heldout.jsonl"),
+        *settings,
+        *flags,
+    )
+    return folder / name
+
+
+def evaluate(folder: Path, student: Path, name: str, *flags: str) -> Path:
+    """Results of every size in `folder/name`, through the command line."""
+    run(
+        *("evaluate.evaluate", "--teacher_model_name_or_path", TEACHER),
+        *("--student_model_name_or_path", student, "--save_directory", folder / name),
+        *("--num_layers_to_patch", "all", "--tasks", ",".join(TASK_NAMES)),
+        *("--include_path", folder / "tasks", "--eval_batch_size", "16"),
+        *flags,
+    )
+    return folder / name
+
+
+def run(module: str, *arguments: object) -> None:
+    """`python -m module arguments`, printed first; raises CalledProcessError where it fails."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ python -m {module} {shlex.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, check=True)
+
+
+def complete(model_folder: Path, prompt: str) -> str:
+    """The prompt and how the saved model goes on, up to the end of the line."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(
+        **inputs, max_new_tokens=24, do_sample=False, stop_strings=["\n"], tokenizer=tokenizer
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save_directory", type=Path, default=Path("demo_output"))
+    parser.add_argument(
+        "--variants", action="store_true", help="also the first order and random weights"
+    )
+    arguments = parser.parse_args()
+    main(arguments.save_directory.resolve(), arguments.variants)
