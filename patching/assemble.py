@@ -23,12 +23,12 @@ def assemble(
 ) -> PreTrainedModel:
     """The model a recipe describes, in eval mode, sharing its tensors with its parents.
 
-    Nothing is copied but tables such as rotary frequencies, and neither parent changes; training the
-    result in place would change them, so copy it first. Parents share one dtype.
+    Nothing is copied but tables such as rotary frequencies, and neither parent changes; training
+    the result in place would change them, so copy it first. Parents share one dtype.
 
-    Raises ValueError if the recipe needs a parent that was not given, where a parent's head is not the
-    embedding that its config ties it to, and where a layer would compute something else at its new
-    position.
+    Raises ValueError if the recipe needs a parent that was not given, where a parent's head is not
+    the embedding that its config ties it to, and where a layer would compute something else at its
+    new position.
     """
     given: dict[Parent, PreTrainedModel | None] = {"teacher": teacher, "student": student}
     parents = {parent: model for parent, model in given.items() if model is not None}
@@ -75,7 +75,9 @@ def assemble(
 
 
 def _fresh(buffers: dict[str, Tensor], name: str) -> Tensor | None:
-    """A buffer as it was when its model was made: some rotary frequencies change with the longest text so far."""
+    """A buffer as it was when its model was made: some rotary frequencies change with the longest
+    text so far.
+    """
     path, _, last = name.rpartition(".")
     if last.endswith("inv_freq") and not last.endswith("original_inv_freq"):
         original = f"{path}.{last.removesuffix('inv_freq')}original_inv_freq"
@@ -85,7 +87,9 @@ def _fresh(buffers: dict[str, Tensor], name: str) -> Tensor | None:
 
 
 def check_tying(parent: Parent, model: PreTrainedModel) -> None:
-    """Raise ValueError where a model's config says that head and embedding are one matrix and they are two."""
+    """Raise ValueError where a model's config says that head and embedding are one matrix and they
+    are two.
+    """
     if not model.config.tie_word_embeddings:
         return
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight

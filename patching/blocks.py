@@ -16,8 +16,9 @@ from itertools import pairwise
 from typing import Literal
 
 Order = Literal["last", "first"] | tuple[int, ...]
-"""The sequence in which student layers are patched as k grows: from the last towards the first, from the first,
-or the layers themselves (see `LayerMap.sequence`)."""
+"""The sequence in which student layers are patched as k grows: from the last towards the first,
+from the first, or the layers themselves (see `LayerMap.sequence`).
+"""
 
 
 def default_kept_layers(
@@ -105,9 +106,9 @@ class LayerMap:
     def sequence(self, order: Order) -> tuple[int, ...]:
         """Student layers in the sequence they are patched: the families along one order are nested.
 
-        A layer whose block is a single one adds no depth; it comes along with the patchable layer behind it in
-        the sequence. An explicit order names every patchable layer once, and may name the others too; those it
-        leaves out come last.
+        A layer whose block is a single one adds no depth; it comes along with the patchable layer
+        behind it in the sequence. An explicit order names every patchable layer once, and may name
+        the others too; those it leaves out come last.
 
         Raises ValueError for an explicit order that does not.
         """
@@ -115,7 +116,8 @@ class LayerMap:
         if order == "last":
             return tuple(reversed(layers))
         if order == "first":
-            # Layers between two patchable ones come along with the earlier, so they stand before it.
+            # Layers between two patchable ones come along with the earlier, so they stand before
+            # it.
             stops = [0, *self.patchable[1:], len(self.kept)]
             groups = [range(start, stop) for start, stop in pairwise(stops)]
             return tuple(
@@ -133,7 +135,8 @@ class LayerMap:
         return (*order, *sorted(set(layers) - set(order)))
 
     def patched_layers(self, num_layers_to_patch: int, order: Order) -> frozenset[int]:
-        """The student layers replaced at size k: the order's sequence up to its k-th patchable layer.
+        """The student layers replaced at size k: the order's sequence up to its k-th patchable
+        layer.
 
         Single-layer blocks at the patched end come from the teacher too, so that k = max is the
         teacher itself.

@@ -21,8 +21,8 @@ class CommandLineParser(HfArgumentParser):
 def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """Turn what the user can mend into one line on stderr and exit code 2.
 
-    For the checks before any weights load; what fails later is unexpected and keeps its traceback, but
-    for what a disk or a network may do.
+    For the checks before any weights load; what fails later is unexpected and keeps its traceback,
+    but for what a disk or a network may do.
     """
     try:
         yield

@@ -1,4 +1,5 @@
-"""A model without weights, built from its config alone: what transformers itself says about an architecture.
+"""A model without weights, built from its config alone: what transformers itself says about an
+architecture.
 
 It lies on torch's meta device, so it takes milliseconds and no memory at any size.
 """
@@ -52,7 +53,8 @@ def _facts(layer: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_same_layer(source: nn.Module, target: nn.Module, what: str) -> None:
-    """Raise ValueError, naming the first difference, unless `target` computes what `source` does, given its tensors.
+    """Raise ValueError, naming the first difference, unless `target` computes what `source` does,
+    given its tensors.
 
     `what` begins the message: which layer went where.
     """
@@ -60,6 +62,8 @@ def check_same_layer(source: nn.Module, target: nn.Module, what: str) -> None:
     for fact in here | there:
         if here.get(fact) != there.get(fact):
             raise ValueError(
-                f"{what} would compute something else: {fact} is {here.get(fact)} where it comes from and "
-                f"{there.get(fact)} where it would go, so this architecture cannot be cut and joined there"
+                f"{what} would compute something else: {fact} is {here.get(fact)} where it "
+                "comes from and "
+                f"{there.get(fact)} where it would go, so this architecture cannot be cut and "
+                "joined there"
             )

@@ -1,7 +1,8 @@
-"""What the architectures differ in: where a model keeps its parts, and what its config says layer by layer.
+"""What the architectures differ in: where a model keeps its parts, and what its config says layer
+by layer.
 
-One table row per `config.model_type`; nothing is ever decided by a model's name or path. An architecture without
-a row works where transformers itself says all that a row would.
+One table row per `config.model_type`; nothing is ever decided by a model's name or path. An
+architecture without a row works where transformers itself says all that a row would.
 """
 
 from collections.abc import Callable, Mapping
@@ -143,8 +144,9 @@ def family_of(config: PreTrainedConfig) -> Family:
     for name in LAYERS_THAT_SHARE:
         if values.get(name):
             raise ValueError(
-                f"{name}={values[name]} in the {config.model_type} config: layers then differ by position or share "
-                "their keys and values, so they cannot be moved; such models cannot be pruned and patched"
+                f"{name}={values[name]} in the {config.model_type} config: layers then differ "
+                "by position or share their keys and values, so they cannot be moved; such models "
+                "cannot be pruned and patched"
             )
     if values.get("quantization_config"):
         raise ValueError(
@@ -154,15 +156,17 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def declared_family(config: PreTrainedConfig) -> Family:
-    """A row for an architecture outside the table, from what transformers declares and an empty model shows.
+    """A row for an architecture outside the table, from what transformers declares and an empty
+    model shows.
 
-    Raises ValueError, naming what is missing, unless the base model is an input embedding, one list of layers and a
-    final norm, in this sequence, under a linear head.
+    Raises ValueError, naming what is missing, unless the base model is an input embedding, one list
+    of layers and a final norm, in this sequence, under a linear head.
     """
 
     def refuse(missing: str) -> ValueError:
         return ValueError(
-            f"model_type={config.model_type}: this architecture is not supported, {missing}; choose one of "
+            f"model_type={config.model_type}: this architecture is not supported, {missing}; "
+            "choose one of "
             f"{', '.join(sorted(FAMILIES))} or add a row to FAMILIES in patching/families.py"
         )
 
@@ -199,7 +203,8 @@ def declared_family(config: PreTrainedConfig) -> Family:
     ):
         names = ", ".join(paths[part] for part in children)
         raise refuse(
-            f"of its parts ({names}) it is not clear which stand before the layers and which behind them"
+            f"of its parts ({names}) it is not clear which stand before the layers and which "
+            "behind them"
         )
     outside = {name.partition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     outside -= {model.base_model_prefix, paths[head]}
@@ -209,7 +214,9 @@ def declared_family(config: PreTrainedConfig) -> Family:
 
 
 def changes_logits(config: PreTrainedConfig) -> list[str]:
-    """Config fields that make logits something else than the head's output, such as `final_logit_softcapping=30.0`."""
+    """Config fields that make logits something else than the head's output, such as
+    `final_logit_softcapping=30.0`.
+    """
     return [
         f"{name}={getattr(config, name)}"
         for name, neutral in LOGIT_FIELDS.items()
@@ -246,8 +253,8 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
 def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> PreTrainedConfig:
     """The config of the model a recipe makes: depth, per-layer entries and tying follow the recipe.
 
-    Embedding and head stay tied only where one tied model supplies both. Otherwise the config says they are
-    not, or every loader would tie them again and silently change the model.
+    Embedding and head stay tied only where one tied model supplies both. Otherwise the config says
+    they are not, or every loader would tie them again and silently change the model.
 
     Raises ValueError where only one of the parents says something of its layers.
     """
@@ -285,13 +292,15 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
 
 
 def _check_lists(config: PreTrainedConfig) -> None:
-    """Raise ValueError where a config may say something layer by layer that nothing here knows of."""
+    """Raise ValueError where a config may have an entry per layer that nothing here knows of."""
     values = config.to_dict()
     for name in sorted(type(config)().to_dict().keys() & values.keys() - MAY_DIFFER):
         if isinstance(values[name], list) and len(values[name]) == config.num_hidden_layers:
             raise ValueError(
-                f"model_type={config.model_type}: this architecture is not supported, {name} in its config may "
-                "have an entry for each layer and transformers does not declare it; add it to PER_LAYER_LISTS in "
+                f"model_type={config.model_type}: this architecture is not supported, {name} in "
+                "its config may "
+                "have an entry for each layer and transformers does not declare it; add it to "
+                "PER_LAYER_LISTS in "
                 "patching/families.py if it does"
             )
 
@@ -310,10 +319,12 @@ def depth_field(config: PreTrainedConfig) -> str:
 def check_recipe(
     model: PreTrainedModel, recipe: Recipe, parents: Mapping[Parent, PreTrainedModel]
 ) -> None:
-    """Raise ValueError unless every layer computes in `model` what it does in its parent, and all fits.
+    """Raise ValueError unless every layer computes in `model` what it does in its parent, and all
+    fits.
 
-    `model` is the recipe's, built from `config_for`. All of them may be empty: tensors are not read. What a config
-    cannot express about a layer at its new position shows up here, whatever the architecture.
+    `model` is the recipe's, built from `config_for`. All of them may be empty: tensors are not
+    read. What a config cannot express about a layer at its new position shows up here, whatever the
+    architecture.
     """
     family = family_of(model.config)
     layers = model.get_submodule(family.layers)
@@ -322,7 +333,8 @@ def check_recipe(
         check_same_layer(
             sources[parent][layer_idx],
             layers[position],
-            f"model_type={model.config.model_type}: layer {layer_idx} of the {parent} at position {position}",
+            f"model_type={model.config.model_type}: layer {layer_idx} of the {parent} at "
+            f"position {position}",
         )
     shapes = {
         parent: {name: tensor.shape for name, tensor in parents[parent].state_dict().items()}
@@ -333,7 +345,9 @@ def check_recipe(
             parent, parent_name = family.source_of(name, recipe)
             if shapes[parent].get(parent_name) != tensor.shape:
                 raise ValueError(
-                    f"model_type={model.config.model_type}: {name} has shape {tuple(tensor.shape)} in a model of "
-                    f"{recipe.depth} layers and {tuple(shapes[parent].get(parent_name, ()))} in the {parent}, so this "
+                    f"model_type={model.config.model_type}: {name} has shape "
+                    f"{tuple(tensor.shape)} in a model of "
+                    f"{recipe.depth} layers and {tuple(shapes[parent].get(parent_name, ()))} in "
+                    f"the {parent}, so this "
                     "architecture cannot be cut and joined"
                 )

@@ -6,7 +6,8 @@ from huggingface_hub import HfApi
 
 
 def check_can_push(repository: str, public: bool) -> None:
-    """Raise ValueError or OSError where a push would fail, or would publish what was not meant to be.
+    """Raise ValueError or OSError where a push would fail, or would publish what was not meant to
+    be.
 
     Nothing is made there yet.
     """

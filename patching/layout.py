@@ -1,7 +1,8 @@
 """What checkpoints of an architecture hold, part by part, from its config alone.
 
-Names on disk differ from names in memory: GPT-NeoX's head is `embed_out`, experts lie side by side, old GPT-2
-files lack a prefix. transformers knows all of it; here its own rules are applied to an empty model.
+Names on disk differ from names in memory: GPT-NeoX's head is `embed_out`, experts lie side by side,
+old GPT-2 files lack a prefix. transformers knows all of it; here its own rules are applied to an
+empty model.
 """
 
 import copy
@@ -49,7 +50,9 @@ class Cost(NamedTuple):
 
     parameters: int
     flops: int
-    """For one token, in products with parameters: two for each, experts that are not asked left out."""
+    """For one token, in products with parameters: two for each, experts that are not asked left
+    out.
+    """
 
 
 class SourcedTensor(NamedTuple):
@@ -129,7 +132,8 @@ class Layout:
         return self.model.state_dict()
 
     def memory_name(self, key: str) -> tuple[str, bool]:
-        """The tensor in memory that a key of a checkpoint is loaded into, and whether it becomes only a part of it.
+        """The tensor in memory that a key of a checkpoint is loaded into, and whether it becomes
+        only a part of it.
 
         The rules are those of `from_pretrained`.
         """
@@ -182,6 +186,8 @@ def _sourced(tensors: Iterable[StoredTensor], parent: Parent) -> Iterator[Source
 
 
 def renumbered(name: str, old: int, new: int) -> str:
-    """The name of a layer's tensor with the layer's number, which stands before any other, replaced."""
+    """The name of a layer's tensor with the layer's number, which stands before any other,
+    replaced.
+    """
     before, _, behind = name.partition(f".{old}.")
     return f"{before}.{new}.{behind}"

@@ -1,4 +1,6 @@
-"""The README.md of a patched model: what it was made from and how to load it, with the hub's metadata on top."""
+"""The README.md of a patched model: what it was made from and how to load it, with the hub's
+metadata on top.
+"""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -82,7 +84,8 @@ def model_card(title: str, recipe: Recipe, size: Size, origins: Mapping[Parent, 
         "",
         f"# {title}",
         "",
-        f"A model of {size.depth} layers between a student and its teacher, made by putting blocks of teacher "
+        f"A model of {size.depth} layers between a student and its teacher, made by putting "
+        "blocks of teacher "
         f"layers in place of single student layers, with no further training ([paper]({PAPER})).",
         "",
         "| | parent | revision | licence |",
@@ -100,7 +103,8 @@ def model_card(title: str, recipe: Recipe, size: Size, origins: Mapping[Parent, 
         "",
         "| size | |",
         "| --- | --- |",
-        f"| parameters, embedding and head both counted | {count_text(size.parameters.both_counted)} |",
+        "| parameters, embedding and head both counted | "
+        f"{count_text(size.parameters.both_counted)} |",
         f"| parameters stored | {count_text(size.parameters.stored)} |",
         f"| weights on disk | {bytes_text(size.bytes_on_disk)} |",
         f"| key-value cache per token | {bytes_text(size.kv_cache_bytes_per_token)} |",
@@ -120,7 +124,7 @@ def model_card(title: str, recipe: Recipe, size: Size, origins: Mapping[Parent, 
 
 
 def runs(recipe: Recipe) -> list[tuple[str, str]]:
-    """Layers as runs, `0-3` and `student 0-3`: what this model's layers are, and whose they were."""
+    """Layers as runs, `0-3` and `student 0-3`: this model's layers, and whose they were."""
     found = []
     layers = enumerate(recipe.layers)
     # Layers run on while the parent stays and its own numbers follow each other.

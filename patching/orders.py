@@ -9,7 +9,8 @@ NAMED_ORDERS = ("last", "first")
 
 
 def parse_order(text: str) -> Order:
-    """An order by name, or from a JSON file: a list of student layers, or an object that holds it as `order`.
+    """An order by name, or from a JSON file: a list of student layers, or an object that holds it
+    as `order`.
 
     The first layer of the list is patched at k = 1; `LayerMap.sequence` says what a list must hold.
     Whoever searched for the order may keep what was found beside it in the object.

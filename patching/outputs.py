@@ -65,7 +65,8 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `path` only when the block ends well; removed if it does not.
+    """A folder to fill that takes the name `path` only when the block ends well; removed if it does
+    not.
 
     What a killed run left behind is removed by the next one that names the same folder.
     """
@@ -88,7 +89,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Hold a folder against other processes while the block runs; False where one holds it already."""
+    """Hold a folder against other processes during the block; False where one holds it already."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:  # gone meanwhile, or not ours
@@ -111,7 +112,8 @@ def check_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(nearest).free
     if free < num_bytes:
         raise ValueError(
-            f"{path}: the weights take {num_bytes:,} bytes and {free:,} are free there, make room or "
+            f"{path}: the weights take {num_bytes:,} bytes and {free:,} are free there, make "
+            "room or "
             "name another folder"
         )
 

@@ -49,8 +49,10 @@ class PairArguments:
     order: str | None = field(
         default=None,
         metadata={
-            "help": "which layers are patched as k grows: last, first, or a JSON file with a list of student layers "
-            "(by default what student_config.json records, else `first` for a llama and `last` for any other "
+            "help": "which layers are patched as k grows: last, first, or a JSON file with a "
+            "list of student layers "
+            "(by default what student_config.json records, else `first` for a llama and `last` "
+            "for any other "
             "model_type)"
         },
     )
@@ -137,7 +139,8 @@ class Pair:
             if configs[parent].num_hidden_layers != depth:
                 raise ValueError(
                     f"the {parent} has {configs[parent].num_hidden_layers} layers and "
-                    f"student_config.json speaks of {depth}: this student was not made from this teacher"
+                    f"student_config.json speaks of {depth}: this student was not made from "
+                    "this teacher"
                 )
         order = order or student_config.patch_order or recommended_order(configs["teacher"])
         layer_map.sequence(order)
@@ -186,8 +189,8 @@ class Pair:
     ) -> dict[Parent, PreTrainedModel]:
         """The weights of the named parents, both in one dtype on one device.
 
-        Raises ValueError where weights are damaged or are not all that the config calls for, and where a
-        parent is in memory already in another dtype.
+        Raises ValueError where weights are damaged or are not all that the config calls for, and
+        where a parent is in memory already in another dtype.
         """
         models = {}
         for parent in sorted(parents):
@@ -197,7 +200,8 @@ class Pair:
                 models[parent] = load_model(reference, dtype, trust).to(device)
             elif self.models[parent].dtype != dtype:
                 raise ValueError(
-                    f"the {parent} is in memory in {self.models[parent].dtype}, and {dtype} is asked for: "
+                    f"the {parent} is in memory in {self.models[parent].dtype}, and {dtype} is "
+                    "asked for: "
                     "load both models in one dtype"
                 )
             else:
@@ -217,8 +221,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A model with its weights, never from a pickle that could run code.
 
-    transformers fills gaps with random numbers and a warning; here they are a ValueError, as are damaged
-    files.
+    transformers fills gaps with random numbers and a warning; here they are a ValueError, as are
+    damaged files.
     """
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -232,7 +236,8 @@ def load_model(
         )
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(
-            f"{reference.name_or_path}: its weights cannot be read ({error}); download or save them again"
+            f"{reference.name_or_path}: its weights cannot be read ({error}); download or save "
+            "them again"
         ) from error
     if found["mismatched_keys"]:
         name, stored, expected = sorted(found["mismatched_keys"])[0]
@@ -242,7 +247,8 @@ def load_model(
         )
     if found["missing_keys"]:
         raise ValueError(
-            f"{reference.name_or_path}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}"
+            f"{reference.name_or_path}: its weights lack "
+            f"{', '.join(sorted(found['missing_keys'])[:3])}"
         )
     return model
 

@@ -1,13 +1,14 @@
 """Build the model of any size between a student and its teacher, with no further training.
 
-In Python, `build_intermediate_model` and `iter_family`. On the command line it is saved as an ordinary
-Hugging Face checkpoint, copied file to file without loading a model where that is possible:
+In Python, `build_intermediate_model` and `iter_family`. On the command line it is saved as an
+ordinary Hugging Face checkpoint, copied file to file without loading a model where that is
+possible:
 
     python -m patching.patch --teacher_model_name_or_path TEACHER \\
         --student_model_name_or_path STUDENT --num_layers_to_patch 4 --save_directory DIR
 
-The size may also be named by a limit (`--target_params 3.1B`, `--target_bytes 6GB`) or layer by layer
-(`--patched_layers 3,5,16-18`); `--list` shows every size and builds nothing.
+The size may also be named by a limit (`--target_params 3.1B`, `--target_bytes 6GB`) or layer by
+layer (`--patched_layers 3,5,16-18`); `--list` shows every size and builds nothing.
 """
 
 import dataclasses
@@ -138,14 +139,15 @@ def build_intermediate_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The family's member of size k and its tokenizer, which pads on the left with a padding token.
 
-    k = 0 is exactly the student, the largest k exactly the teacher (arXiv 2510.05064, section 2). Either
-    parent may be a model in memory; the member then shares its tensors. `patch_first_k_layers` None leaves
-    the order to `order`, student_config.json and the architecture; True patches from the first layer on,
-    False from the last one back. `dtype` `auto` is the teacher's. `student_config` and `tokenizer` are read
-    from where the models came from unless given.
+    k = 0 is exactly the student, the largest k exactly the teacher (arXiv 2510.05064, section 2).
+    Either parent may be a model in memory; the member then shares its tensors.
+    `patch_first_k_layers` None leaves the order to `order`, student_config.json and the
+    architecture; True patches from the first layer on, False from the last one back. `dtype` `auto`
+    is the teacher's. `student_config` and `tokenizer` are read from where the models came from
+    unless given.
 
-    Raises ValueError or OSError, before any weights load, for a k out of range, parents that do not fit
-    together, and files that are not there.
+    Raises ValueError or OSError, before any weights load, for a k out of range, parents that do not
+    fit together, and files that are not there.
     """
     pair = open_pair(
         teacher_name_or_path,
@@ -173,10 +175,11 @@ def iter_family(
     student_revision: str | None = None,
     student_config: StudentConfig | None = None,
 ) -> Iterator[Member]:
-    """Every size of a family in turn, or the given ones, over one copy of teacher and student in memory.
+    """Every size of a family in turn, or the given ones, over one copy of teacher and student in
+    memory.
 
-    Arguments and errors are those of `build_intermediate_model`; they are raised by the call, before the
-    first member is asked for.
+    Arguments and errors are those of `build_intermediate_model`; they are raised by the call,
+    before the first member is asked for.
     """
     pair = open_pair(
         teacher_name_or_path,
@@ -272,7 +275,8 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise OSError(
-                f"{arguments.save_directory} could not be written ({reason}), and nothing is left of it"
+                f"{arguments.save_directory} could not be written ({reason}), and nothing is "
+                "left of it"
             ) from error
     size = choice.size
     print(
@@ -386,7 +390,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     max_shard_bytes: int,
 ) -> None:
-    """Fill a folder with the checkpoint and what describes it; what makes it loadable comes last."""
+    """Fill a folder with the checkpoint and what describes it; what lets it load comes last."""
     recipe, size = choice.recipe, choice.size
     origins = {
         parent: origin_of(reference)

@@ -1,7 +1,7 @@
 """Safetensors files as bytes: their headers, checked, and copies of byte ranges made by the kernel.
 
-A file is eight bytes (the length of the header, little-endian), a JSON header, and the tensors' bytes without
-holes. Nothing here knows a tensor's numbers.
+A file is eight bytes (the length of the header, little-endian), a JSON header, and the tensors'
+bytes without holes. Nothing here knows a tensor's numbers.
 """
 
 import errno
@@ -63,8 +63,8 @@ class TensorOnDisk(NamedTuple):
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
     """The tensors of a file by name.
 
-    Raises ValueError where the file is damaged: a header that is not one, or offsets that leave the file, overlap,
-    leave holes, or disagree with shape and dtype.
+    Raises ValueError where the file is damaged: a header that is not one, or offsets that leave the
+    file, overlap, leave holes, or disagree with shape and dtype.
     """
     try:
         return _read_header(path)
@@ -169,7 +169,8 @@ COPIES: tuple[Callable[[int, int, int, int], int], ...] = (
 def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
     """Append bytes start..stop of one open file to another, in the kernel where it can.
 
-    The files are given by their descriptors. Raises OSError where the source ends early or the target takes no more.
+    The files are given by their descriptors. Raises OSError where the source ends early or the
+    target takes no more.
     """
     copies = iter(COPIES)
     copy = next(copies)

@@ -1,7 +1,7 @@
 """How large each member of a family is, from configs alone, and which member fits a limit.
 
-Stored sizes do not grow with depth throughout: where embedding and head come from different models they are
-stored twice. So a limit is held against every member.
+Stored sizes do not grow with depth throughout: where embedding and head come from different models
+they are stored twice. So a limit is held against every member.
 """
 
 import re
@@ -30,8 +30,9 @@ class Size:
     bytes_on_disk: int
     """All weights files in the chosen dtype, headers included."""
     kv_cache_bytes_per_token: int | None
-    """Over all layers in the chosen dtype; a sliding layer's share stops growing at its window. None where
-    keys and values are not kept as they are."""
+    """Over all layers in the chosen dtype; a sliding layer's share stops growing at its window.
+    None where keys and values are not kept as they are.
+    """
     flops_per_token: int
     """Forward pass, two for each multiplied parameter, experts that are not asked left out; without
     attention's own products, which grow with the text."""
@@ -67,7 +68,7 @@ def size_of(
 
 
 def cached_numbers(config: PreTrainedConfig, layer_idx: int) -> int | None:
-    """Numbers that a layer's key-value cache holds of a token, None where it holds something else."""
+    """Numbers a layer's key-value cache holds of a token, None where it holds something else."""
     values = config.to_dict()
     if values.get("kv_lora_rank") is not None:
         return None
@@ -100,7 +101,9 @@ BINARY_PREFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """Bytes from `6GB` (10^9 each), `6GiB` (2^30 each) or a plain number; `name` is the flag, for the message."""
+    """Bytes from `6GB` (10^9 each), `6GiB` (2^30 each) or a plain number; `name` is the flag, for
+    the message.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
     if found:
         number, prefix, binary = found[1], (found[2] or "").upper(), found[3]
@@ -116,7 +119,9 @@ COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(text: str, name: str) -> int:
-    """A number of parameters from `3.1B`, `350M` or digits alone; `name` is the flag, for the message."""
+    """A number of parameters from `3.1B`, `350M` or digits alone; `name` is the flag, for the
+    message.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
     if found and (count := int(float(found[1]) * COUNT_SUFFIXES[found[2].upper()])) > 0:
         return count

@@ -1,7 +1,8 @@
 """From a recipe and its parents on disk to a checkpoint, without a model in memory.
 
-Both parents' headers are read, the output's files are planned, and each tensor's bytes are copied by the kernel
-under a new name. Only where the dtype changes does a tensor pass through memory, piece by piece.
+Both parents' headers are read, the output's files are planned, and each tensor's bytes are copied
+by the kernel under a new name. Only where the dtype changes does a tensor pass through memory,
+piece by piece.
 """
 
 import json
@@ -54,7 +55,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Splice:
-    """A checked plan: the config of the model a recipe describes, and the files of its checkpoint."""
+    """A checked plan: the config of a recipe's model, and the files of its checkpoint."""
 
     config: PreTrainedConfig
     shards: list[Shard]
@@ -67,8 +68,8 @@ class Splice:
     def write(self, folder: Path) -> None:
         """Write the weights files, and their index where there are several.
 
-        Like `cp`, this leaves it to the system when bytes reach the disk. Files only ever grow, so what a power
-        failure leaves of one is too short for its header and no loader takes it.
+        Like `cp`, this leaves it to the system when bytes reach the disk. Files only ever grow, so
+        what a power failure leaves of one is too short for its header and no loader takes it.
 
         Raises OSError where a parent's file ends early or the disk is full.
         """
@@ -101,10 +102,11 @@ def plan_splice(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> Splice:
-    """Find every tensor of the recipe on disk, with the shape its config says, and share them out among files.
+    """Find every tensor of the recipe on disk, with the shape its config says, and share them out
+    among files.
 
-    Raises OtherLayout where a parent has to be loaded instead, ValueError where files are damaged, missing, or
-    disagree with the config.
+    Raises OtherLayout where a parent has to be loaded instead, ValueError where files are damaged,
+    missing, or disagree with the config.
     """
     config = config_for(recipe, configs)
     model = empty_model(config, dtype)
@@ -133,7 +135,8 @@ def plan_splice(
             )
         if found.tensor.dtype != tensor.dtype and not {found.tensor.dtype, tensor.dtype} <= CASTS:
             raise OtherLayout(
-                f"{parent_name} is stored as {found.tensor.dtype}, which is not cast to {tensor.dtype} here"
+                f"{parent_name} is stored as {found.tensor.dtype}, which is not cast to "
+                f"{tensor.dtype} here"
             )
         sources[tensor.name] = found
     config.architectures = [type(model).__name__]
@@ -152,7 +155,7 @@ CASTS = {"F64", "F32", "F16", "BF16"}
 
 
 def _check_names(planned: Sequence, layout: Layout, config: PreTrainedConfig) -> None:
-    """Our own invariant: the planned names are those transformers would save this very model under."""
+    """Our own invariant: the planned names are those transformers would save this model under."""
     expected = {tensor.name: tensor for tensor in layout.tensors}
     left_out = layout.tied_names if config.tie_word_embeddings else {}
     assert {tensor.name: tensor for tensor, *_ in planned} == {
@@ -194,7 +197,8 @@ def _tensors_on_disk(
         for head, embedding in layout.tied_names.items():
             if head in found and embedding in found and not _equal(found[head], found[embedding]):
                 raise ValueError(
-                    f"{reference.name_or_path}: its config ties the head to the embedding, and its weights hold "
+                    f"{reference.name_or_path}: its config ties the head to the embedding, and "
+                    "its weights hold "
                     "two different ones; set tie_word_embeddings to false in its config"
                 )
             either = found.get(embedding) or found.get(head)
@@ -231,7 +235,9 @@ def weights_files(reference: Reference) -> list[Path] | None:
 
 
 def plan_files(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
-    """Tensors in sequence, cut into files of at most `max_shard_bytes`; one that is larger has a file of its own."""
+    """Tensors in sequence, cut into files of at most `max_shard_bytes`; one that is larger has a
+    file of its own.
+    """
     files: list[list[StoredTensor]] = []
     room = 0
     for tensor in tensors:
@@ -297,7 +303,9 @@ def _by_file(shard: Shard) -> Iterator[tuple[Path, list[tuple[int, int, str, str
 def _cast(
     source: int, target: int, start: int, stop: int, stored: torch.dtype, dtype: torch.dtype
 ) -> None:
-    """Append bytes start..stop of a file, numbers of one dtype, to another file as numbers of another dtype."""
+    """Append bytes start..stop of a file, numbers of one dtype, to another file as numbers of
+    another dtype.
+    """
     while start < stop:
         piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
         numbers = torch.frombuffer(piece, dtype=stored).to(dtype)

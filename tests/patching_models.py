@@ -140,7 +140,7 @@ PATHS = {
 def hand_written(
     recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
 ) -> PreTrainedModel:
-    """What a recipe means, written out: copies of layers put into a copy of the embedding's model."""
+    """What a recipe means: copies of layers put into a copy of the embedding's model."""
     parents = {"teacher": teacher, "student": student}
     model = copy.deepcopy(parents[recipe.embedding])
     layers_path, norm_path = PATHS.get(model.config.model_type, ("model.layers", "model.norm"))
