@@ -159,6 +159,10 @@ def build_intermediate_model(
         student_config,
     )
     recipe = pair.recipe(num_layers_to_patch)
+    if tokenizer is None and not pair.arguments.teacher_model_name_or_path:
+        raise ValueError(
+            "the teacher in memory does not say where it came from: give its tokenizer too"
+        )
     tokenizer = pair.tokenizer if tokenizer is None else tokenizer
     return assemble(recipe, **pair.load(recipe.parents, pair.dtype(dtype))), tokenizer
 

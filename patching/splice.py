@@ -109,12 +109,12 @@ def plan_splice(
     missing, or disagree with the config.
     """
     config = config_for(recipe, configs)
+    if config.to_dict().get("auto_map") is not None:
+        raise OtherLayout("the model's code comes with its weights")
     model = empty_model(config, dtype)
     check_recipe(model, recipe, {parent: layouts[parent].model for parent in recipe.parents})
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         raise OtherLayout(f"{type(model).__name__} keeps some of its tensors in another dtype")
-    if config.to_dict().get("auto_map") is not None:
-        raise OtherLayout("its code comes with the model")
     planned = tensors_of(recipe, layouts)
     _check_names(planned, Layout(model, layouts[recipe.embedding].family, False), config)
 

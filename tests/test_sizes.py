@@ -389,6 +389,8 @@ def test_models_in_memory_share_their_tensors():
         )
     with pytest.raises(ValueError, match="does not say where it came from: give student_config"):
         build_intermediate_model(teacher, student, 1, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="give its tokenizer too"):
+        build_intermediate_model(teacher, student, 1, student_config=config)
     with pytest.raises(ValueError, match="both name an order"):
         build_intermediate_model(teacher, student, 1, True, order="last", student_config=config)
 
