@@ -1,14 +1,17 @@
-"""From a recipe and its parents in memory to a model. Initial students, baselines and patched
-models all come from here.
+"""From a recipe and its parents in memory to a model.
+
+Initial students, baselines and patched models all come from here.
 """
 
 import copy
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from patching.families import config_for, family_of
+from patching.empty_model import empty_model
+from patching.families import check_recipe, config_for, family_of
 from patching.recipe import Parent, Recipe
 
 
@@ -20,22 +23,31 @@ def assemble(
 ) -> PreTrainedModel:
     """The model a recipe describes, in eval mode, sharing its tensors with its parents.
 
-    Nothing is copied and neither parent changes; training the result in place would change them, so
-    copy it first. Parents share one dtype.
+    Nothing is copied but tables such as rotary frequencies, and neither parent changes; training
+    the result in place would change them, so copy it first. Parents share one dtype.
 
-    Raises ValueError if the recipe needs a parent that was not given.
+    Raises ValueError if the recipe needs a parent that was not given, where a parent's head is not
+    the embedding that its config ties it to, and where a layer would compute something else at its
+    new position.
     """
     given: dict[Parent, PreTrainedModel | None] = {"teacher": teacher, "student": student}
     parents = {parent: model for parent, model in given.items() if model is not None}
     missing = sorted(recipe.parents - parents.keys())
     if missing:
         raise ValueError(f"the recipe takes layers from the {missing[0]}, which was not given")
+    for parent in sorted(recipe.parents):
+        check_tying(parent, parents[parent])
     base = parents[recipe.embedding]
     family = family_of(base.config)
     config = config_for(recipe, {parent: model.config for parent, model in parents.items()})
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
         model = type(base)(config)
+        empty = {
+            parent: type(parents[parent])(copy.deepcopy(parents[parent].config))
+            for parent in recipe.parents
+        }
+    check_recipe(model, recipe, empty)
 
     tensors = {parent: parents[parent].state_dict() for parent in recipe.parents}
     state = {}
@@ -45,18 +57,47 @@ def assemble(
     model.load_state_dict(state, assign=True)
 
     # Rotary frequencies and the like are in no state dict and would stay on the meta device.
+    buffers = {parent: dict(parents[parent].named_buffers()) for parent in recipe.parents}
     for name, _ in [*model.named_buffers()]:
         if name not in state:
             parent, parent_name = family.source_of(name, recipe)
+            other = next(iter(recipe.parents - {parent}), parent)
             module_name, _, buffer_name = name.rpartition(".")
+            buffer = _fresh(buffers[parent], parent_name)
+            if buffer is None:  # such as the table of a kind of attention that only the other has
+                buffer = _fresh(buffers[other], parent_name)
             module = model.get_submodule(module_name)
-            module.register_buffer(
-                buffer_name, parents[parent].get_buffer(parent_name), persistent=False
-            )
+            module.register_buffer(buffer_name, buffer.clone(), persistent=False)
     if config.tie_word_embeddings:
         model.tie_weights()
     model.generation_config = copy.deepcopy(base.generation_config)
     return model.eval()
+
+
+def _fresh(buffers: dict[str, Tensor], name: str) -> Tensor | None:
+    """A buffer as it was when its model was made: some rotary frequencies change with the longest
+    text so far.
+    """
+    path, _, last = name.rpartition(".")
+    if last.endswith("inv_freq") and not last.endswith("original_inv_freq"):
+        original = f"{path}.{last.removesuffix('inv_freq')}original_inv_freq"
+        if original in buffers:
+            return buffers[original]
+    return buffers.get(name)
+
+
+def check_tying(parent: Parent, model: PreTrainedModel) -> None:
+    """Raise ValueError where a model's config says that head and embedding are one matrix and they
+    are two.
+    """
+    if not model.config.tie_word_embeddings:
+        return
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is not embedding and not torch.equal(head, embedding):
+        raise ValueError(
+            f"the {parent}'s config ties its head to its embedding, and they are two different "
+            "matrices: set tie_word_embeddings to False in its config"
+        )
 
 
 class ParameterCount(NamedTuple):
@@ -68,8 +109,7 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(config: PreTrainedConfig, trust_remote_code: bool = False) -> ParameterCount:
     """Both counts of a causal language model, from its config alone."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = empty_model(config, trust_remote_code=trust_remote_code)
     stored = sum(parameter.numel() for parameter in model.parameters())
     tied_again = model.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
     return ParameterCount(stored, stored + tied_again)

@@ -12,11 +12,12 @@ Patching student layer i puts its whole block in its place. Everything here is i
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
-Order = Literal["last", "first"]
-"""Which patchable layers are patched as k grows: from the last towards the first, or from the
-first.
+Order = Literal["last", "first"] | tuple[int, ...]
+"""The sequence in which student layers are patched as k grows: from the last towards the first,
+from the first, or the layers themselves (see `LayerMap.sequence`).
 """
 
 
@@ -102,8 +103,40 @@ class LayerMap:
         """
         return ((0, 0), *((i + 1, block.stop) for i, block in enumerate(self.blocks)))
 
+    def sequence(self, order: Order) -> tuple[int, ...]:
+        """Student layers in the sequence they are patched: the families along one order are nested.
+
+        A layer whose block is a single one adds no depth; it comes along with the patchable layer
+        behind it in the sequence. An explicit order names every patchable layer once, and may name
+        the others too; those it leaves out come last.
+
+        Raises ValueError for an explicit order that does not.
+        """
+        layers = range(len(self.kept))
+        if order == "last":
+            return tuple(reversed(layers))
+        if order == "first":
+            # Layers between two patchable ones come along with the earlier, so they stand before
+            # it.
+            stops = [0, *self.patchable[1:], len(self.kept)]
+            groups = [range(start, stop) for start, stop in pairwise(stops)]
+            return tuple(
+                i for group in groups for i in sorted(group, key=self.patchable.__contains__)
+            )
+        problems = []
+        if len(set(order)) != len(order):
+            problems.append("a layer stands in it twice")
+        if unknown := sorted(set(order) - set(layers)):
+            problems.append(f"the student has layers 0-{layers[-1]}, not {as_layer_list(unknown)}")
+        if missing := sorted(set(self.patchable) - set(order)):
+            problems.append(f"it leaves out the patchable layers {as_layer_list(missing)}")
+        if problems:
+            raise ValueError(f"order {as_layer_list(order)}: {'; '.join(problems)}")
+        return (*order, *sorted(set(layers) - set(order)))
+
     def patched_layers(self, num_layers_to_patch: int, order: Order) -> frozenset[int]:
-        """The student layers replaced at size k.
+        """The student layers replaced at size k: the order's sequence up to its k-th patchable
+        layer.
 
         Single-layer blocks at the patched end come from the teacher too, so that k = max is the
         teacher itself.
@@ -116,14 +149,23 @@ class LayerMap:
             raise ValueError(
                 f"num_layers_to_patch={k}: this student has {k_max} patchable layers, {allowed}"
             )
-        num_student_layers = len(self.kept)
-        if k == 0:
-            return frozenset()
-        if k == k_max:
-            return frozenset(range(num_student_layers))
-        if order == "last":
-            return frozenset(range(self.patchable[-k], num_student_layers))
-        return frozenset(range(self.patchable[k]))
+        sequence = self.sequence(order)
+        if k in (0, k_max):
+            return frozenset(sequence) if k else frozenset()
+        patchable = [position for position, i in enumerate(sequence) if i in self.patchable]
+        return frozenset(sequence[: patchable[k - 1] + 1])
+
+    def num_patched(self, patched_layers: frozenset[int]) -> int:
+        """How many patchable layers a set holds: its k, were it on the order.
+
+        Raises ValueError where the set holds a layer the student does not have.
+        """
+        if unknown := sorted(patched_layers - set(range(len(self.kept)))):
+            raise ValueError(
+                f"patched_layers={as_layer_list(sorted(patched_layers))}: this student has layers "
+                f"0-{len(self.kept) - 1}, not {as_layer_list(unknown)}"
+            )
+        return len(patched_layers & set(self.patchable))
 
 
 def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:

@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from transformers import HfArgumentParser
 
+USER_ERRORS = (ValueError, OSError, ImportError)
+
 
 class CommandLineParser(HfArgumentParser):
     """A parser whose complaints are one line."""
@@ -16,14 +18,15 @@ class CommandLineParser(HfArgumentParser):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a ValueError or OSError into one line on stderr and exit code 2.
+def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
+    """Turn what the user can mend into one line on stderr and exit code 2.
 
-    For the checks before any weights load; what fails later is unexpected and keeps its traceback.
+    For the checks before any weights load; what fails later is unexpected and keeps its traceback,
+    but for what a disk or a network may do.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except kinds as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

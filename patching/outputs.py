@@ -2,6 +2,7 @@
 what made them.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -66,16 +67,55 @@ def check_writable(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that takes the name `path` only when the block ends well; removed if it does
     not.
+
+    What a killed run left behind is removed by the next one that names the same folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.incomplete-"))
+    prefix = f".{path.name}.incomplete-"
+    for other in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+        with _lock(other) as is_abandoned:
+            if is_abandoned:
+                shutil.rmtree(other, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+    with _lock(staging):
+        try:
+            yield staging
+            staging.chmod(0o755)
+            os.replace(staging, path)  # an empty folder may be replaced, a full one may not
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold a folder against other processes during the block; False where one holds it already."""
     try:
-        yield staging
-        staging.chmod(0o755)
-        os.replace(staging, path)  # an empty folder may be replaced, a full one may not
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # gone meanwhile, or not ours
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Raise ValueError unless so many bytes are free where `path` is to lie."""
+    nearest = path.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    free = shutil.disk_usage(nearest).free
+    if free < num_bytes:
+        raise ValueError(
+            f"{path}: the weights take {num_bytes:,} bytes and {free:,} are free there, make "
+            "room or "
+            "name another folder"
+        )
 
 
 def environment() -> dict[str, Any]:

@@ -2,11 +2,13 @@
 when asked for.
 """
 
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,8 +20,9 @@ from transformers import (
 
 from patching.blocks import LayerMap, Order
 from patching.families import check_parents_match, config_for, family_of
-from patching.recipe import Parent, Recipe, intermediate_model, naively_pruned
-from patching.student_config import read_student_config
+from patching.orders import parse_order
+from patching.recipe import Parent, Recipe, Reference, intermediate_model, naively_pruned
+from patching.student_config import StudentConfig, read_student_config
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -43,11 +46,14 @@ class PairArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run modelling code that comes with a model"}
     )
-    order: Order | None = field(
+    order: str | None = field(
         default=None,
         metadata={
-            "help": "which layers are patched as k grows (by default what student_config.json "
-            "records, else `first` for a llama and `last` for any other model_type)"
+            "help": "which layers are patched as k grows: last, first, or a JSON file with a "
+            "list of student layers "
+            "(by default what student_config.json records, else `first` for a llama and `last` "
+            "for any other "
+            "model_type)"
         },
     )
     patch_first_k_layers: bool = field(
@@ -62,8 +68,9 @@ class PairArguments:
     )
 
     def requested_order(self) -> Order | None:
-        """The order the flags ask for, None where they leave it to the student. Raises ValueError
-        for two orders.
+        """The order the flags ask for, None where they leave it to the student.
+
+        Raises ValueError for two orders, and for one that is no name and no readable file.
         """
         if self.order is not None and (self.patch_first_k_layers or self.override_llama_patching):
             raise ValueError(
@@ -72,7 +79,9 @@ class PairArguments:
             )
         if self.patch_first_k_layers:
             return "first"
-        return "last" if self.override_llama_patching else self.order
+        if self.override_llama_patching:
+            return "last"
+        return None if self.order is None else parse_order(self.order)
 
 
 @dataclass(frozen=True)
@@ -83,29 +92,45 @@ class Pair:
     configs: dict[Parent, PreTrainedConfig]
     layer_map: LayerMap
     order: Order
+    models: dict[Parent, PreTrainedModel] = field(default_factory=dict)
+    """Parents that are in memory already; others are loaded when asked for."""
 
     @classmethod
     def from_pretrained(cls, arguments: PairArguments) -> "Pair":
         """Read both configs and student_config.json.
 
-        Raises ValueError or OSError where one is missing, the architecture has no row in the
-        families table, the two models do not fit together, or their depths are not what
-        student_config.json says.
+        Raises ValueError or OSError where one is missing, an architecture cannot be cut and joined,
+        the two models do not fit together, or their depths are not what student_config.json says.
         """
-        requested = arguments.requested_order()
-        trust = arguments.trust_remote_code
-        configs: dict[Parent, PreTrainedConfig] = {
-            "teacher": read_config(
-                "teacher", arguments.teacher_model_name_or_path, arguments.revision, trust
-            ),
-            "student": read_config(
-                "student", arguments.student_model_name_or_path, arguments.student_revision, trust
-            ),
-        }
+        return cls.of(arguments, {})
+
+    @classmethod
+    def of(
+        cls,
+        arguments: PairArguments,
+        models: dict[Parent, PreTrainedModel],
+        student_config: StudentConfig | None = None,
+        order: Order | None = None,
+    ) -> "Pair":
+        """The same where some parents are loaded models.
+
+        `student_config` is read unless given, and `order` outranks every other way of naming one.
+
+        Raises ValueError or OSError as `from_pretrained` does.
+        """
+        order = order or arguments.requested_order()
+        configs: dict[Parent, PreTrainedConfig] = {}
+        for parent, (name_or_path, revision) in references(arguments).items():
+            if parent in models:
+                configs[parent] = models[parent].config
+                family_of(configs[parent])
+            else:
+                configs[parent] = read_config(
+                    parent, name_or_path, revision, arguments.trust_remote_code
+                )
         check_parents_match(configs["student"], configs["teacher"])
-        student_config = read_student_config(
-            arguments.student_model_name_or_path, arguments.student_revision
-        )
+        if student_config is None:
+            student_config = read_student_config(*references(arguments)["student"])
         layer_map = student_config.layer_map
         for parent, depth in (
             ("student", len(layer_map.kept)),
@@ -114,11 +139,12 @@ class Pair:
             if configs[parent].num_hidden_layers != depth:
                 raise ValueError(
                     f"the {parent} has {configs[parent].num_hidden_layers} layers and "
-                    f"student_config.json speaks of {depth}: this student was not made from this "
-                    "teacher"
+                    f"student_config.json speaks of {depth}: this student was not made from "
+                    "this teacher"
                 )
-        recommended = student_config.patch_order or recommended_order(configs["teacher"])
-        return cls(arguments, configs, layer_map, requested or recommended)
+        order = order or student_config.patch_order or recommended_order(configs["teacher"])
+        layer_map.sequence(order)
+        return cls(arguments, configs, layer_map, order, models)
 
     def recipe(self, num_layers_to_patch: int) -> Recipe:
         """The family's member of size k. Raises ValueError for a k out of range."""
@@ -152,31 +178,79 @@ class Pair:
             return name
         if name not in DTYPES:
             raise ValueError(f"dtype={name}: choose one of {', '.join(DTYPES)}")
-        return (
-            (self.configs["teacher"].dtype or torch.float32)
-            if name == "auto"
-            else getattr(torch, name)
-        )
+        if name != "auto":
+            return getattr(torch, name)
+        if "teacher" in self.models:
+            return self.models["teacher"].dtype
+        return self.configs["teacher"].dtype or torch.float32
 
     def load(
         self, parents: Iterable[Parent], dtype: torch.dtype, device: str | torch.device = "cpu"
     ) -> dict[Parent, PreTrainedModel]:
-        """The weights of the named parents, both in one dtype on one device."""
-        arguments = self.arguments
-        references = {
-            "teacher": (arguments.teacher_model_name_or_path, arguments.revision),
-            "student": (arguments.student_model_name_or_path, arguments.student_revision),
-        }
+        """The weights of the named parents, both in one dtype on one device.
+
+        Raises ValueError where weights are damaged or are not all that the config calls for, and
+        where a parent is in memory already in another dtype.
+        """
         models = {}
         for parent in sorted(parents):
-            name_or_path, revision = references[parent]
-            models[parent] = AutoModelForCausalLM.from_pretrained(
-                name_or_path,
-                revision=revision,
-                trust_remote_code=arguments.trust_remote_code,
-                dtype=dtype,
-            ).to(device)
+            if parent not in self.models:
+                reference = references(self.arguments)[parent]
+                trust = self.arguments.trust_remote_code
+                models[parent] = load_model(reference, dtype, trust).to(device)
+            elif self.models[parent].dtype != dtype:
+                raise ValueError(
+                    f"the {parent} is in memory in {self.models[parent].dtype}, and {dtype} is "
+                    "asked for: "
+                    "load both models in one dtype"
+                )
+            else:
+                models[parent] = self.models[parent]
         return models
+
+
+def references(arguments: PairArguments) -> dict[Parent, Reference]:
+    return {
+        "teacher": Reference(arguments.teacher_model_name_or_path, arguments.revision),
+        "student": Reference(arguments.student_model_name_or_path, arguments.student_revision),
+    }
+
+
+def load_model(
+    reference: Reference, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model with its weights, never from a pickle that could run code.
+
+    transformers fills gaps with random numbers and a warning; here they are a ValueError, as are
+    damaged files.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            reference.name_or_path,
+            revision=reference.revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{reference.name_or_path}: its weights cannot be read ({error}); download or save "
+            "them again"
+        ) from error
+    if found["mismatched_keys"]:
+        name, stored, expected = sorted(found["mismatched_keys"])[0]
+        raise ValueError(
+            f"{reference.name_or_path}: {name} has shape {list(stored)} in the weights and "
+            f"{list(expected)} by the config"
+        )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{reference.name_or_path}: its weights lack "
+            f"{', '.join(sorted(found['missing_keys'])[:3])}"
+        )
+    return model
 
 
 def read_config(

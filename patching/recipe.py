@@ -10,6 +10,13 @@ from patching.blocks import LayerMap, Order
 Parent = Literal["student", "teacher"]
 
 
+class Reference(NamedTuple):
+    """A model as its user names it: a folder or a hub repository, and its revision there."""
+
+    name_or_path: str
+    revision: str | None = None
+
+
 class LayerSource(NamedTuple):
     """One layer of one of the two parents, 0-based."""
 

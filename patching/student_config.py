@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from patching.blocks import LayerMap, Order
+from patching.orders import as_order
 from patching.outputs import write_text
 
 FILE_NAME = "student_config.json"
@@ -58,8 +59,9 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
             raise ValueError("the two lists must name every teacher layer exactly once")
         layer_map = LayerMap(tuple(copied), len(copied) + len(pruned))
         order = values.get("patch_order")
-        if order not in (None, "last", "first"):
-            raise ValueError(f"patch_order={order}: choose last or first")
+        if order is not None:
+            order = as_order(order, "patch_order")
+            layer_map.sequence(order)
     except KeyError as error:
         raise ValueError(f"{where} lacks the list {error}") from error
     except (ValueError, TypeError) as error:

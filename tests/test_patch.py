@@ -30,6 +30,7 @@ def test_a_saved_intermediate_is_an_ordinary_checkpoint(pair_folders, tmp_path):
     done = run_module("patching.patch", *flags(pair_folders, folder))
     assert done.returncode == 0, done.stderr
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -1,0 +1,271 @@
+"""Saving a patched model: copied file to file, the straightforward way, and plain `cp`, in one run.
+
+    python -m benchmarks.patch --folder /somewhere/with/20GB
+
+The models have Qwen3-1.7B's shape and random weights, made here. Each save runs in a process of its
+own, its imports done before the clock starts; inputs lie in the page cache for all three. Rounds
+are interleaved, and the medians of each way and of the ratios within a round are reported. Whole
+commands, imports included, are timed at the end.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers.utils import logging
+
+from patching.blocks import LayerMap, default_kept_layers
+from patching.empty_model import empty_model
+from patching.families import config_for
+from patching.layout import layout_of, tensors_of
+from patching.outputs import new_folder
+from patching.pair import Pair, PairArguments, references
+from patching.recipe import LayerSource, Recipe, initial_student
+from patching.splice import generation_config_of, plan_splice
+from patching.student_config import StudentConfig
+
+TEACHER = Qwen3Config(
+    num_hidden_layers=28,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+    dtype="bfloat16",
+)
+LAYER_MAP = LayerMap(default_kept_layers(28, 2, 1, 2), 28)
+SHARD_BYTES = 5 * 10**9
+
+
+def make_pair(folder: Path) -> PairArguments:
+    """Teacher and student with random weights, one tensor in memory at a time but for writing."""
+    student = config_for(initial_student(LAYER_MAP), {"teacher": TEACHER})
+    for name, config, seed in (("teacher", TEACHER, 0), ("student", student, 1)):
+        if (folder / name / "config.json").exists():
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        layers = [LayerSource("teacher", i) for i in range(config.num_hidden_layers)]
+        layouts = {"teacher": layout_of(config, torch.bfloat16)}
+        tensors = {
+            tensor.name: torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(
+                std=0.02, generator=generator
+            )
+            for tensor, *_ in tensors_of(Recipe.of(layers), layouts)
+        }
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+        tokenizer = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(
+            folder / name
+        )
+        StudentConfig(LAYER_MAP).save(folder / name)
+        config.architectures = ["Qwen3ForCausalLM"]
+        config.save_pretrained(folder / name)
+    return PairArguments(str(folder / "teacher"), str(folder / "student"))
+
+
+def splice(arguments: PairArguments, num_layers_to_patch: int, out: Path) -> None:
+    """Two names to a complete checkpoint, by copying bytes."""
+    pair = Pair.from_pretrained(arguments)
+    recipe = pair.recipe(num_layers_to_patch)
+    dtype = pair.dtype("auto")
+    layouts = {parent: layout_of(config, dtype) for parent, config in pair.configs.items()}
+    found = references(arguments)
+    plan = plan_splice(recipe, pair.configs, layouts, found, dtype, SHARD_BYTES)
+    with new_folder(out) as folder:
+        plan.write(folder)
+        generation_config_of(found[recipe.embedding]).save_pretrained(folder)
+        plan.config.save_pretrained(folder)
+
+
+def straightforward(arguments: PairArguments, num_layers_to_patch: int, out: Path) -> None:
+    """Load both, put the layers into a new model, `save_pretrained`."""
+    pair = Pair.from_pretrained(arguments)
+    recipe = pair.recipe(num_layers_to_patch)
+    parents = {
+        "teacher": AutoModelForCausalLM.from_pretrained(
+            arguments.teacher_model_name_or_path, dtype=torch.bfloat16
+        ),
+        "student": AutoModelForCausalLM.from_pretrained(
+            arguments.student_model_name_or_path, dtype=torch.bfloat16
+        ),
+    }
+    config = pair.config(recipe)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.model.embed_tokens = parents[recipe.embedding].model.embed_tokens
+    for position, (parent, layer_idx) in enumerate(recipe.layers):
+        layer = parents[parent].model.layers[layer_idx]
+        model.model.layers[position].load_state_dict(layer.state_dict())
+    model.model.norm = parents[recipe.head].model.norm
+    model.lm_head = parents[recipe.head].lm_head
+    model.save_pretrained(out)
+
+
+WAYS: dict[str, Callable[[PairArguments, int, Path], None]] = {
+    "splice": splice,
+    "straightforward": straightforward,
+}
+
+
+def peak_bytes(process: int | str = "self") -> int:
+    """The most memory a process held so far, mapped library and weights files included.
+
+    Not `ru_maxrss`: that begins with what the starting process held.
+    """
+    for line in Path("/proc", str(process), "status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0  # the process has ended
+
+
+def child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> None:
+    """One save, its seconds and its peak memory as JSON."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    arguments = PairArguments(str(folder / "teacher"), str(folder / "student"))
+    empty_model(Qwen3Config(num_hidden_layers=1))  # imports the architecture
+    before = peak_bytes()
+    start = time.perf_counter()
+    WAYS[way](arguments, num_layers_to_patch, out)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak": peak_bytes(), "imports": before}))
+
+
+def run_child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.patch", "--folder", str(folder)]
+    command += ["--way", way, "--num_layers_to_patch", str(num_layers_to_patch)]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cp(source: Path, out: Path) -> float:
+    """Seconds that `cp` takes for a folder."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, out], check=True)
+    return time.perf_counter() - start
+
+
+def settle(*folders: Path) -> None:
+    """Remove outputs and let the disk finish what it was given."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
+
+
+def warm(folder: Path) -> None:
+    """Read a folder's files once, so that all ways find them in the page cache."""
+    for path in folder.glob("*/*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+
+
+def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
+    """Print one table row for a size."""
+    out, reference = folder / "out", folder / "reference"
+    splice_once = ("splice", folder, num_layers_to_patch)
+    settle(reference)
+    run_child(*splice_once, reference)
+    num_bytes = sum(path.stat().st_size for path in reference.glob("*.safetensors"))
+    rounds = []
+    for i in range(repeats):
+        settle(out)
+        if i % 2:  # whoever comes first finds the disk busier or less busy: take turns
+            copied = cp(reference, out)
+            settle(out)
+            spliced = run_child(*splice_once, out)
+        else:
+            spliced = run_child(*splice_once, out)
+            settle(out)
+            copied = cp(reference, out)
+        settle(out)
+        loaded = run_child("straightforward", folder, num_layers_to_patch, out)
+        rounds.append((spliced, copied, loaded))
+    settle(out, reference)
+
+    def median(read: Callable[[tuple], float]) -> float:
+        return statistics.median(read(values) for values in rounds)
+
+    cells = (
+        str(num_layers_to_patch),
+        f"{num_bytes / 1e9:.2f} GB",
+        f"{median(lambda r: r[0]['seconds']):.2f} s",
+        f"{median(lambda r: r[1]):.2f} s",
+        f"{median(lambda r: r[2]['seconds']):.2f} s",
+        f"{median(lambda r: r[0]['seconds'] / r[1]):.2f}",
+        f"1/{median(lambda r: r[2]['seconds'] / r[0]['seconds']):.1f}",
+        f"{max(r[0]['peak'] for r in rounds) / 1e6:.0f} MB",
+        f"{max(r[0]['peak'] - r[0]['imports'] for r in rounds) / 1e6:.0f} MB",
+        f"{max(r[2]['peak'] for r in rounds) / 1e6:.0f} MB",
+    )
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def measure_command(folder: Path, num_layers_to_patch: int) -> None:
+    """Print what the whole command line takes, imports included."""
+    out = folder / "out"
+    settle(out)
+    command = [sys.executable, "-m", "patching.patch", "--save_directory", str(out)]
+    command += ["--teacher_model_name_or_path", str(folder / "teacher")]
+    command += ["--student_model_name_or_path", str(folder / "student")]
+    command += ["--num_layers_to_patch", str(num_layers_to_patch)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, peak_bytes(process.pid))
+        time.sleep(0.01)
+    seconds = time.perf_counter() - start
+    assert process.returncode == 0
+    settle(out)
+    print(
+        f"\nThe whole command at k = {num_layers_to_patch}: {seconds:.1f} s, at most "
+        f"{peak / 1e6:.0f} MB resident, mapped libraries included."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--folder", type=Path, help="for 12 GB of models (default: a temporary one)"
+    )
+    parser.add_argument("--sizes", default="1,6,12", help="sizes k to measure")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds per size")
+    parser.add_argument("--way", choices=WAYS, help="one save of this kind; used by the benchmark")
+    parser.add_argument("--num_layers_to_patch", type=int, help="with --way")
+    parser.add_argument("--out", type=Path, help="with --way")
+    arguments = parser.parse_args()
+    if arguments.way:
+        child(arguments.way, arguments.folder, arguments.num_layers_to_patch, arguments.out)
+        return
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="patch-benchmark-") as name:
+        folder = Path(name)
+        make_pair(folder)
+        warm(folder)
+        sizes = [int(k) for k in arguments.sizes.split(",")]
+        columns = "k | weights | splice | cp | straightforward | splice / cp | splice / straight"
+        columns += " | peak memory | of it behind imports | straightforward's"
+        print(f"| {columns} |")
+        print("| ---: " * len(columns.split("|")) + "|", flush=True)
+        for k in sizes:
+            measure(folder, k, arguments.repeats)
+        measure_command(folder, sizes[-1])
+
+
+if __name__ == "__main__":
+    main()

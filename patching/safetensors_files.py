@@ -1,0 +1,190 @@
+"""Safetensors files as bytes: their headers, checked, and copies of byte ranges made by the kernel.
+
+A file is eight bytes (the length of the header, little-endian), a JSON header, and the tensors'
+bytes without holes. Nothing here knows a tensor's numbers.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""Longer headers are refused by every reader of the format."""
+
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
+"""Bytes per element by the format's names of dtypes."""
+
+METADATA = {"format": "pt"}
+"""Without it transformers refuses a file."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as a header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class TensorOnDisk(NamedTuple):
+    """A tensor and the byte range of its file, half-open, where its numbers lie."""
+
+    tensor: StoredTensor
+    path: Path
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, TensorOnDisk]:
+    """The tensors of a file by name.
+
+    Raises ValueError where the file is damaged: a header that is not one, or offsets that leave the
+    file, overlap, leave holes, or disagree with shape and dtype.
+    """
+    try:
+        return _read_header(path)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; download or save it again") from error
+
+
+def _read_header(path: Path) -> dict[str, TensorOnDisk]:
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        available = num_bytes - LENGTH_BYTES
+        if not 2 <= length <= min(available, MAX_HEADER_BYTES):
+            raise ValueError(
+                f"it has {num_bytes} bytes and says that its header takes {length} of them"
+            )
+        text = file.read(length).decode("utf-8")
+    header = json.loads(text, object_pairs_hook=_without_duplicates)
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    data_start = LENGTH_BYTES + length
+    tensors = {}
+    for name, entry in header.items():
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"{name} has the unknown dtype {dtype}")
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError(f"{name} has a shape or offsets that are no sizes")
+        tensor = StoredTensor(name, dtype, tuple(shape))
+        if stop - start != tensor.num_bytes:
+            raise ValueError(
+                f"{name} takes {stop - start} bytes, and its shape and dtype {tensor.num_bytes}"
+            )
+        tensors[name] = TensorOnDisk(tensor, path, data_start + start, data_start + stop)
+    end = data_start
+    for on_disk in sorted(tensors.values(), key=lambda on_disk: (on_disk.start, on_disk.stop)):
+        if on_disk.start != end:
+            raise ValueError(f"{on_disk.tensor.name} overlaps another tensor or leaves a hole")
+        end = on_disk.stop
+    if end != num_bytes:
+        raise ValueError(f"it has {num_bytes} bytes, and its header describes {end}")
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("its header names something twice")
+    return values
+
+
+def header_of(tensors: Iterable[StoredTensor]) -> bytes:
+    """The beginning of a file that holds these tensors in this sequence, up to their numbers."""
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)  # tensors start aligned
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+NOT_OFFERED = {
+    errno.ENOSYS,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EBADF,
+}
+"""What a kernel or file system answers that does not copy this way between these two files."""
+
+READ_BYTES = 2**20
+
+
+def _copy_file_range(source: int, target: int, num_bytes: int, offset: int) -> int:
+    return os.copy_file_range(source, target, num_bytes, offset_src=offset)
+
+
+def _sendfile(source: int, target: int, num_bytes: int, offset: int) -> int:
+    return os.sendfile(target, source, offset, num_bytes)
+
+
+def _read_and_write(source: int, target: int, num_bytes: int, offset: int) -> int:
+    return os.write(target, os.pread(source, min(num_bytes, READ_BYTES), offset))
+
+
+COPIES: tuple[Callable[[int, int, int, int], int], ...] = (
+    _copy_file_range,
+    _sendfile,
+    _read_and_write,
+)
+"""Ways to copy, fastest first. Each returns how many bytes it managed."""
+
+
+def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
+    """Append bytes start..stop of one open file to another, in the kernel where it can.
+
+    The files are given by their descriptors. Raises OSError where the source ends early or the
+    target takes no more.
+    """
+    copies = iter(COPIES)
+    copy = next(copies)
+    while start < stop:
+        try:
+            num_bytes = copy(source, target, stop - start, start)
+        except AttributeError:  # this operating system lacks the call
+            copy = next(copies)
+            continue
+        except OSError as error:
+            if error.errno not in NOT_OFFERED or copy is COPIES[-1]:
+                raise
+            copy = next(copies)
+            continue
+        if num_bytes == 0:
+            raise OSError("a weights file became shorter while it was copied")
+        start += num_bytes

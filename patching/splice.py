@@ -1,0 +1,358 @@
+"""From a recipe and its parents on disk to a checkpoint, without a model in memory.
+
+Both parents' headers are read, the output's files are planned, and each tensor's bytes are copied
+by the kernel under a new name. Only where the dtype changes does a tensor pass through memory,
+piece by piece.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from patching.empty_model import empty_model
+from patching.families import check_recipe, config_for
+from patching.layout import DTYPE_NAMES, Layout, tensors_of
+from patching.outputs import write_json
+from patching.recipe import Parent, Recipe, Reference
+from patching.safetensors_files import (
+    ITEM_BYTES,
+    StoredTensor,
+    TensorOnDisk,
+    copy_bytes,
+    header_of,
+    read_header,
+)
+
+CAST_BYTES = 2**24
+"""Of a tensor whose dtype changes, how much is in memory at once."""
+
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class OtherLayout(ValueError):
+    """A checkpoint that is fine but cannot be copied byte by byte: it has to be loaded."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A weights file to be: its tensors in sequence, and where each one's numbers lie now."""
+
+    file_name: str
+    tensors: list[StoredTensor]
+    sources: list[TensorOnDisk]
+
+
+@dataclass(frozen=True)
+class Splice:
+    """A checked plan: the config of a recipe's model, and the files of its checkpoint."""
+
+    config: PreTrainedConfig
+    shards: list[Shard]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the weights files will take, to the byte."""
+        return weights_bytes([shard.tensors for shard in self.shards])
+
+    def write(self, folder: Path) -> None:
+        """Write the weights files, and their index where there are several.
+
+        Like `cp`, this leaves it to the system when bytes reach the disk. Files only ever grow, so
+        what a power failure leaves of one is too short for its header and no loader takes it.
+
+        Raises OSError where a parent's file ends early or the disk is full.
+        """
+        for shard in self.shards:
+            target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                _write_all(target, header_of(shard.tensors))
+                _write_tensors(target, shard)
+            finally:
+                os.close(target)
+        if len(self.shards) > 1:
+            index = {
+                "metadata": {
+                    "total_size": sum(t.num_bytes for shard in self.shards for t in shard.tensors)
+                },
+                "weight_map": {
+                    tensor.name: shard.file_name
+                    for shard in self.shards
+                    for tensor in shard.tensors
+                },
+            }
+            write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+
+
+def plan_splice(
+    recipe: Recipe,
+    configs: Mapping[Parent, PreTrainedConfig],
+    layouts: Mapping[Parent, Layout],
+    references: Mapping[Parent, Reference],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> Splice:
+    """Find every tensor of the recipe on disk, with the shape its config says, and share them out
+    among files.
+
+    Raises OtherLayout where a parent has to be loaded instead, ValueError where files are damaged,
+    missing, or disagree with the config.
+    """
+    config = config_for(recipe, configs)
+    if config.to_dict().get("auto_map") is not None:
+        raise OtherLayout("the model's code comes with its weights")
+    model = empty_model(config, dtype)
+    check_recipe(model, recipe, {parent: layouts[parent].model for parent in recipe.parents})
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        raise OtherLayout(f"{type(model).__name__} keeps some of its tensors in another dtype")
+    planned = tensors_of(recipe, layouts)
+    _check_names(planned, Layout(model, layouts[recipe.embedding].family, False), config)
+
+    on_disk = {
+        parent: _tensors_on_disk(parent, references[parent], layouts[parent])
+        for parent in sorted(recipe.parents)
+    }
+    sources: dict[str, TensorOnDisk] = {}
+    for tensor, parent, parent_name in planned:
+        found = on_disk[parent].get(parent_name)
+        where = references[parent].name_or_path
+        if found is None:
+            raise ValueError(f"{where}: its weights lack {parent_name}")
+        if found.tensor.shape != tensor.shape:
+            raise ValueError(
+                f"{where}: {parent_name} has shape {list(found.tensor.shape)} in the weights and "
+                f"{list(tensor.shape)} by the config"
+            )
+        if found.tensor.dtype != tensor.dtype and not {found.tensor.dtype, tensor.dtype} <= CASTS:
+            raise OtherLayout(
+                f"{parent_name} is stored as {found.tensor.dtype}, which is not cast to "
+                f"{tensor.dtype} here"
+            )
+        sources[tensor.name] = found
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    files = plan_files([tensor for tensor, *_ in planned], max_shard_bytes)
+    names = file_names(len(files))
+    shards = [
+        Shard(name, tensors, [sources[tensor.name] for tensor in tensors])
+        for name, tensors in zip(names, files)
+    ]
+    return Splice(config, shards)
+
+
+CASTS = {"F64", "F32", "F16", "BF16"}
+"""Dtypes between which a tensor can be cast."""
+
+
+def _check_names(planned: Sequence, layout: Layout, config: PreTrainedConfig) -> None:
+    """Our own invariant: the planned names are those transformers would save this model under."""
+    expected = {tensor.name: tensor for tensor in layout.tensors}
+    left_out = layout.tied_names if config.tie_word_embeddings else {}
+    assert {tensor.name: tensor for tensor, *_ in planned} == {
+        name: tensor for name, tensor in expected.items() if name not in left_out
+    }
+
+
+def _tensors_on_disk(
+    parent: Parent, reference: Reference, layout: Layout
+) -> dict[str, TensorOnDisk]:
+    """A parent's tensors by the name `save_pretrained` would store them under.
+
+    A tied parent's head is its embedding. Keys that `from_pretrained` would ignore are left out.
+
+    Raises OtherLayout or ValueError as `plan_splice` does.
+    """
+    files = weights_files(reference)
+    if files is None:
+        raise OtherLayout(f"the {parent} has no safetensors files")
+    stored = {tensor.name for tensor in layout.tensors}
+    whole = {}
+    for name in stored:
+        memory_name, is_part = layout.memory_name(name)
+        if not is_part:
+            whole[memory_name] = name
+    found: dict[str, TensorOnDisk] = {}
+    for path in files:
+        for key, on_disk in read_header(path).items():
+            memory_name, is_part = layout.memory_name(key)
+            if memory_name not in layout.memory and key not in stored:
+                continue
+            name = key if key in stored else whole.get(memory_name)
+            if name is None or (is_part and key not in stored):
+                raise OtherLayout(f"the {parent} stores {key} in another layout")
+            if name in found:
+                raise OtherLayout(f"the {parent} stores {name} twice, once as {key}")
+            found[name] = on_disk
+    if layout.is_tied:
+        for head, embedding in layout.tied_names.items():
+            if head in found and embedding in found and not _equal(found[head], found[embedding]):
+                raise ValueError(
+                    f"{reference.name_or_path}: its config ties the head to the embedding, and "
+                    "its weights hold "
+                    "two different ones; set tie_word_embeddings to false in its config"
+                )
+            either = found.get(embedding) or found.get(head)
+            if either is not None:
+                found[head] = found[embedding] = either
+    return found
+
+
+def weights_files(reference: Reference) -> list[Path] | None:
+    """A model's safetensors files, from a folder or the hub; None where it has none.
+
+    Raises ValueError where an index is damaged or names a file that is not there.
+    """
+    name_or_path, revision = reference
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **options)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if index is None:
+        return None
+    try:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it must name files beside it")
+        paths, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: {error}; download or save it again") from error
+    files = [Path(path) for path in paths]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{name_or_path}: {', '.join(missing)} is missing, and its index names it")
+    return files
+
+
+def plan_files(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
+    """Tensors in sequence, cut into files of at most `max_shard_bytes`; one that is larger has a
+    file of its own.
+    """
+    files: list[list[StoredTensor]] = []
+    room = 0
+    for tensor in tensors:
+        needed = tensor.num_bytes + len(header_of([tensor])) + 64
+        if needed > room or not files:
+            files.append([])
+            room = max_shard_bytes
+        files[-1].append(tensor)
+        room -= needed
+    # Wide items first, so that every tensor is aligned in its file.
+    return [sorted(file, key=lambda tensor: -ITEM_BYTES[tensor.dtype]) for file in files]
+
+
+def weights_bytes(files: Sequence[Sequence[StoredTensor]]) -> int:
+    """What weights files take on disk, headers included."""
+    return sum(
+        len(header_of(tensors)) + sum(tensor.num_bytes for tensor in tensors) for tensors in files
+    )
+
+
+def file_names(num_files: int) -> list[str]:
+    """Weights files as transformers calls them."""
+    if num_files == 1:
+        return [SAFE_WEIGHTS_NAME]
+    stem, suffix = SAFE_WEIGHTS_NAME.split(".")
+    return [f"{stem}-{i + 1:05d}-of-{num_files:05d}.{suffix}" for i in range(num_files)]
+
+
+def _write_tensors(target: int, shard: Shard) -> None:
+    for path, wanted in _by_file(shard):
+        source = os.open(path, os.O_RDONLY)
+        try:
+            for start, stop, stored, dtype in wanted:
+                if stored == dtype:
+                    copy_bytes(source, target, start, stop)
+                else:
+                    _cast(source, target, start, stop, TORCH_DTYPES[stored], TORCH_DTYPES[dtype])
+        finally:
+            os.close(source)
+
+
+def _by_file(shard: Shard) -> Iterator[tuple[Path, list[tuple[int, int, str, str]]]]:
+    """Byte ranges of a shard's tensors, joined where they follow each other, in runs from one file.
+
+    Each range has the dtype it is stored in and the one it becomes.
+    """
+    path: Path | None = None
+    ranges: list[tuple[int, int, str, str]] = []
+    for tensor, source in zip(shard.tensors, shard.sources):
+        if source.path != path:
+            if path is not None:
+                yield path, ranges
+            path, ranges = source.path, []
+        dtypes = (source.tensor.dtype, tensor.dtype)
+        if ranges and ranges[-1][1:] == (source.start, *dtypes):
+            ranges[-1] = (ranges[-1][0], source.stop, *dtypes)
+        else:
+            ranges.append((source.start, source.stop, *dtypes))
+    if path is not None:
+        yield path, ranges
+
+
+def _cast(
+    source: int, target: int, start: int, stop: int, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Append bytes start..stop of a file, numbers of one dtype, to another file as numbers of
+    another dtype.
+    """
+    while start < stop:
+        piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
+        numbers = torch.frombuffer(piece, dtype=stored).to(dtype)
+        _write_all(target, memoryview(numbers.view(torch.uint8).numpy()))
+        start += len(piece)
+
+
+def _read_exactly(source: int, start: int, num_bytes: int) -> bytearray:
+    piece = bytearray()
+    while len(piece) < num_bytes:
+        read = os.pread(source, num_bytes - len(piece), start + len(piece))
+        if not read:
+            raise OSError("a weights file became shorter while it was copied")
+        piece += read
+    return piece
+
+
+def _write_all(target: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+def _equal(one: TensorOnDisk, other: TensorOnDisk) -> bool:
+    """Whether two tensors on disk are the same, bit by bit."""
+    if one.tensor[1:] != other.tensor[1:]:
+        return False
+    num_bytes = one.tensor.num_bytes
+    with one.path.open("rb") as a, other.path.open("rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        for start in range(0, num_bytes, CAST_BYTES):
+            piece = min(CAST_BYTES, num_bytes - start)
+            if a.read(piece) != b.read(piece):
+                return False
+    return True
+
+
+def generation_config_of(reference: Reference) -> GenerationConfig:
+    """A model's generation config, as `from_pretrained` finds it."""
+    options = {} if reference.revision is None else {"revision": reference.revision}
+    try:
+        return GenerationConfig.from_pretrained(reference.name_or_path, **options)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            reference.name_or_path,
+            config_file_name="config.json",
+            _from_model_config=True,
+            **options,
+        )

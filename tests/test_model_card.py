@@ -1,0 +1,229 @@
+"""Model cards, and models that come from and go to the hub; nothing here touches a network."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run_module
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalTokenNotFoundError
+from patching_models import LAYER_MAP, family_pair, save_models
+from transformers import AutoModelForCausalLM
+
+from patching import hub
+from patching.assemble import ParameterCount, assemble
+from patching.model_card import Origin, model_card, origin_of, runs
+from patching.patch import main
+from patching.recipe import LayerSource, Recipe, Reference, intermediate_model
+from patching.sizes import Size
+
+SIZE = Size(5, ParameterCount(10**9, 2 * 10**9), 2 * 10**9, 1000, 10**9)
+RECIPE = intermediate_model(LAYER_MAP, 1, "last")
+COMMITS = {"teacher": "0" * 39 + "1", "student": "0" * 39 + "2"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, str]:
+    return save_models(tmp_path_factory.mktemp("pair"), *family_pair("qwen3", tied=True))
+
+
+def card(teacher_license: str | None, student_license: str | None) -> ModelCard:
+    origins = {
+        "teacher": Origin("org/teacher", "main", COMMITS["teacher"], teacher_license),
+        "student": Origin("org/student", None, None, student_license),
+    }
+    return ModelCard(model_card("title", RECIPE, SIZE, origins))
+
+
+@pytest.mark.parametrize(
+    ("licenses", "stated"),
+    [
+        (("apache-2.0", "apache-2.0"), "apache-2.0"),
+        (("apache-2.0", None), "apache-2.0"),
+        ((None, None), None),
+        (("apache-2.0", "llama3.2"), "other"),
+    ],
+)
+def test_the_card_states_the_parents_licences(licenses, stated):
+    made = card(*licenses)
+    assert made.data.license == stated
+    assert made.data.base_model == ["org/teacher", "org/student"]
+    assert made.data.library_name == "transformers"
+    for found in licenses:
+        assert (found or "not stated in its card") in made.text
+    assert COMMITS["teacher"] in made.text
+    assert 'from_pretrained("title")' in made.text
+
+
+def test_layers_as_runs():
+    assert runs(RECIPE) == [("0-1", "student 0-1"), ("2-4", "teacher 3-5")]
+    recipe = Recipe.of([LayerSource("teacher", i) for i in (0, 2, 3)])
+    assert runs(recipe) == [("0", "teacher 0"), ("1-2", "teacher 2-3")]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: mit\n---\n# Card\n", "mit"),
+        ("---\nlicense: other\nlicense_name: special\n---\n", "special"),
+        ("---\nlicense: [mit, gpl]\n---\n", "mit, gpl"),
+        ("# A card without metadata\n", None),
+        ("---\nlicense: [\n---\n", None),
+        (None, None),
+    ],
+)
+def test_a_licence_is_read_from_the_parents_card(text, expected, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    origin = origin_of(Reference(str(tmp_path)))
+    assert origin == Origin(str(tmp_path), None, None, expected)
+
+
+def flags(names: tuple[str, str], folder: Path, *more: str) -> list[str]:
+    return [
+        *("--teacher_model_name_or_path", names[0], "--student_model_name_or_path", names[1]),
+        *("--num_layers_to_patch", "1", "--save_directory", str(folder)),
+        *more,
+    ]
+
+
+def test_a_saved_model_has_a_card_without_folders_of_this_machine(folders, tmp_path):
+    main(flags(folders, tmp_path / "made"))
+    made = ModelCard.load(tmp_path / "made" / "README.md")
+    assert made.data.base_model is None
+    assert "# made" in made.text
+    assert "| teacher | teacher |" in made.text
+    assert str(tmp_path.parent) not in made.content
+    assert "| 2-4 | teacher 3-5 |" in made.text
+
+
+def in_cache(cache: Path, folder: str, repository: str, commit: str, license_name: str) -> None:
+    """A folder as the hub's client would have downloaded it, with links to blobs."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir()
+    (root / "refs").mkdir()
+    (root / "refs" / "v1").write_text(commit)
+    for path in Path(folder).iterdir():
+        shutil.copy(path, root / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+    (snapshot / "README.md").write_text(f"---\nlicense: {license_name}\n---\n")
+
+
+@torch.no_grad()
+def test_parents_by_repository_name_and_revision(folders, tmp_path):
+    cache = tmp_path / "cache"
+    for folder, parent in zip(folders, ("teacher", "student")):
+        in_cache(cache, folder, f"org/{parent}", COMMITS[parent], "mit")
+    done = run_module(
+        "patching.patch",
+        *flags(("org/teacher", "org/student"), tmp_path / "out"),
+        *("--revision", "v1", "--student_revision", "v1"),
+        HF_HUB_CACHE=str(cache),
+    )
+    assert done.returncode == 0, done.stderr
+    parents = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+    expected = assemble(RECIPE, teacher=parents[0], student=parents[1])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(9)[None]
+    assert torch.equal(saved(tokens).logits, expected(tokens).logits)
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["copied_file_to_file"]
+    assert {p: values["commit"] for p, values in provenance["parents"].items()} == COMMITS
+    made = ModelCard.load(tmp_path / "out" / "README.md")
+    assert made.data.license == "mit"
+    assert made.data.base_model == ["org/teacher", "org/student"]
+    done = run_module(
+        "patching.patch",
+        *flags(("org/teacher", "org/student"), tmp_path / "other", "--revision", "v9"),
+        HF_HUB_CACHE=str(cache),
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "org/teacher" in done.stderr
+
+
+class Hub:
+    """What the hub was asked to do."""
+
+    def __init__(self, existing: dict[str, bool] | None = None, fails: bool = False) -> None:
+        self.existing, self.fails, self.calls = existing or {}, fails, []
+
+    def whoami(self) -> dict:
+        return {"name": "someone"}
+
+    def repo_exists(self, repository: str) -> bool:
+        return repository in self.existing
+
+    def repo_info(self, repository: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.existing[repository])
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> SimpleNamespace:
+        self.calls.append(("create", repository, private))
+
+        class Address(str):
+            repo_id = repository
+
+        return Address(f"https://huggingface.co/{repository}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.fails:
+            raise ConnectionError("no route to host")
+        self.calls.append(("upload", repo_id, {path.name for path in folder_path.iterdir()}))
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_push_is_private_unless_asked_otherwise(public, folders, tmp_path, monkeypatch, capsys):
+    there = Hub()
+    monkeypatch.setattr(hub, "HfApi", lambda: there)
+    more = ("--push_to_hub", "someone/model", *(["--public"] if public else []))
+    main(flags(folders, tmp_path / "out", *more))
+    create, (action, repository, files) = there.calls
+    assert create == ("create", "someone/model", not public)
+    assert (action, repository) == ("upload", "someone/model")
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= files
+    assert "uploaded to https://huggingface.co/someone/model" in capsys.readouterr().out
+    assert "# someone/model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_nothing_is_published_by_accident(folders, tmp_path, monkeypatch, capsys):
+    there = Hub({"someone/public": False, "someone/private": True})
+    monkeypatch.setattr(hub, "HfApi", lambda: there)
+    with pytest.raises(SystemExit) as ended:
+        main(flags(folders, tmp_path / "out", "--push_to_hub", "someone/public"))
+    assert ended.value.code == 2
+    assert "this repository is public; add --public" in capsys.readouterr().err
+    assert there.calls == []
+    assert not (tmp_path / "out").exists()
+    main(flags(folders, tmp_path / "out", "--push_to_hub", "someone/private"))
+    assert there.calls[-1][:2] == ("upload", "someone/private")
+
+
+def test_who_is_not_logged_in_learns_it_first(folders, tmp_path, monkeypatch, capsys):
+    there = Hub()
+
+    def whoami():
+        raise LocalTokenNotFoundError("Token is required")
+
+    there.whoami = whoami
+    monkeypatch.setattr(hub, "HfApi", lambda: there)
+    with pytest.raises(SystemExit) as ended:
+        main(flags(folders, tmp_path / "out", "--push_to_hub", "someone/model"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: Token is required\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_push_that_fails_leaves_the_model(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "HfApi", lambda: Hub(fails=True))
+    with pytest.raises(SystemExit) as ended:
+        main(flags(folders, tmp_path / "out", "--push_to_hub", "someone/model"))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert f"the model is complete in {tmp_path / 'out'}" in error
+    assert "no route to host" in error
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
