@@ -10,13 +10,17 @@ student_config.json (its kept layers) and run.json (what made it) beside the wei
 
 import dataclasses
 import os
+import signal
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
 from patching.blocks import as_layer_list
@@ -24,9 +28,11 @@ from patching.command_line import CommandLineParser, user_errors
 from patching.outputs import check_writable, environment, write_json
 from patching.pair import read_config, recommended_order
 from patching.student_config import StudentConfig
-from train.data import load_rows
+from train.checkpoints import find_checkpoint
+from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
 from train.model_args import ModelArguments
+from train.sharding import load_on_one_rank_only
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
@@ -53,7 +59,10 @@ def main(argv: list[str] | None = None) -> None:
             teacher_name, revision=revision, trust_remote_code=trust
         )
         with args.main_process_first(desc="tokenising"):
-            rows = load_rows(data_args, tokenizer, args.seed)
+            share = Share(args.process_index, args.world_size)
+            rows = load_rows(data_args, tokenizer, args.seed, share)
+        check_schedule(args, rows)
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     print_on_main_process(
         args,
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
@@ -61,15 +70,24 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     set_seed(args.seed)
+    if args.fsdp:
+        load_on_one_rank_only()
     teacher = AutoModelForCausalLM.from_pretrained(
         teacher_name, dtype="auto", revision=revision, trust_remote_code=trust
     )
     student = new_student(teacher, layer_map, model_args.random_initialization)
-    cast_parameters(teacher, compute_dtype(args))
+    cast_parameters(teacher, args.compute_dtype)
     trainer = DistillationTrainer(
         student, teacher, layer_map, args, train_dataset=rows.train, eval_dataset=rows.held_out
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop_on_sigterm.stopped:
+        print_on_main_process(
+            args,
+            f"stopped by SIGTERM at step {trainer.state.global_step}; the same command with "
+            "--resume_from_checkpoint last goes on from there",
+        )
+        sys.exit(128 + signal.SIGTERM)
     metrics = trainer.evaluate() if rows.held_out is not None else {}
 
     student_config = StudentConfig(layer_map, recommended_order(teacher_config))
@@ -112,6 +130,16 @@ def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
         )
 
 
+def check_schedule(args: DistillationArguments, rows: Rows) -> None:
+    """Raise ValueError for a stream without a number of steps; evaluate only where rows are held
+    out.
+    """
+    if isinstance(rows.train, IterableDataset) and args.max_steps < 0:
+        raise ValueError("max_steps=-1: a stream has no length, name a number of --max_steps")
+    if rows.held_out is None:
+        args.eval_strategy = IntervalStrategy.NO
+
+
 def check_save_directory(save_directory: Path) -> None:
     """Raise ValueError where the folder cannot be written to or holds a model already."""
     if (save_directory / "config.json").exists():
@@ -125,12 +153,6 @@ def publish(staging: Path, folder: Path) -> None:
     """Move a finished checkpoint into its folder, config.json last: without it nothing loads."""
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
-
-
-def compute_dtype(args: DistillationArguments) -> torch.dtype:
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else torch.float32
 
 
 def print_on_main_process(args: DistillationArguments, text: Any) -> None:

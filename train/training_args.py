@@ -2,13 +2,18 @@
 loss's own.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from train.losses import LossWeights
+
+FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_STATE_DICT"}
+"""Weights are read on one rank; each rank writes its own share of a checkpoint."""
 
 
 @dataclass
@@ -83,10 +88,7 @@ class DistillationArguments(TrainingArguments):
             self.use_cpu = True  # transformers takes bf16 on a CPU only when told that one is meant
         if self.fsdp_config:
             self.fsdp = self.fsdp or True  # transformers ignores the config without it
-            if not _is_json(self.fsdp_config):
-                self.fsdp_config = {
-                    "transformer_layer_cls_to_wrap": layer_classes(self.fsdp_config)
-                }
+            self.fsdp_config = FSDP_DEFAULTS | read_fsdp_config(self.fsdp_config)
         super().__post_init__()
 
     def _check(self) -> None:
@@ -113,6 +115,12 @@ class DistillationArguments(TrainingArguments):
             raise ValueError("; ".join(problems))
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
+
+    @property
     def loss_weights(self) -> LossWeights:
         return LossWeights(
             cross_entropy=float(self.use_cross_entropy),
@@ -122,15 +130,18 @@ class DistillationArguments(TrainingArguments):
         )
 
 
-def _is_json(fsdp_config: dict | str) -> bool:
-    """Whether the value is a config already: a dict, its text, or a file of it."""
-    if isinstance(fsdp_config, dict) or fsdp_config.startswith("{"):
-        return True
+def read_fsdp_config(fsdp_config: dict | str) -> dict:
+    """A config as it is, as text, in a file, or for the layers of the model that is named."""
+    if isinstance(fsdp_config, dict):
+        return fsdp_config
+    if fsdp_config.startswith("{"):
+        return json.loads(fsdp_config)
     if not fsdp_config.endswith(".json"):
-        return False
+        return {"transformer_layer_cls_to_wrap": layer_classes(fsdp_config)}
     if not os.path.isfile(fsdp_config):
         raise ValueError(f"fsdp_config={fsdp_config}: no such file; name a .json file or a model")
-    return True
+    values = json.loads(Path(fsdp_config).read_text(encoding="utf-8"))
+    return {name.removeprefix("fsdp_"): value for name, value in values.items()}
 
 
 def layer_classes(model_name_or_path: str) -> list[str]:
