@@ -16,7 +16,9 @@ from torch import Tensor, nn
 CHUNK_LOGITS = 2**26
 """Entries of the logits that exist at once, per model."""
 CPU_SOFTMAX_LOGITS = 2**19
-"""Entries turned into probabilities at once on a CPU, where fp32 copies should stay in its caches."""
+"""Entries turned into probabilities at once on a CPU: their fp32 copies should stay in its
+caches.
+"""
 
 
 class VocabularyLoss(NamedTuple):

@@ -1,25 +1,27 @@
-"""FSDP2 for student and teacher: each rank holds its share of both, and gathers a layer when it runs.
+"""FSDP2 for student and teacher: a rank holds its share of both and gathers a layer when it runs.
 
 accelerate shards the student beside its optimiser. The frozen teacher has none, so it is sharded
-here by the same function. Only one rank of a node reads weights; the others receive their shares.
+here by the same function. The first rank alone reads weights; the others receive their shares.
 """
 
-import os
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
-def load_on_one_rank_only() -> None:
-    """Let `from_pretrained` read weights on one rank of a node and leave them on the meta device on
-    the others.
+def without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """A model whose parameters are on the meta device, for ranks that receive them; what is in no
+    checkpoint, such as rotary frequencies, is there.
     """
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, **kwargs)
+    model.tie_weights()
+    return model
 
 
 def with_room_for_weights(model: PreTrainedModel) -> PreTrainedModel:

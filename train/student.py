@@ -25,7 +25,11 @@ def new_student(
         return with_room_for_weights(copy.deepcopy(assemble(recipe, teacher=teacher)).float())
     if random_initialization:
         config = config_for(recipe, {"teacher": teacher.config})
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=teacher.config._attn_implementation,
+        )
     return copy.deepcopy(assemble(recipe, teacher=teacher)).float()
 
 

@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
@@ -32,7 +39,7 @@ from train.checkpoints import find_checkpoint
 from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
 from train.model_args import ModelArguments
-from train.sharding import load_on_one_rank_only
+from train.sharding import without_weights
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
@@ -70,11 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     set_seed(args.seed)
-    if args.fsdp:
-        load_on_one_rank_only()
-    teacher = AutoModelForCausalLM.from_pretrained(
-        teacher_name, dtype="auto", revision=revision, trust_remote_code=trust
-    )
+    teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)
     cast_parameters(teacher, args.compute_dtype)
     trainer = DistillationTrainer(
@@ -114,20 +117,39 @@ def main(argv: list[str] | None = None) -> None:
     print_on_main_process(args, f"student saved in {save_directory}")
 
 
+def load_teacher(
+    model_args: ModelArguments, config: PreTrainedConfig, args: DistillationArguments
+) -> PreTrainedModel:
+    """The teacher in its own dtype; of sharded ranks only the first reads its weights."""
+    settings = {
+        "trust_remote_code": model_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    if args.fsdp and args.process_index > 0:
+        return without_weights(config, dtype=args.compute_dtype, **settings)
+    return AutoModelForCausalLM.from_pretrained(
+        model_args.teacher_model_name_or_path,
+        revision=model_args.revision,
+        dtype="auto",
+        **settings,
+    )
+
+
 def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
-    """A documented command line holds --fsdp_config; with a single process there is nothing to
-    shard.
+    """A documented command line holds --fsdp_config; a single process has nothing to shard, and
+    accelerate does not shard on CPUs.
     """
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        warnings.warn(
-            "--fsdp_config has no effect on a single process: start it with torchrun", stacklevel=2
-        )
-        args.fsdp = args.fsdp_plugin_args = None
-    elif args.fsdp and args.device.type == "cpu":
-        warnings.warn(
-            "accelerate shards on accelerators only: on a CPU every rank holds the whole student",
-            stacklevel=2,
-        )
+    if not args.fsdp:
+        return
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        reason = "on a single process: start it with torchrun"
+    elif args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        reason = "on CPUs: every rank holds the whole student and teacher"
+    else:
+        return
+    warnings.warn(f"--fsdp_config has no effect {reason}", stacklevel=2)
+    args.fsdp = args.fsdp_plugin_args = None
+    args.activation_checkpointing |= args.fsdp_config.get("activation_checkpointing", False)
 
 
 def check_schedule(args: DistillationArguments, rows: Rows) -> None:

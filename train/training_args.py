@@ -89,6 +89,10 @@ class DistillationArguments(TrainingArguments):
         if self.fsdp_config:
             self.fsdp = self.fsdp or True  # transformers ignores the config without it
             self.fsdp_config = FSDP_DEFAULTS | read_fsdp_config(self.fsdp_config)
+            if self.activation_checkpointing or self.gradient_checkpointing:
+                # FSDP's own, which does not gather a layer a second time.
+                self.fsdp_config["activation_checkpointing"] = True
+                self.activation_checkpointing = self.gradient_checkpointing = None
         super().__post_init__()
 
     def _check(self) -> None:
