@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 CHUNK_LOGITS = 2**26
 """Entries of the logits that exist at once, per model."""
@@ -19,6 +20,21 @@ CPU_SOFTMAX_LOGITS = 2**19
 """Entries turned into probabilities at once on a CPU: their fp32 copies should stay in its
 caches.
 """
+
+CHANGES_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config fields that say the logits are not what the head gives."""
+
+
+def check_logits_are_the_heads(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a model that caps or scales its logits behind the head: here they are
+    computed from the head's weight alone.
+    """
+    for name in CHANGES_OF_LOGITS:
+        if getattr(config, name, None) not in (None, 1):
+            raise ValueError(
+                f"{name}={getattr(config, name)} in the {config.model_type} config: logits that "
+                "are capped or scaled behind the head are not supported"
+            )
 
 
 class VocabularyLoss(NamedTuple):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,18 @@ def test_a_step_cut_short_by_sigterm_counts_for_nothing(teacher, documents, tmp_
     monkeypatch.undo()
     main(command(teacher, stopped, documents, *flags))
     check_equal(stopped, whole)
+
+
+@pytest.mark.parametrize("streaming", ["True", "False"])
+def test_a_run_killed_behind_its_last_step_only_saves(teacher, documents, tmp_path, streaming):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--streaming", streaming, "--max_steps", "2"]
+    main(command(teacher, whole, documents, *flags))
+    shutil.copytree(whole / "checkpoints", killed / "checkpoints")
+    main(command(teacher, killed, documents, *flags))
+    assert losses(killed) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(killed)[name], tensor), name
 
 
 def test_only_finished_checkpoints_are_taken(tmp_path):

@@ -5,7 +5,8 @@
         --dataset EleutherAI/the_pile_deduplicated --fsdp_config TEACHER
 
 One process needs no torchrun: `python -m train.train ...`. The student lies directly in DIR, with
-student_config.json (its kept layers) and run.json (what made it) beside the weights.
+student_config.json (its kept layers), run.json (what made it) and loss.png beside the weights.
+--dry_run says what a run would take; --resume_from_checkpoint last goes on with one that stopped.
 """
 
 import dataclasses
@@ -32,19 +33,23 @@ from transformers.training_args import ParallelMode
 
 from patching.blocks import as_layer_list
 from patching.command_line import CommandLineParser, user_errors
+from patching.divergence import check_logits_are_the_heads
 from patching.outputs import check_writable, environment, write_json
 from patching.pair import read_config, recommended_order
 from patching.student_config import StudentConfig
 from train.checkpoints import find_checkpoint
 from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
+from train.dry_run import plan
 from train.model_args import ModelArguments
+from train.plot import plot_terms
 from train.sharding import without_weights
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
 
 RUN_FILE_NAME = "run.json"
+PLOT_FILE_NAME = "loss.png"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,13 +60,17 @@ def main(argv: list[str] | None = None) -> None:
             description=__doc__,
         )
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
-        shard_only_where_there_are_ranks(args)
         save_directory = Path(args.save_directory)
         check_save_directory(save_directory)
         teacher_name = model_args.teacher_model_name_or_path
         revision, trust = model_args.revision, model_args.trust_remote_code
         teacher_config = read_config("teacher", teacher_name, revision, trust)
+        check_logits_are_the_heads(teacher_config)
         layer_map = model_args.layer_map(teacher_config)
+        if args.dry_run:
+            print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
+            return
+        shard_only_where_there_are_ranks(args)
         tokenizer = AutoTokenizer.from_pretrained(
             teacher_name, revision=revision, trust_remote_code=trust
         )
@@ -91,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             "--resume_from_checkpoint last goes on from there",
         )
         sys.exit(128 + signal.SIGTERM)
-    metrics = trainer.evaluate() if rows.held_out is not None else {}
+    metrics = held_out_metrics(trainer)
 
     student_config = StudentConfig(layer_map, recommended_order(teacher_config))
     run = {
@@ -113,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.save_pretrained(staging)
             student_config.save(staging)
             write_json(staging / RUN_FILE_NAME, run)
+            plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
             publish(staging, save_directory)
     print_on_main_process(args, f"student saved in {save_directory}")
 
@@ -133,6 +143,17 @@ def load_teacher(
         dtype="auto",
         **settings,
     )
+
+
+def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
+    """What the held-out rows say of the finished student; empty where none are held out."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = trainer.state.log_history[-2:]  # behind it only the summary of the training
+    for line in last:
+        if "eval_loss" in line and line["step"] == trainer.state.global_step:
+            return {name: value for name, value in line.items() if name.startswith("eval_")}
+    return trainer.evaluate()
 
 
 def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:

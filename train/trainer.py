@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
@@ -36,6 +37,7 @@ from train.losses import (
     distillation_loss,
 )
 from train.sharding import compute_in, release, shard_teacher
+from train.speed import speed_up
 from train.training_args import DistillationArguments
 
 GIB = 2**30
@@ -55,6 +57,9 @@ class DistillationTrainer(Trainer):
         args: DistillationArguments,
         **kwargs: Any,
     ) -> None:
+        for model in (student, teacher):
+            speed_up(model, args)
+        args.use_liger_kernel = False  # applied; Trainer would do it with Liger's own losses
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         self._flops = flops_per_token(student.config, teacher.config, args.loss_weights)
         self.stop_on_sigterm = StopOnSigterm()
@@ -76,6 +81,11 @@ class DistillationTrainer(Trainer):
         self._resume_from: str | None = None
         self._start_log_line()
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without accelerate's compilation of the whole model: layers are compiled one by one."""
+        args = super()._build_accelerator_args(**kwargs)
+        return args | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
     # Data
 
     def get_train_dataloader(self):
@@ -92,6 +102,9 @@ class DistillationTrainer(Trainer):
 
         While a step computes, a thread fetches (for a stream: tokenises) those of the next one.
         """
+        if self.state.global_step >= self.state.max_steps:  # resumed behind the last step
+            self.control.should_training_stop = True
+            return [], None
         iterator, future = self._next_batches
         if iterator is not epoch_iterator:
             self._stream_state = None if self._stream is None else self._stream.state

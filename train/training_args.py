@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from train.losses import LossWeights
 
@@ -33,6 +34,15 @@ class DistillationArguments(TrainingArguments):
             "help": "dtype of the saved student",
             "choices": ("float32", "bfloat16", "float16"),
         },
+    )
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "say what the run would take, from configs alone, and end"},
+    )
+    dry_run_ranks: int | None = field(
+        default=None,
+        metadata={"help": "ranks that --dry_run counts on, by default those it runs on"},
     )
 
     use_cross_entropy: bool = field(default=True, metadata={"help": "learn from the next token"})
@@ -67,6 +77,12 @@ class DistillationArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "steps between log lines"})
     save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "when held-out rows are measured: steps, epoch or no"}
+    )
+    eval_steps: float | None = field(
+        default=100, metadata={"help": "steps between measurements of the held-out rows"}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "search for parameters without gradient; there are none"}
     )
@@ -94,6 +110,12 @@ class DistillationArguments(TrainingArguments):
                 self.fsdp_config["activation_checkpointing"] = True
                 self.activation_checkpointing = self.gradient_checkpointing = None
         super().__post_init__()
+        if self.fsdp:
+            # Sum gradients in shards; else every rank holds whole ones until the step's end.
+            kwargs = self.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator_config.gradient_accumulation_kwargs = {
+                "sync_each_batch": True
+            } | kwargs
 
     def _check(self) -> None:
         problems = []
@@ -113,6 +135,12 @@ class DistillationArguments(TrainingArguments):
             problems.append(f"learning_rate={self.learning_rate}: choose 0 or more")
         if self.warmup_steps < 0:
             problems.append(f"warmup_steps={self.warmup_steps}: choose 0 or more")
+        if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
+            problems.append(f"dry_run_ranks={self.dry_run_ranks}: choose 1 or more")
+        if self.use_liger_kernel and not torch.cuda.is_available():
+            problems.append("use_liger_kernel: there is no CUDA GPU for its kernels, leave it out")
+        elif self.use_liger_kernel and not is_liger_kernel_available():
+            problems.append("use_liger_kernel: install liger-kernel first, or leave it out")
         if self.max_steps == 0 or self.max_steps < -1:
             problems.append(f"max_steps={self.max_steps}: choose 1 or more, or -1 to count epochs")
         if problems:
