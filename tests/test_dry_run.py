@@ -49,7 +49,7 @@ def test_qwen3_4b_has_the_published_sizes():
 
 
 def test_flops_are_those_of_the_matrix_products():
-        config = tiny_config("llama-untied", 3)
+    config = tiny_config("llama-untied", 3)
     model = tiny_model(config)
     model.set_attn_implementation("eager")
     num_positions = 64
