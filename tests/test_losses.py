@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from train.losses import IGNORED_LABEL, LossWeights, StepCounts, count, distillation_loss
+from train.losses import (
+    IGNORED_LABEL,
+    LossTerms,
+    LossWeights,
+    StepCounts,
+    cosine_distance,
+    count,
+    distillation_loss,
+)
 
 B, T, D, V, PAIRS = 3, 7, 8, 31, 4
 
@@ -40,6 +48,26 @@ def naive_loss(student_states, teacher_states, student_head, teacher_head, label
     return loss, cross_entropy, kl, cosine
 
 
+def loss_of(
+    student_states, teacher_states, student_head, teacher_head, labels_BT, weights, counts
+) -> LossTerms:
+    """The loss from all aligned states at once; training hands them over one by one."""
+    distances = [
+        cosine_distance(student_BTD, teacher_BTD, labels_BT != IGNORED_LABEL)
+        for student_BTD, teacher_BTD in zip(student_states, teacher_states)
+    ]
+    return distillation_loss(
+        student_states[-1],
+        teacher_states[-1],
+        student_head,
+        teacher_head,
+        labels_BT,
+        distances,
+        weights,
+        counts,
+    )
+
+
 @pytest.fixture
 def batch():
     torch.manual_seed(0)
@@ -65,7 +93,7 @@ def batch():
 def test_loss_and_gradients_equal_the_definition(batch, weights):
     student_states, _, student_head, _, labels_BT = batch
     leaves = [*student_states, student_head.weight]
-    terms = distillation_loss(*batch, weights, count(labels_BT))
+    terms = loss_of(*batch, weights, count(labels_BT))
     gradients = torch.autograd.grad(terms.loss, leaves, allow_unused=True, materialize_grads=True)
     loss, cross_entropy, kl, cosine = naive_loss(*batch, weights)
     expected = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -88,7 +116,7 @@ def test_padding_changes_nothing(batch):
 
     student_states, teacher_states, *heads = states
     more_labels = torch.cat([labels_BT, torch.full((B, 5), IGNORED_LABEL)], dim=1)
-    with_padding = distillation_loss(
+    with_padding = loss_of(
         [padded(s) for s in student_states],
         [padded(s) for s in teacher_states],
         *heads,
@@ -96,7 +124,7 @@ def test_padding_changes_nothing(batch):
         weights,
         count(more_labels),
     )
-    without = distillation_loss(*batch, weights, count(labels_BT))
+    without = loss_of(*batch, weights, count(labels_BT))
     torch.testing.assert_close(with_padding, without)
 
 
@@ -105,7 +133,7 @@ def test_shares_of_micro_batches_add_up(batch):
     weights = LossWeights(1.0, 0.1, 2.0, 1.5)
     counts = count(labels_BT)
     parts = [
-        distillation_loss(
+        loss_of(
             [s[b : b + 1] for s in student_states],
             [s[b : b + 1] for s in teacher_states],
             *heads,
@@ -115,7 +143,7 @@ def test_shares_of_micro_batches_add_up(batch):
         )
         for b in range(B)
     ]
-    whole = distillation_loss(*batch, weights, counts)
+    whole = loss_of(*batch, weights, counts)
     for part, total in zip(zip(*parts), whole):
         torch.testing.assert_close(sum(part), total)
 
@@ -127,7 +155,7 @@ def test_cosine_alone_runs_no_head(batch):
         raise AssertionError("a head was run")
 
     counts = StepCounts(torch.tensor(9), torch.tensor(12))
-    terms = distillation_loss(
+    terms = loss_of(
         student_states,
         teacher_states,
         head,

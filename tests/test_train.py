@@ -73,8 +73,8 @@ def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp
     assert done.returncode == 0, done.stderr
     assert "student of 4 layers from 6: 0,2,4,5" in done.stdout
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoints", "config.json", "generation_config.json", "model.safetensors", "run.json",
-        "student_config.json", "tokenizer.json", "tokenizer_config.json",
+        "checkpoints", "config.json", "generation_config.json", "loss.png", "model.safetensors",
+        "run.json", "student_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     config = read_student_config(str(folder))
     assert (config.layer_map.kept, config.patch_order) == ((0, 2, 4, 5), "last")

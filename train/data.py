@@ -1,11 +1,16 @@
-"""Text to rows of tokens: local files or a hub stream, a held-out part, packing.
+"""Text to rows of tokens: local files or a stream, a held-out part, packing.
 
 Documents are joined by the end-of-text token and cut into full rows. What is left over at the end
 of a batch of documents becomes a shorter row, so no text is lost. Rows are padded only when they
 meet in a batch.
+
+Local files are tokenised once, by the main process. A stream is tokenised on the way: each rank
+takes every `world_size`-th batch of documents, and can say where it is and go on from there.
 """
 
+import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +26,13 @@ from train.losses import IGNORED_LABEL
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 DOCUMENTS_PER_BATCH = 1000
-STREAM_SHUFFLE_BUFFER = 1000
+
+
+class Share(NamedTuple):
+    """Which part of a stream a rank reads."""
+
+    rank: int = 0
+    world_size: int = 1
 
 
 class Rows(NamedTuple):
@@ -29,8 +40,15 @@ class Rows(NamedTuple):
     held_out: Dataset | None
 
 
-def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+def load_rows(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    share: Share = Share(),  # noqa: B008
+) -> Rows:
     """Rows to train on and rows that training never sees, each row `{"input_ids": [...]}`.
+
+    Of a stream, the rows to train on are those of this rank's share.
 
     Raises ValueError where there is no text, no such column, or no file of a known kind.
     """
@@ -42,8 +60,9 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
     else:
         documents, held_out = split_held_out(documents, arguments.heldout_documents, seed)
     if isinstance(documents, IterableDataset):
-        documents = documents.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BUFFER)
-    train = tokenize(documents, tokenizer, arguments)
+        train = tokenize_share(documents, tokenizer, arguments, seed, share)
+    else:
+        train = tokenize(documents, tokenizer, arguments)
     if isinstance(train, Dataset) and len(train) == 0:
         raise ValueError(f"dataset={arguments.dataset}: there is no text in it")
     if held_out is not None:
@@ -57,14 +76,16 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def load_documents(arguments: DataArguments, name: str) -> Dataset | IterableDataset:
-    """Documents in one column, `text`. Local files are read whole, a hub dataset is streamed."""
+    """Documents in one column, `text`. A hub dataset is streamed, local files only when asked."""
     path = Path(name)
     column = arguments.text_column
     if path.exists():
         builder, files = _local_files(path)
         extra = {"sample_by": "document"} if builder == "text" else {}
         try:
-            documents = load_dataset(builder, data_files=files, split="train", **extra)
+            documents = load_dataset(
+                builder, data_files=files, split="train", streaming=arguments.streaming, **extra
+            )
         except DatasetGenerationError as error:
             cause = str(error.__cause__ or error)
             raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
@@ -135,10 +156,8 @@ def _materialise(documents: IterableDataset) -> Dataset:
 
 
 def tokenize(
-    documents: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: DataArguments,
-) -> Dataset | IterableDataset:
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
+) -> Dataset:
     """Documents as rows of at most `max_length` token ids."""
     return documents.map(
         rows_of_documents,
@@ -151,6 +170,70 @@ def tokenize(
             "packing": arguments.packing,
         },
     )
+
+
+def tokenize_share(
+    documents: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+    seed: int,
+    share: Share,
+) -> IterableDataset:
+    """A rank's share of a stream of documents as rows: shuffled batches of documents in turn."""
+
+    def rows_of_share(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list]:
+        batch_idx = indices[0] // DOCUMENTS_PER_BATCH
+        if batch_idx % share.world_size != share.rank:
+            return {"input_ids": []}
+        texts = list(batch["text"])
+        # Not IterableDataset.shuffle: its buffer is not part of the state, resuming would lose it.
+        random.Random(f"{seed} {batch_idx}").shuffle(texts)
+        return rows_of_documents(
+            {"text": texts}, tokenizer, arguments.max_length, arguments.packing
+        )
+
+    return documents.map(
+        rows_of_share,
+        with_indices=True,
+        batched=True,
+        batch_size=DOCUMENTS_PER_BATCH,
+        remove_columns=["text"],
+    )
+
+
+class StreamBatches:
+    """Micro-batches of a stream, pass after pass without end, from any state it was left in."""
+
+    def __init__(self, rows: IterableDataset, batch_size: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        self.state: dict[str, Any] | None = None
+        """Where the next micro-batch begins, None for the start."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        num_passes_without_rows = 0
+        while num_passes_without_rows < 2:  # a resumed pass may be at its end
+            num_passes_without_rows += 1
+            batch = []
+            for row in self.rows:
+                num_passes_without_rows = 0
+                batch.append(row)
+                if len(batch) == self.batch_size:
+                    self.state = self.rows.state_dict()
+                    yield collate(batch)
+                    batch = []
+            if batch:
+                self.state = self.rows.state_dict()
+                yield collate(batch)
+            self.rows.set_epoch(self.rows.epoch + 1)
+        raise ValueError(
+            "the stream holds no text for this rank: give each rank "
+            f"{DOCUMENTS_PER_BATCH} documents or more, or use fewer ranks"
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows.set_epoch(state["epoch"])
+        self.rows.load_state_dict(state)
+        self.state = state
 
 
 def rows_of_documents(

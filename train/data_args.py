@@ -16,6 +16,10 @@ class DataArguments:
         default=None, metadata={"help": "configuration of a hub dataset"}
     )
     dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "tokenise local files on the way instead of before, as a hub dataset is"},
+    )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     eval_dataset: str | None = field(
         default=None,

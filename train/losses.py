@@ -10,7 +10,6 @@ split.
 Shapes: B rows, T positions, D hidden size.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from patching.divergence import vocabulary_loss
 
 IGNORED_LABEL = -100
+SMALLEST_LENGTH = 1e-8
+"""A hidden state shorter than this counts as this long."""
 
 
 class LossWeights(NamedTuple):
@@ -32,6 +33,10 @@ class LossWeights(NamedTuple):
     @property
     def needs_logits(self) -> bool:
         return bool(self.cross_entropy or self.kl)
+
+    def for_evaluation(self) -> "LossWeights":
+        """The same with cross entropy and KL always measured."""
+        return self._replace(cross_entropy=self.cross_entropy or 1.0, kl=self.kl or 1.0)
 
 
 class StepCounts(NamedTuple):
@@ -56,48 +61,66 @@ def count(labels_BT: Tensor) -> StepCounts:
     return StepCounts(targets=is_real_BT[:, 1:].sum(), positions=is_real_BT.sum())
 
 
-def cosine_distance(pairs: Iterable[tuple[Tensor, Tensor]], is_real_BT: Tensor) -> Tensor:
-    """Mean over (student, teacher) hidden-state pairs of the sum over real positions of 1 -
-    cos(h_S, h_T).
+def cosine_distance(student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
+    """Sum over real positions of 1 - cos(h_S, h_T), for one pair of hidden states.
 
-    Each state has shape (B, T, D). The teacher's get no gradient.
+    Differentiable in the student, once. The gradient is formed at once and is all that is kept, so
+    the teacher's state can go as soon as the student's has been compared with it.
     """
-    distances = [
-        (
-            1
-            - nn.functional.cosine_similarity(
-                student_BTD.float(), teacher_BTD.detach().float(), dim=-1
-            )
-        )[is_real_BT].sum()
-        for student_BTD, teacher_BTD in pairs
-    ]
-    return torch.stack(distances).mean()
+    return _CosineDistance.apply(student_BTD, teacher_BTD, is_real_BT)
+
+
+class _CosineDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
+        def unit(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+            hidden_BTD = hidden_BTD.float()
+            length_BT1 = hidden_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+            return hidden_BTD / length_BT1, length_BT1
+
+        with torch.autocast(student_BTD.device.type, enabled=False):
+            student_BTD, length_BT1, dtype = *unit(student_BTD), student_BTD.dtype
+            teacher_BTD, _ = unit(teacher_BTD)
+            cosine_BT1 = (student_BTD * teacher_BTD).sum(-1, keepdim=True)
+            is_real_BT1 = is_real_BT[..., None]
+            if ctx.needs_input_grad[0]:
+                # d(1 - cos) / ds = (cos s / |s| - t / |t|) / |s|, a step on the unit sphere
+                gradient_BTD = (cosine_BT1 * student_BTD - teacher_BTD) / length_BT1 * is_real_BT1
+                ctx.gradient = gradient_BTD.to(dtype)
+            return ((1 - cosine_BT1) * is_real_BT1).sum()
+
+    @staticmethod
+    def backward(ctx, distance_gradient: Tensor) -> tuple[Tensor, None, None]:
+        gradient_BTD, ctx.gradient = ctx.gradient, None
+        return gradient_BTD.mul_(distance_gradient), None, None
 
 
 def distillation_loss(
-    student_states_BTD: list[Tensor],
-    teacher_states_BTD: list[Tensor],
-    student_head: nn.Module,
-    teacher_head: nn.Module,
+    student_hidden_BTD: Tensor,
+    teacher_hidden_BTD: Tensor,
+    student_head: nn.Linear,
+    teacher_head: nn.Linear,
     labels_BT: Tensor,
+    cosine_distances: list[Tensor],
     weights: LossWeights,
     counts: StepCounts,
 ) -> LossTerms:
     """A micro-batch's share of the loss above; the shares of a step's micro-batches add up to it.
 
-    The lists hold the aligned hidden states; the last of each is after the final norm and feeds the
-    head. `labels_BT` are the tokens themselves, not shifted, with IGNORED_LABEL at padding.
+    The hidden states are those after the final norms, which feed the heads. `labels_BT` are the
+    tokens themselves, not shifted, with IGNORED_LABEL at padding. `cosine_distances` holds
+    `cosine_distance` of each aligned pair.
     """
-    zero = student_states_BTD[-1].new_zeros((), dtype=torch.float32)
+    zero = labels_BT.new_zeros((), dtype=torch.float32)
     loss, cross_entropy, kl, cosine = zero, zero, zero, zero
     if weights.needs_logits:
         targets_BT = labels_BT[:, 1:]
         is_target_BT = targets_BT != IGNORED_LABEL
         terms = vocabulary_loss(
-            student_states_BTD[-1][:, :-1][is_target_BT],
+            student_hidden_BTD[:, :-1][is_target_BT],
             student_head,
             targets_BT[is_target_BT],
-            teacher_states_BTD[-1][:, :-1][is_target_BT],
+            teacher_hidden_BTD[:, :-1][is_target_BT],
             teacher_head,
             cross_entropy_weight=weights.cross_entropy,
             kl_weight=weights.kl * weights.temperature**2,
@@ -106,7 +129,6 @@ def distillation_loss(
         loss = loss + terms.loss / counts.targets
         cross_entropy, kl = terms.cross_entropy / counts.targets, terms.kl / counts.targets
     if weights.cosine:
-        pairs = zip(student_states_BTD, teacher_states_BTD, strict=True)
-        cosine = cosine_distance(pairs, labels_BT != IGNORED_LABEL) / counts.positions
+        cosine = torch.stack(cosine_distances).mean() / counts.positions
         loss = loss + weights.cosine * cosine
     return LossTerms(loss, cross_entropy.detach(), kl.detach(), cosine.detach())

@@ -44,6 +44,14 @@ class ModelArguments:
         metadata={"help": "start the student from random weights instead of the kept layers'"},
     )
 
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "how both models compute attention: sdpa, flash_attention_2, eager, ...; by "
+            "default what transformers chooses"
+        },
+    )
+
     def layer_map(self, teacher: PreTrainedConfig) -> LayerMap:
         """The kept layers that the flags name; what they leave open follows the paper.
 

@@ -9,16 +9,27 @@ from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.families import config_for
 from patching.recipe import initial_student
+from train.sharding import with_room_for_weights
 
 
 def new_student(
     teacher: PreTrainedModel, layer_map: LayerMap, random_initialization: bool = False
 ) -> PreTrainedModel:
-    """A student in fp32 with tensors of its own. Random weights follow torch's global seed."""
+    """A student in fp32 with tensors of its own. Random weights follow torch's global seed.
+
+    From a teacher whose weights another rank holds (they are on the meta device) the student only
+    has room for its weights.
+    """
     recipe = initial_student(layer_map)
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        return with_room_for_weights(copy.deepcopy(assemble(recipe, teacher=teacher)).float())
     if random_initialization:
         config = config_for(recipe, {"teacher": teacher.config})
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=teacher.config._attn_implementation,
+        )
     return copy.deepcopy(assemble(recipe, teacher=teacher)).float()
 
 

@@ -5,33 +5,51 @@
         --dataset EleutherAI/the_pile_deduplicated --fsdp_config TEACHER
 
 One process needs no torchrun: `python -m train.train ...`. The student lies directly in DIR, with
-student_config.json (its kept layers) and run.json (what made it) beside the weights.
+student_config.json (its kept layers), run.json (what made it) and loss.png beside the weights.
+--dry_run says what a run would take; --resume_from_checkpoint last goes on with one that stopped.
 """
 
 import dataclasses
 import os
+import signal
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from accelerate.utils import DistributedType
+from datasets import IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
 from patching.blocks import as_layer_list
 from patching.command_line import CommandLineParser, user_errors
+from patching.divergence import check_logits_are_the_heads
 from patching.outputs import check_writable, environment, write_json
 from patching.pair import read_config, recommended_order
 from patching.student_config import StudentConfig
-from train.data import load_rows
+from train.checkpoints import find_checkpoint
+from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
+from train.dry_run import plan
 from train.model_args import ModelArguments
+from train.plot import plot_terms
+from train.sharding import without_weights
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
 
 RUN_FILE_NAME = "run.json"
+PLOT_FILE_NAME = "loss.png"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,18 +60,25 @@ def main(argv: list[str] | None = None) -> None:
             description=__doc__,
         )
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
-        shard_only_where_there_are_ranks(args)
         save_directory = Path(args.save_directory)
         check_save_directory(save_directory)
         teacher_name = model_args.teacher_model_name_or_path
         revision, trust = model_args.revision, model_args.trust_remote_code
         teacher_config = read_config("teacher", teacher_name, revision, trust)
+        check_logits_are_the_heads(teacher_config)
         layer_map = model_args.layer_map(teacher_config)
+        if args.dry_run:
+            print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
+            return
+        shard_only_where_there_are_ranks(args)
         tokenizer = AutoTokenizer.from_pretrained(
             teacher_name, revision=revision, trust_remote_code=trust
         )
         with args.main_process_first(desc="tokenising"):
-            rows = load_rows(data_args, tokenizer, args.seed)
+            share = Share(args.process_index, args.world_size)
+            rows = load_rows(data_args, tokenizer, args.seed, share)
+        check_schedule(args, rows)
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     print_on_main_process(
         args,
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
@@ -61,16 +86,21 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     set_seed(args.seed)
-    teacher = AutoModelForCausalLM.from_pretrained(
-        teacher_name, dtype="auto", revision=revision, trust_remote_code=trust
-    )
+    teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)
-    cast_parameters(teacher, compute_dtype(args))
+    cast_parameters(teacher, args.compute_dtype)
     trainer = DistillationTrainer(
         student, teacher, layer_map, args, train_dataset=rows.train, eval_dataset=rows.held_out
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    metrics = trainer.evaluate() if rows.held_out is not None else {}
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop_on_sigterm.stopped:
+        print_on_main_process(
+            args,
+            f"stopped by SIGTERM at step {trainer.state.global_step}; the same command with "
+            "--resume_from_checkpoint last goes on from there",
+        )
+        sys.exit(128 + signal.SIGTERM)
+    metrics = held_out_metrics(trainer)
 
     student_config = StudentConfig(layer_map, recommended_order(teacher_config))
     run = {
@@ -92,24 +122,65 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.save_pretrained(staging)
             student_config.save(staging)
             write_json(staging / RUN_FILE_NAME, run)
+            plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
             publish(staging, save_directory)
     print_on_main_process(args, f"student saved in {save_directory}")
 
 
+def load_teacher(
+    model_args: ModelArguments, config: PreTrainedConfig, args: DistillationArguments
+) -> PreTrainedModel:
+    """The teacher in its own dtype; of sharded ranks only the first reads its weights."""
+    settings = {
+        "trust_remote_code": model_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    if args.fsdp and args.process_index > 0:
+        return without_weights(config, dtype=args.compute_dtype, **settings)
+    return AutoModelForCausalLM.from_pretrained(
+        model_args.teacher_model_name_or_path,
+        revision=model_args.revision,
+        dtype="auto",
+        **settings,
+    )
+
+
+def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
+    """What the held-out rows say of the finished student; empty where none are held out."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = trainer.state.log_history[-2:]  # behind it only the summary of the training
+    for line in last:
+        if "eval_loss" in line and line["step"] == trainer.state.global_step:
+            return {name: value for name, value in line.items() if name.startswith("eval_")}
+    return trainer.evaluate()
+
+
 def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
-    """A documented command line holds --fsdp_config; with a single process there is nothing to
-    shard.
+    """A documented command line holds --fsdp_config; a single process has nothing to shard, and
+    accelerate does not shard on CPUs.
     """
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        warnings.warn(
-            "--fsdp_config has no effect on a single process: start it with torchrun", stacklevel=2
-        )
-        args.fsdp = args.fsdp_plugin_args = None
-    elif args.fsdp and args.device.type == "cpu":
-        warnings.warn(
-            "accelerate shards on accelerators only: on a CPU every rank holds the whole student",
-            stacklevel=2,
-        )
+    if not args.fsdp:
+        return
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        reason = "on a single process: start it with torchrun"
+    elif args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        reason = "on CPUs: every rank holds the whole student and teacher"
+    else:
+        return
+    warnings.warn(f"--fsdp_config has no effect {reason}", stacklevel=2)
+    args.fsdp = args.fsdp_plugin_args = None
+    args.activation_checkpointing |= args.fsdp_config.get("activation_checkpointing", False)
+
+
+def check_schedule(args: DistillationArguments, rows: Rows) -> None:
+    """Raise ValueError for a stream without a number of steps; evaluate only where rows are held
+    out.
+    """
+    if isinstance(rows.train, IterableDataset) and args.max_steps < 0:
+        raise ValueError("max_steps=-1: a stream has no length, name a number of --max_steps")
+    if rows.held_out is None:
+        args.eval_strategy = IntervalStrategy.NO
 
 
 def check_save_directory(save_directory: Path) -> None:
@@ -125,12 +196,6 @@ def publish(staging: Path, folder: Path) -> None:
     """Move a finished checkpoint into its folder, config.json last: without it nothing loads."""
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
-
-
-def compute_dtype(args: DistillationArguments) -> torch.dtype:
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else torch.float32
 
 
 def print_on_main_process(args: DistillationArguments, text: Any) -> None:

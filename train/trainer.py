@@ -1,32 +1,46 @@
 """transformers' Trainer with the distillation loss.
 
 The student's `forward` is replaced by one that runs the teacher and itself and returns the loss, so
-that whatever wraps the student (autocast, DDP, FSDP, compilation) wraps both, while saving and
-resuming still see an ordinary model.
+that whatever wraps the student (autocast, DDP, FSDP) wraps both, while saving and resuming still
+see an ordinary model.
 """
 
+import json
+import shutil
+import time
 import types
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.utils import TorchDynamoPlugin
+from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
 from patching.blocks import LayerMap
-from patching.hidden_states import hidden_states_at
-from train.data import collate
+from patching.hidden_states import hidden_states_at, visit_hidden_states
+from patching.outputs import write_json
+from train.checkpoints import INCOMPLETE, StopOnSigterm, publish, remove_old
+from train.data import StreamBatches, collate
+from train.estimate import flops_per_token, peak_memory_bytes
 from train.losses import (
     IGNORED_LABEL,
     LossTerms,
     LossWeights,
     StepCounts,
+    cosine_distance,
     count,
     distillation_loss,
 )
-from train.student import cast_parameters
+from train.sharding import compute_in, release, shard_teacher
+from train.speed import speed_up
 from train.training_args import DistillationArguments
+
+GIB = 2**30
 
 
 class DistillationTrainer(Trainer):
@@ -43,20 +57,82 @@ class DistillationTrainer(Trainer):
         args: DistillationArguments,
         **kwargs: Any,
     ) -> None:
+        for model in (student, teacher):
+            speed_up(model, args)
+        args.use_liger_kernel = False  # applied; Trainer would do it with Liger's own losses
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
-        super().__init__(student, args, data_collator=collate, **kwargs)
+        self._flops = flops_per_token(student.config, teacher.config, args.loss_weights)
+        self.stop_on_sigterm = StopOnSigterm()
+        super().__init__(
+            student, args, data_collator=collate, callbacks=[self.stop_on_sigterm], **kwargs
+        )
         self.model_accepts_loss_kwargs = False  # or it would count targets its own way
-        teacher.to(args.device)
-        self._term_sums: dict[str, Tensor] = {}
-        self._steps_at_last_log = 0
+        if self.is_fsdp_enabled:
+            if args.compute_dtype != torch.float32:
+                compute_in(self.accelerator, args.compute_dtype)
+            shard_teacher(self.accelerator, teacher)
+        else:
+            teacher.to(args.device)
+        self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="micro-batches")
+        self._next_batches: tuple[Iterator | None, Future | None] = None, None
+        self._stream: StreamBatches | None = None
+        self._stream_states: dict[int, dict | None] = {}
+        self._staging: Path | None = None
+        self._resume_from: str | None = None
+        self._start_log_line()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without accelerate's compilation of the whole model: layers are compiled one by one."""
+        args = super()._build_accelerator_args(**kwargs)
+        return args | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    # Data
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        self._stream = StreamBatches(self.train_dataset, self._train_batch_size)
+        if self._resume_from is not None:
+            file = Path(self._resume_from) / self._stream_file_name
+            self._stream.load_state_dict(json.loads(file.read_text()))
+        return self._stream
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The step's micro-batches, and its counts over all of them and all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [count(batch["labels"]) for batch in batches]
-        totals = torch.tensor([sum(map(int, column)) for column in zip(*counts)] or [0, 0])
-        totals = self.accelerator.reduce(totals.to(device), "sum")
-        return batches, StepCounts(targets=totals[0], positions=totals[1])
+        """The step's micro-batches, and its counts over all of them and all ranks.
+
+        While a step computes, a thread fetches (for a stream: tokenises) those of the next one.
+        """
+        if self.state.global_step >= self.state.max_steps:  # resumed behind the last step
+            self.control.should_training_stop = True
+            return [], None
+        iterator, future = self._next_batches
+        if iterator is not epoch_iterator:
+            self._stream_state = None if self._stream is None else self._stream.state
+            future = self._prefetch.submit(self._fetch, epoch_iterator, num_batches)
+        batches, state = future.result()
+        self._next_batches = (
+            epoch_iterator,
+            self._prefetch.submit(self._fetch, epoch_iterator, num_batches),
+        )
+        step = self.state.global_step
+        self._stream_states = {step: self._stream_state, step + 1: state}
+        self._stream_state = state
+
+        totals = torch.zeros(3, dtype=torch.long, device=device)
+        for batch in batches:
+            slots = torch.tensor(batch["labels"].numel())
+            totals += torch.stack([*count(batch["labels"]), slots.to(batch["labels"].device)]).to(
+                device
+            )
+        targets, positions, slots = self.accelerator.reduce(totals, "sum")
+        self._positions_and_slots += torch.stack((positions, slots))
+        return batches, StepCounts(targets=targets, positions=positions)
+
+    def _fetch(self, epoch_iterator: Iterator, num_batches: int) -> tuple[list, dict | None]:
+        batches = super().get_batch_samples(epoch_iterator, num_batches, self.args.device)[0]
+        return batches, None if self._stream is None else self._stream.state
+
+    # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss; data parallelism averages it over ranks
@@ -68,37 +144,61 @@ class DistillationTrainer(Trainer):
         loss = terms.loss * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        batch_size, num_positions = inputs["input_ids"].shape
+        return self._flops.at(num_positions) * batch_size * num_positions
+
+    # Log
+
+    def _start_log_line(self) -> None:
+        self._term_sums: dict[str, Tensor] = {}
+        self._positions_and_slots = torch.zeros(2, dtype=torch.long, device=self.args.device)
+        self._step_of_last_line = self.state.global_step
+        self._flops_at_last_line = self.state.total_flos
+        self._time_of_last_line = time.perf_counter()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the unweighted terms, as means over the steps since the last line, to a training
-        line.
+        """Add to a training line the unweighted terms, as means over the steps since the last line,
+        and how fast they went; over all ranks but for the memory, which is this rank's.
         """
         if "loss" in logs and self._term_sums:
             names = active_terms(self.args.loss_weights)
             sums = torch.stack([self._term_sums[name] for name in names])
             sums = self.accelerator.reduce(sums, "sum")
-            steps = self.state.global_step - self._steps_at_last_log
+            steps = self.state.global_step - self._step_of_last_line
+            seconds = time.perf_counter() - self._time_of_last_line
+            positions, slots = self._positions_and_slots.tolist()
             logs |= {name: value / steps for name, value in zip(names, sums.tolist())}
-            self._term_sums, self._steps_at_last_log = {}, self.state.global_step
+            logs["tokens_per_second"] = positions / seconds
+            logs["flops_per_second"] = (self.state.total_flos - self._flops_at_last_line) / seconds
+            logs["padding_share"] = 1 - positions / slots
+            logs["peak_memory_gib"] = peak_memory_bytes() / GIB
+            self._start_log_line()
         super().log(logs, start_time)
+
+    # Held-out rows
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Each active term and the loss over the held-out rows, as exact means over all of them.
+        """The loss and its terms over the held-out rows, as exact means over all of them; cross
+        entropy and KL also where training has them off.
 
         Rows are shared out among the ranks; a rank that runs out repeats a row without counting it,
         since sharded models need every rank at every forward pass.
         """
+        start = time.perf_counter()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.model_wrapped
+        was_training = model.training
         model.eval()
         device = self.args.device
-        one = StepCounts(torch.ones((), device=device), torch.ones((), device=device))
+        one = StepCounts(*torch.ones(2, dtype=torch.long, device=device))
         sums = torch.zeros(5, dtype=torch.float64, device=device)
         batch_size = self.args.per_device_eval_batch_size
-        for start in range(0, len(rows), batch_size * self.accelerator.num_processes):
-            first = start + self.accelerator.process_index * batch_size
+        for first_row in range(0, len(rows), batch_size * self.accelerator.num_processes):
+            first = first_row + self.accelerator.process_index * batch_size
             indices = [i for i in range(first, first + batch_size) if i < len(rows)]
             batch = collate([rows[i] for i in indices] or [rows[0]])
             if not indices:
@@ -107,7 +207,8 @@ class DistillationTrainer(Trainer):
             with self.compute_loss_context_manager():
                 terms = model(**self._prepare_inputs(batch), counts=one)
             values = (terms.cross_entropy, terms.kl, terms.cosine, *counts)
-            sums += torch.tensor([float(value) for value in values], device=device)
+            sums += torch.stack([value.to(device, torch.float64) for value in values])
+        model.train(was_training)
         cross_entropy, kl, cosine, targets, positions = self.accelerator.reduce(
             sums, "sum"
         ).tolist()
@@ -122,24 +223,81 @@ class DistillationTrainer(Trainer):
             + weights.kl * weights.temperature**2 * means["kl"]
             + weights.cosine * means["cosine"]
         )
-        metrics = {"loss": loss} | {name: means[name] for name in active_terms(weights)}
+        names = active_terms(weights.for_evaluation())
+        metrics = {"loss": loss} | {name: means[name] for name in names}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        self._time_of_last_line += time.perf_counter() - start
         return metrics
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
+        """Train, from a checkpoint's weights, optimiser, random states and place in the data."""
+        self._resume_from = resume_from_checkpoint
+        # A stream goes on from its own state; Trainer would read it again from the start.
+        self.args.ignore_data_skip = isinstance(self.train_dataset, IterableDataset)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _init_training_state(self, *args):
+        values = super()._init_training_state(*args)
+        self._start_log_line()
+        return values
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Let Trainer write a checkpoint beside its place, and move it there when all is written.
+
+        Ranks must see one file system, as Trainer's own checkpoints of sharded models need too.
+        """
+        start = time.perf_counter()
+        output_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        staging = output_dir / INCOMPLETE
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        super()._save_checkpoint(model, trial)
+        self._staging = None
+        stream_state = self._stream_states.get(self.state.global_step)
+        if stream_state is not None:
+            write_json(staging / name / self._stream_file_name, stream_state)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_model_checkpoint is not None:
+                best = output_dir / Path(self.state.best_model_checkpoint).name
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            publish(name, output_dir)
+            remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        self._time_of_last_line += time.perf_counter() - start
+
+    @property
+    def _stream_file_name(self) -> str:
+        return f"stream_{self.args.process_index}_of_{self.args.world_size}.json"
 
     def save_student(self, folder: Path, dtype: torch.dtype) -> None:
-        """Cast the student and write it whole from the main process, as a checkpoint to load."""
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        cast_parameters(student, dtype)
+        """Write the whole student from the main process, as a checkpoint to load."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.args.should_save:
-            student.save_pretrained(folder, state_dict=state)
+        if not self.args.should_save:
+            return
+        config = self.accelerator.unwrap_model(self.model_wrapped).config
+        with torch.device("meta"):
+            student = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        state = {
+            name.replace("_checkpoint_wrapped_module.", ""): tensor.to(dtype)
+            for name, tensor in state.items()
+        }
+        student.load_state_dict(state, assign=True)
+        student.tie_weights()
+        student.save_pretrained(folder)
 
 
 def active_terms(weights: LossWeights) -> list[str]:
@@ -149,7 +307,8 @@ def active_terms(weights: LossWeights) -> list[str]:
 def install_distillation_forward(
     student: PreTrainedModel, teacher: PreTrainedModel, layer_map: LayerMap, weights: LossWeights
 ) -> None:
-    """Make `student(...)` return the distillation loss of a micro-batch, and freeze the teacher.
+    """Make `student(...)` return the distillation loss of a micro-batch, and freeze the teacher,
+    whose own call returns its aligned hidden states.
 
     With the cosine term alone no head is run, and an untied head of the student is frozen with it.
     """
@@ -159,6 +318,11 @@ def install_distillation_forward(
     if not weights.needs_logits and not student.config.tie_word_embeddings:
         student.get_output_embeddings().requires_grad_(False)
 
+    def teacher_forward(
+        self: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> list[Tensor]:
+        return hidden_states_at(self, teacher_indices, input_ids, attention_mask)
+
     def forward(
         self: PreTrainedModel,
         input_ids: Tensor,
@@ -167,16 +331,29 @@ def install_distillation_forward(
         attention_mask: Tensor | None = None,
     ) -> LossTerms:
         with torch.no_grad():
-            teacher_states = hidden_states_at(teacher, teacher_indices, input_ids, attention_mask)
-        student_states = hidden_states_at(self, student_indices, input_ids, attention_mask)
-        return distillation_loss(
-            student_states,
-            teacher_states,
+            teacher_states = dict(zip(student_indices, teacher(input_ids, attention_mask)))
+        is_real_BT = labels != IGNORED_LABEL
+        last, last_pair, distances = student_indices[-1], [], []
+
+        def compare(j: int, student_BTD: Tensor) -> None:
+            teacher_BTD = teacher_states.pop(j)
+            if weights.cosine:
+                distances.append(cosine_distance(student_BTD, teacher_BTD, is_real_BT))
+            if j == last:
+                last_pair.extend((student_BTD, teacher_BTD))
+
+        visit_hidden_states(self, student_indices, compare, input_ids, attention_mask)
+        terms = distillation_loss(
+            *last_pair,
             self.get_output_embeddings(),
             teacher.get_output_embeddings(),
             labels,
-            weights,
+            distances,
+            weights if self.training else weights.for_evaluation(),
             counts,
         )
+        release(teacher.get_output_embeddings())
+        return terms
 
     student.forward = types.MethodType(forward, student)
+    teacher.forward = types.MethodType(teacher_forward, teacher)

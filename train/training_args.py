@@ -2,13 +2,19 @@
 loss's own.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from train.losses import LossWeights
+
+FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_STATE_DICT"}
+"""Weights are read on one rank; each rank writes its own share of a checkpoint."""
 
 
 @dataclass
@@ -28,6 +34,15 @@ class DistillationArguments(TrainingArguments):
             "help": "dtype of the saved student",
             "choices": ("float32", "bfloat16", "float16"),
         },
+    )
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "say what the run would take, from configs alone, and end"},
+    )
+    dry_run_ranks: int | None = field(
+        default=None,
+        metadata={"help": "ranks that --dry_run counts on, by default those it runs on"},
     )
 
     use_cross_entropy: bool = field(default=True, metadata={"help": "learn from the next token"})
@@ -62,6 +77,12 @@ class DistillationArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "steps between log lines"})
     save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept"})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "when held-out rows are measured: steps, epoch or no"}
+    )
+    eval_steps: float | None = field(
+        default=100, metadata={"help": "steps between measurements of the held-out rows"}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "search for parameters without gradient; there are none"}
     )
@@ -83,11 +104,18 @@ class DistillationArguments(TrainingArguments):
             self.use_cpu = True  # transformers takes bf16 on a CPU only when told that one is meant
         if self.fsdp_config:
             self.fsdp = self.fsdp or True  # transformers ignores the config without it
-            if not _is_json(self.fsdp_config):
-                self.fsdp_config = {
-                    "transformer_layer_cls_to_wrap": layer_classes(self.fsdp_config)
-                }
+            self.fsdp_config = FSDP_DEFAULTS | read_fsdp_config(self.fsdp_config)
+            if self.activation_checkpointing or self.gradient_checkpointing:
+                # FSDP's own, which does not gather a layer a second time.
+                self.fsdp_config["activation_checkpointing"] = True
+                self.activation_checkpointing = self.gradient_checkpointing = None
         super().__post_init__()
+        if self.fsdp:
+            # Sum gradients in shards; else every rank holds whole ones until the step's end.
+            kwargs = self.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator_config.gradient_accumulation_kwargs = {
+                "sync_each_batch": True
+            } | kwargs
 
     def _check(self) -> None:
         problems = []
@@ -107,10 +135,22 @@ class DistillationArguments(TrainingArguments):
             problems.append(f"learning_rate={self.learning_rate}: choose 0 or more")
         if self.warmup_steps < 0:
             problems.append(f"warmup_steps={self.warmup_steps}: choose 0 or more")
+        if self.dry_run_ranks is not None and self.dry_run_ranks < 1:
+            problems.append(f"dry_run_ranks={self.dry_run_ranks}: choose 1 or more")
+        if self.use_liger_kernel and not torch.cuda.is_available():
+            problems.append("use_liger_kernel: there is no CUDA GPU for its kernels, leave it out")
+        elif self.use_liger_kernel and not is_liger_kernel_available():
+            problems.append("use_liger_kernel: install liger-kernel first, or leave it out")
         if self.max_steps == 0 or self.max_steps < -1:
             problems.append(f"max_steps={self.max_steps}: choose 1 or more, or -1 to count epochs")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        if self.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -122,15 +162,18 @@ class DistillationArguments(TrainingArguments):
         )
 
 
-def _is_json(fsdp_config: dict | str) -> bool:
-    """Whether the value is a config already: a dict, its text, or a file of it."""
-    if isinstance(fsdp_config, dict) or fsdp_config.startswith("{"):
-        return True
+def read_fsdp_config(fsdp_config: dict | str) -> dict:
+    """A config as it is, as text, in a file, or for the layers of the model that is named."""
+    if isinstance(fsdp_config, dict):
+        return fsdp_config
+    if fsdp_config.startswith("{"):
+        return json.loads(fsdp_config)
     if not fsdp_config.endswith(".json"):
-        return False
+        return {"transformer_layer_cls_to_wrap": layer_classes(fsdp_config)}
     if not os.path.isfile(fsdp_config):
         raise ValueError(f"fsdp_config={fsdp_config}: no such file; name a .json file or a model")
-    return True
+    values = json.loads(Path(fsdp_config).read_text(encoding="utf-8"))
+    return {name.removeprefix("fsdp_"): value for name, value in values.items()}
 
 
 def layer_classes(model_name_or_path: str) -> list[str]:

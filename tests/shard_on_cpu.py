@@ -1,0 +1,62 @@
+"""`torchrun ... tests/shard_on_cpu.py ...`: train.train through the real FSDP2 path on CPU ranks.
+
+accelerate shards on accelerators only; here its state says MULTI_GPU where it would say MULTI_CPU,
+and nothing else changes. What each rank really holds is written beside the checkpoints.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+from train import train
+from train.trainer import DistillationTrainer
+
+initialise = PartialState.__init__
+
+
+def initialise_as_if_on_gpus(self, *args, **kwargs):
+    initialise(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+def held(model) -> dict[str, dict[str, list[int]]]:
+    """Parameter to its whole shape and the shape of this rank's share of it."""
+    return {
+        name: {"whole": [*parameter.shape], "share": [*parameter.to_local().shape]}
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor)
+    } | {
+        name: {"whole": [*parameter.shape], "share": [*parameter.shape]}
+        for name, parameter in model.named_parameters()
+        if not isinstance(parameter, DTensor)
+    }
+
+
+class RecordingTrainer(DistillationTrainer):
+    def __init__(self, student, teacher, *args, **kwargs):
+        self.read_weights = not any(parameter.is_meta for parameter in teacher.parameters())
+        super().__init__(student, teacher, *args, **kwargs)
+        self.teacher = teacher
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        report = {
+            "read_weights": self.read_weights,
+            "student": held(self.model_wrapped),
+            "teacher": held(self.teacher),
+        }
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"held_{os.environ['RANK']}.json").write_text(json.dumps(report))
+        return output
+
+
+PartialState.__init__ = initialise_as_if_on_gpus
+train.DistillationTrainer = RecordingTrainer
+train.main(sys.argv[1:])

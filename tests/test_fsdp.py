@@ -1,0 +1,101 @@
+"""Two CPU ranks under torchrun through the real FSDP2 path, against one process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_module, save_pair
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from train.train import main
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
+SHARDED = [*TORCHRUN, "tests/shard_on_cpu.py"]
+
+
+def command(teacher: Path, folder: Path, dataset: Path, *flags: str) -> list[str]:
+    settings = {
+        "teacher_model_name_or_path": teacher, "save_directory": folder, "dataset": dataset,
+        "max_length": 32, "max_steps": 4, "logging_steps": 1, "warmup_steps": 0,
+        "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "bf16": False,
+    }  # fmt: skip
+    return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
+
+
+def train_sharded(*words: str) -> None:
+    done = run_module(*SHARDED, *words, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+
+
+def read(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    log = json.loads((folder / "run.json").read_text())["log"]
+    return [line for line in log if "loss" in line], load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("tying", ["tied", "untied"])
+def test_two_sharded_ranks_follow_one_process(tying, text_file, tmp_path):
+    teacher, _ = save_pair(tmp_path, f"qwen3-{tying}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    main(command(teacher, one, text_file))
+    sharded = ["--gradient_accumulation_steps", "4", "--fsdp_config", str(teacher)]
+    train_sharded(*command(teacher, two, text_file, *sharded))
+
+    reports = [json.loads((two / f"checkpoints/held_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [report["read_weights"] for report in reports] == [True, False]
+    for name, num_layers in (("student", 4), ("teacher", 6)):
+        shares = [report[name] for report in reports]
+        assert len(shares[0]) >= 11 * num_layers
+        for first, second in zip(*(share.values() for share in shares)):
+            assert first["share"][0] + second["share"][0] == first["whole"][0]
+            assert second["share"][0] < first["whole"][0]
+
+    (log, weights), (sharded_log, sharded_weights) = read(one), read(two)
+    assert len(log) == len(sharded_log) == 4
+    for line, expected in zip(sharded_log, log):
+        for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
+            assert line[term] == pytest.approx(expected[term], rel=1e-5), term
+    assert weights.keys() == sharded_weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(sharded_weights[name], tensor, rtol=0, atol=1e-5)
+    student = AutoModelForCausalLM.from_pretrained(two)
+    assert student.config.tie_word_embeddings == (tying == "tied")
+
+
+@pytest.mark.slow
+def test_sharded_ranks_resume(text_file, tmp_path):
+    teacher, _ = save_pair(tmp_path, "qwen3-tied")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    settings = [
+        "--gradient_accumulation_steps", "4", "--fsdp_config", str(teacher),
+        "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "5",
+    ]  # fmt: skip
+    train_sharded(*command(teacher, whole, text_file, *settings))
+    shutil.copytree(whole / "checkpoints/checkpoint-2", again / "checkpoints/checkpoint-2")
+    settings += ["--resume_from_checkpoint", "last"]
+    train_sharded(*command(teacher, again, text_file, *settings))
+    (log, weights), (resumed_log, resumed_weights) = read(whole), read(again)
+    assert [line["loss"] for line in resumed_log] == [line["loss"] for line in log]
+    assert all(torch.equal(resumed_weights[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+def test_sharded_in_bf16_with_activation_checkpointing(text_file, tmp_path):
+    teacher, _ = save_pair(tmp_path, "qwen3-untied")
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = ["--bf16", "True", "--max_steps", "2"]
+    main(command(teacher, one, text_file, *settings))
+    fsdp = [
+        "--fsdp_config", str(teacher), "--gradient_accumulation_steps", "4",
+        "--activation_checkpointing", "True",
+    ]  # fmt: skip
+    train_sharded(*command(teacher, two, text_file, *settings, *fsdp))
+    (log, weights), (sharded_log, sharded_weights) = read(one), read(two)
+    for line, expected in zip(sharded_log, log):
+        for term in ("loss", "cross_entropy", "kl", "cosine"):
+            assert line[term] == pytest.approx(expected[term], rel=0.02), term
+    assert sharded_weights.keys() == weights.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in sharded_weights.values())

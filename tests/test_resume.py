@@ -1,0 +1,229 @@
+"""Killed, told to stop, and resumed: the student ends as if nothing had happened, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, byte_tokenizer, save_pair
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from train import data
+from train.checkpoints import INCOMPLETE, find_checkpoint, remove_old
+from train.data import Share, StreamBatches, tokenize_share
+from train.data_args import DataArguments
+from train.train import main
+
+NUM_STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A GPT-2: its student drops out, so random states matter."""
+    return save_pair(tmp_path_factory.mktemp("gpt2"), "gpt2")[0]
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    texts = [f"Document {i}: {' '.join(str(i * j) for j in range(i % 17))}" for i in range(3000)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def command(teacher: Path, folder: Path, documents: Path, *flags: str) -> list[str]:
+    settings = {
+        "teacher_model_name_or_path": teacher, "save_directory": folder, "dataset": documents,
+        "max_length": 32, "max_steps": NUM_STEPS, "logging_steps": 1, "save_steps": 1,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "disable_tqdm": True,
+        "eval_strategy": "no", "bf16": False, "resume_from_checkpoint": "last",
+    }  # fmt: skip
+    return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
+
+
+def run_until(num_lines: int, delay: float, sent: signal.Signals, words: list[str]) -> int:
+    """Run the command, send the signal a moment after so many steps were logged; its exit status,
+    0 where it had ended before.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "train.train", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = 0
+    for line in process.stdout:
+        lines += line.startswith("{'loss'")
+        if lines == num_lines:
+            time.sleep(delay)
+            process.send_signal(sent)
+            break
+    rest, _ = process.communicate(timeout=120)
+    assert "Traceback" not in rest, rest
+    return process.returncode
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    log = json.loads((folder / "run.json").read_text())["log"]
+    return [line["loss"] for line in log if "loss" in line]
+
+
+def check_equal(folder: Path, reference: Path) -> None:
+    assert losses(folder) == losses(reference)
+    assert len(losses(folder)) == NUM_STEPS
+    for name, tensor in weights(reference).items():
+        assert torch.equal(weights(folder)[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("streaming", "signals"),
+    [
+        ("True", [signal.SIGKILL, signal.SIGTERM]),
+        pytest.param("False", [signal.SIGKILL, signal.SIGTERM], marks=pytest.mark.slow),
+        pytest.param("True", [signal.SIGKILL] * 5, marks=pytest.mark.slow),
+        pytest.param("False", [signal.SIGKILL] * 5, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_ends_as_never_killed(teacher, documents, tmp_path, streaming, signals):
+    flags = ["--streaming", streaming]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main(command(teacher, whole, documents, *flags))
+    for sent in signals:
+        status = run_until(
+            random.randint(1, NUM_STEPS // len(signals) - 1),
+            random.uniform(0, 0.3),
+            sent,
+            command(teacher, killed, documents, *flags),
+        )
+        assert status == (-signal.SIGKILL if sent == signal.SIGKILL else 128 + signal.SIGTERM)
+        assert not (killed / "config.json").exists()
+    main(command(teacher, killed, documents, *flags))
+    check_equal(killed, whole)
+
+
+def test_a_step_cut_short_by_sigterm_counts_for_nothing(teacher, documents, tmp_path, monkeypatch):
+    """The signal arrives between two micro-batches of the third step."""
+    from train import trainer
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = ["--streaming", "True"]
+    main(command(teacher, whole, documents, *flags))
+    compute_loss = trainer.DistillationTrainer.compute_loss
+    calls = []
+
+    def compute_loss_and_signal(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.DistillationTrainer, "compute_loss", compute_loss_and_signal)
+    with pytest.raises(SystemExit) as ended:
+        main(command(teacher, stopped, documents, *flags, "--save_strategy", "no"))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert len(calls) == 2 * 4 + 2
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    main(command(teacher, stopped, documents, *flags))
+    check_equal(stopped, whole)
+
+
+@pytest.mark.parametrize("streaming", ["True", "False"])
+def test_a_run_killed_behind_its_last_step_only_saves(teacher, documents, tmp_path, streaming):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--streaming", streaming, "--max_steps", "2"]
+    main(command(teacher, whole, documents, *flags))
+    shutil.copytree(whole / "checkpoints", killed / "checkpoints")
+    main(command(teacher, killed, documents, *flags))
+    assert losses(killed) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(killed)[name], tensor), name
+
+
+def test_only_finished_checkpoints_are_taken(tmp_path):
+    assert find_checkpoint(None, str(tmp_path)) is None
+    assert find_checkpoint("last", str(tmp_path / "missing")) is None
+    for name in ("checkpoint-5", "checkpoint-10", f"{INCOMPLETE}/checkpoint-15"):
+        (tmp_path / name).mkdir(parents=True)
+    assert find_checkpoint("True", str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError, match="no checkpoint there"):
+        find_checkpoint(str(tmp_path / "checkpoint-5"), str(tmp_path))
+    (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
+    named = str(tmp_path / "checkpoint-5")
+    assert find_checkpoint(named, str(tmp_path)) == named
+
+
+def test_old_checkpoints_go_but_for_the_best(tmp_path):
+    for step in (1, 2, 3, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-1", "checkpoint-3", "checkpoint-10",
+    }  # fmt: skip
+
+
+def stream(share: Share, num_documents: int = 40) -> StreamBatches:
+    documents = Dataset.from_dict({"text": [f"text {i}" for i in range(num_documents)]})
+    rows = tokenize_share(
+        documents.to_iterable_dataset(),
+        byte_tokenizer(),
+        DataArguments(max_length=16),
+        seed=0,
+        share=share,
+    )
+    return StreamBatches(rows, batch_size=3)
+
+
+def take(batches: StreamBatches, num_batches: int) -> list[list[list[int]]]:
+    iterator = iter(batches)
+    return [next(iterator)["labels"].tolist() for _ in range(num_batches)]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 6, 7, 20])
+def test_a_stream_goes_on_where_it_stopped(monkeypatch, stop):
+    """20 batches are three passes and a bit."""
+    monkeypatch.setattr(data, "DOCUMENTS_PER_BATCH", 10)
+    expected = take(stream(Share()), 25)
+    first, second = stream(Share()), stream(Share())
+    assert take(first, stop) == expected[:stop]
+    if first.state is not None:
+        second.load_state_dict(json.loads(json.dumps(first.state)))
+    assert take(second, 25 - stop) == expected[stop:]
+
+
+def test_ranks_share_a_stream_without_overlap_and_tokenise_only_their_part(monkeypatch):
+    monkeypatch.setattr(data, "DOCUMENTS_PER_BATCH", 10)
+    tokenised, seen = [], []
+    rows_of_documents = data.rows_of_documents
+
+    def counted(batch, *args):
+        tokenised.extend(batch["text"])
+        return rows_of_documents(batch, *args)
+
+    monkeypatch.setattr(data, "rows_of_documents", counted)
+    for rank in range(2):
+        ids = [token for row in stream(Share(rank, 2)).rows for token in row["input_ids"]]
+        seen.append(set(byte_tokenizer().decode(ids).split("<eos>")) - {""})
+    assert not seen[0] & seen[1]
+    assert sorted(seen[0] | seen[1]) == sorted(f"text {i}" for i in range(40))
+    assert sorted(tokenised) == sorted(seen[0] | seen[1])
+
+
+def test_a_rank_without_any_document_says_so():
+    with pytest.raises(ValueError, match="holds no text for this rank"):
+        next(iter(stream(Share(1, 2))))

@@ -1,0 +1,76 @@
+"""What `--dry_run` prints: layers, sizes, tokens, FLOPs and memory of a run, from configs alone."""
+
+import torch
+from transformers import PreTrainedConfig
+
+from patching.blocks import LayerMap, as_layer_list
+from patching.pair import recommended_order
+from train.data_args import DataArguments
+from train.estimate import MicroBatch, flops_per_token, memory, sizes, student_config
+from train.training_args import DistillationArguments
+
+GIB = 2**30
+
+
+def plan(
+    teacher: PreTrainedConfig,
+    layer_map: LayerMap,
+    data_args: DataArguments,
+    args: DistillationArguments,
+) -> str:
+    student = student_config(teacher, layer_map)
+    order = recommended_order(teacher)
+    num_ranks = args.dry_run_ranks or args.world_size
+    is_sharded = bool(args.fsdp_config) and num_ranks > 1
+    batch = MicroBatch(
+        args.per_device_train_batch_size,
+        data_args.max_length,
+        args.compute_dtype,
+        bool(args.activation_checkpointing)
+        or (is_sharded and bool(args.fsdp_config.get("activation_checkpointing"))),
+    )
+    tokens_per_step = batch.num_tokens * args.gradient_accumulation_steps * num_ranks
+    flops = flops_per_token(student, teacher, args.loss_weights).at(batch.num_positions)
+    parts = memory(
+        student,
+        teacher,
+        args.loss_weights,
+        batch,
+        num_shards=num_ranks if is_sharded else 1,
+        num_aligned_pairs=len(layer_map.alignment_pairs),
+        is_cpu=not torch.accelerator.is_available(),
+    )
+    lines = [
+        f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers} "
+        f"({teacher.model_type}): {as_layer_list(layer_map.kept)}",
+        "",
+        "student layer  teacher block  hidden states compared (student, teacher)",
+        f"{'embedding':>13}  {'':13}  {layer_map.alignment_pairs[0]}",
+    ]
+    for i, (block, pair) in enumerate(zip(layer_map.blocks, layer_map.alignment_pairs[1:])):
+        layers = f"{block.start}-{block.stop - 1}" if len(block) > 1 else f"{block.start}"
+        lines.append(f"{i:13}  {layers:>13}  {pair}")
+    lines += ["", f"sizes, patched {order} first (parameters: stored, embedding and head both)"]
+    for size in sizes(teacher, layer_map, order):
+        name = {0: "student", layer_map.max_layers_to_patch: "teacher"}
+        lines.append(
+            f"  k = {size.num_layers_to_patch:2}  {size.num_layers:3} layers  "
+            f"{size.stored / 1e6:10,.2f} M  {size.both_counted / 1e6:10,.2f} M  "
+            f"{name.get(size.num_layers_to_patch, '')}".rstrip()
+        )
+    lines += [
+        "",
+        f"tokens per optimiser step: {tokens_per_step:,} ({batch.num_rows} rows of "
+        f"{batch.num_positions} x {args.gradient_accumulation_steps} micro-batches x "
+        f"{num_ranks} ranks)",
+        f"FLOPs per optimiser step:  {tokens_per_step * flops:.3g}",
+    ]
+    if args.max_steps > 0:
+        tokens = tokens_per_step * args.max_steps
+        lines.append(f"in {args.max_steps} steps: {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
+    else:
+        lines.append(f"{args.num_train_epochs:g} passes over the text: its length decides")
+    lines += ["", f"memory per rank, AdamW{', sharded' if is_sharded else ''} (estimate, GiB)"]
+    lines += [f"  {name:12}{num_bytes / GIB:8.2f}" for name, num_bytes in parts._asdict().items()]
+    lines.append(f"  {'total':12}{parts.total / GIB:8.2f}")
+    return "\n".join(lines)
