@@ -288,9 +288,10 @@ class DistillationTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if not self.args.should_save:
             return
-        config = self.accelerator.unwrap_model(self.model_wrapped).config
+        trained = self.accelerator.unwrap_model(self.model_wrapped)
         with torch.device("meta"):
-            student = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            student = AutoModelForCausalLM.from_config(trained.config, dtype=dtype)
+        student.generation_config = trained.generation_config
         state = {
             name.replace("_checkpoint_wrapped_module.", ""): tensor.to(dtype)
             for name, tensor in state.items()
