@@ -161,6 +161,9 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         ),
         (["--save_directory", "/proc/student"], "/proc/student cannot be written to"),
         (["--lr_scheduler_type", "stairs"], "stairs"),
+        (["--streaming", "True", "--max_steps", "-1"], "max_steps=-1: a stream has no length"),
+        (["--resume_from_checkpoint", "no/such"], "resume_from_checkpoint=no/such: no checkpoint"),
+        (["--dry_run_ranks", "0"], "dry_run_ranks=0: choose 1 or more"),
         (["--no_such_flag", "1"], "no_such_flag"),
     ],
 )
@@ -197,6 +200,22 @@ def test_a_teacher_without_a_row_in_the_table_is_refused(tmp_path, text_file, ca
         main(documented_command(teacher, tmp_path / "out", text_file)[:-2])
     assert ended.value.code == 2
     assert "model_type=bloom: this architecture is not supported" in capsys.readouterr().err
+
+
+def test_a_teacher_that_caps_its_logits_is_refused(tmp_path, text_file, capsys):
+    teacher, _ = save_pair(tmp_path)
+    config = json.loads((teacher / "config.json").read_text()) | {"final_logit_softcapping": 30.0}
+    (teacher / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as ended:
+        main(documented_command(teacher, tmp_path / "out", text_file)[:-2])
+    assert ended.value.code == 2
+    assert "final_logit_softcapping=30.0 in the qwen3 config" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is that of a machine without")
+def test_liger_kernels_need_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="use_liger_kernel: there is no CUDA GPU"):
+        DistillationArguments(save_directory=str(tmp_path), use_liger_kernel=True)
 
 
 def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_file, tmp_path):

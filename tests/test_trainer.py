@@ -3,15 +3,20 @@ are exact.
 """
 
 import copy
+import time
+import weakref
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from patching.blocks import LayerMap
 from patching.hidden_states import hidden_states_at
+from train import trainer as trainer_module
 from train.data import collate
+from train.losses import cosine_distance
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
@@ -134,6 +139,71 @@ def test_cosine_alone_leaves_an_untied_head_as_it_is(tmp_path, tying):
     assert line["loss"] == pytest.approx(2.0 * line["cosine"], rel=1e-5)
     assert "cross_entropy" not in line
     assert "kl" not in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_checkpointing": True},
+        pytest.param(
+            {
+                "torch_compile": True,
+                "torch_compile_backend": "aot_eager",
+                "activation_checkpointing": True,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_speed_options_change_no_number(tmp_path, changes):
+    logs, weights = [], []
+    for settings in ({}, changes):
+        trainer = trainer_for(tmp_path, **settings)
+        trainer.train()
+        logs.append([line for line in trainer.state.log_history if "loss" in line])
+        trainer.save_student(tmp_path / "student", torch.float32)
+        weights.append(load_file(tmp_path / "student" / "model.safetensors"))
+    for line, expected in zip(*logs):
+        for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
+            assert line[term] == pytest.approx(expected[term], rel=1e-5), term
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_a_line_of_the_log_says_how_fast_and_how_full(tmp_path):
+    trainer = trainer_for(tmp_path, logging_steps=2, max_steps=4, eval_strategy="no")
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    assert all(line["tokens_per_second"] > 2 * 8 * min(lengths) / seconds for line in lines)
+    assert all(0 < line["padding_share"] < 1 for line in lines)
+    assert all(line["flops_per_second"] > 0 and line["peak_memory_gib"] > 0 for line in lines)
+    assert trainer.state.total_flos > 0
+
+
+def test_held_out_cross_entropy_and_kl_are_measured_where_training_has_them_off(tmp_path):
+    whole = trainer_for(tmp_path).evaluate()
+    cosine_alone = trainer_for(tmp_path, use_cross_entropy=False, use_kl_loss=False).evaluate()
+    for name in ("eval_cross_entropy", "eval_kl", "eval_cosine"):
+        assert cosine_alone[name] == pytest.approx(whole[name], rel=1e-5)
+    assert cosine_alone["eval_loss"] == pytest.approx(2 * whole["eval_cosine"], rel=1e-5)
+
+
+def test_the_teachers_states_are_let_go_as_they_are_compared(tmp_path, monkeypatch):
+    """When the student's last state appears, one of the teacher's is left."""
+    alive = []
+
+    def compare(student_BTD, teacher_BTD, is_real_BT):
+        alive.append(weakref.ref(teacher_BTD))
+        counts.append(sum(reference() is not None for reference in alive))
+        return cosine_distance(student_BTD, teacher_BTD, is_real_BT)
+
+    counts = []
+    monkeypatch.setattr(trainer_module, "cosine_distance", compare)
+    trainer_for(tmp_path, max_steps=1, eval_strategy="no").train()
+    assert max(counts) == 1
+    assert len(counts) == len(LAYER_MAP.alignment_pairs)
 
 
 def test_hidden_states_are_transformers_own():

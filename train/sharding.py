@@ -51,6 +51,6 @@ def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrai
 
 
 def release(head: nn.Module) -> None:
-    """Give back a teacher's head, which stays gathered behind its forward pass."""
+    """Give back a head, which stays gathered behind a forward pass that has no backward pass."""
     if isinstance(head, FSDPModule):
         head.reshard()

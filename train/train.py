@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
-from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
 from patching.blocks import as_layer_list
@@ -174,13 +173,9 @@ def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
 
 
 def check_schedule(args: DistillationArguments, rows: Rows) -> None:
-    """Raise ValueError for a stream without a number of steps; evaluate only where rows are held
-    out.
-    """
+    """Raise ValueError for a stream without a number of steps."""
     if isinstance(rows.train, IterableDataset) and args.max_steps < 0:
         raise ValueError("max_steps=-1: a stream has no length, name a number of --max_steps")
-    if rows.held_out is None:
-        args.eval_strategy = IntervalStrategy.NO
 
 
 def check_save_directory(save_directory: Path) -> None:

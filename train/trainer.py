@@ -20,6 +20,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from patching.blocks import LayerMap
 from patching.hidden_states import hidden_states_at, visit_hidden_states
@@ -62,6 +63,8 @@ class DistillationTrainer(Trainer):
         args.use_liger_kernel = False  # applied; Trainer would do it with Liger's own losses
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         self._flops = flops_per_token(student.config, teacher.config, args.loss_weights)
+        if kwargs.get("eval_dataset") is None:
+            args.eval_strategy = IntervalStrategy.NO
         self.stop_on_sigterm = StopOnSigterm()
         super().__init__(
             student, args, data_collator=collate, callbacks=[self.stop_on_sigterm], **kwargs
@@ -209,6 +212,7 @@ class DistillationTrainer(Trainer):
             values = (terms.cross_entropy, terms.kl, terms.cosine, *counts)
             sums += torch.stack([value.to(device, torch.float64) for value in values])
         model.train(was_training)
+        release(self.accelerator.unwrap_model(model).get_output_embeddings())
         cross_entropy, kl, cosine, targets, positions = self.accelerator.reduce(
             sums, "sum"
         ).tolist()
