@@ -56,7 +56,8 @@ def run_until(num_lines: int, delay: float, sent: signal.Signals, words: list[st
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "train.train", *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # As many threads as this process: sums over another number of threads round otherwise.
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
