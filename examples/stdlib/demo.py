@@ -33,6 +33,7 @@ DISTILLATION = {
     "learning_rate": 5e-4,
     "cosine_loss_weight": 10,
     "save_strategy": "no",
+    "eval_strategy": "no",
     "logging_steps": 10,
     "per_device_eval_batch_size": 16,
 }
