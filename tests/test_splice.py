@@ -328,31 +328,41 @@ def test_any_subset_by_the_command_line(qwen3, tmp_path):
     assert provenance["num_layers_to_patch"] == 2
 
 
-@pytest.mark.parametrize("refused", [(), ("_copy_file_range",), ("_copy_file_range", "_sendfile")])
-def test_every_way_to_copy_gives_the_same_bytes(refused, tmp_path, monkeypatch):
-    copies = list(safetensors_files.COPIES)
+WAYS_TO_COPY = ["_copy_file_range", "_through_pipe", "_sendfile", "_read_and_write"]
 
-    def refuse(*_):
-        raise OSError(errno.EXDEV, "not here")
 
-    monkeypatch.setattr(
-        safetensors_files,
-        "COPIES",
-        tuple(refuse if copy.__name__ in refused else copy for copy in copies),
-    )
-    monkeypatch.setattr(safetensors_files, "READ_BYTES", 100)
+@pytest.mark.parametrize("start", [5, 17])  # the first lies in its page as the target's end does
+@pytest.mark.parametrize("num_refused", range(4))
+def test_every_way_to_copy_gives_the_same_bytes(num_refused, start, tmp_path, monkeypatch):
+    used = []
+
+    def watched(copy):
+        def call(*arguments):
+            if copy.__name__ in WAYS_TO_COPY[:num_refused]:
+                raise OSError(errno.EXDEV, "not here")
+            used.append(copy.__name__)
+            return copy(*arguments)
+
+        return call
+
+    copies = tuple(watched(copy) for copy in safetensors_files.COPIES)
+    monkeypatch.setattr(safetensors_files, "COPIES", copies)
+    monkeypatch.setattr(safetensors_files, "PIECE_BYTES", 100)
     data = os.urandom(5000)
     (tmp_path / "source").write_bytes(data)
     source = os.open(tmp_path / "source", os.O_RDONLY)
     target = os.open(tmp_path / "target", os.O_WRONLY | os.O_CREAT)
     os.write(target, b"begin")
-    copy_bytes(source, target, 17, 4321)
+    copy_bytes(source, target, start, 4321)
+    first_choice = 0 if start == 5 else 1
+    assert used[0] == WAYS_TO_COPY[max(num_refused, first_choice)]
     copy_bytes(source, target, 0, 3)
     with pytest.raises(OSError, match="became shorter while it was copied"):
         copy_bytes(source, target, 4990, 5001)
     os.close(source)
     os.close(target)
-    assert (tmp_path / "target").read_bytes()[: 5 + 4304 + 3] == b"begin" + data[17:4321] + data[:3]
+    expected = b"begin" + data[start:4321] + data[:3]
+    assert (tmp_path / "target").read_bytes()[: len(expected)] == expected
 
 
 names_of_tensors = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
