@@ -1,7 +1,9 @@
 """What a run takes, worked out from configs: parameters, FLOPs and memory by part."""
 
+import re
 import resource
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -233,5 +235,8 @@ def peak_memory_bytes() -> int:
     """The most memory this process has held: on the accelerator where there is one, else at all."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
+    if sys.platform == "linux":
+        # Not ru_maxrss: a new process inherits there the peak of the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
