@@ -74,7 +74,7 @@ class Splice:
         Raises OSError where a parent's file ends early or the disk is full.
         """
         for shard in self.shards:
-            target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 _write_all(target, header_of(shard.tensors))
                 _write_tensors(target, shard)
