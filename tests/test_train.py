@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_module, save_pair
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import ROOT, run_module, save_pair, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from patching.command_line import CommandLineParser
 from patching.student_config import read_student_config
 from train.data_args import DataArguments
 from train.model_args import ModelArguments
+from train.sharding import check_layer_classes
+from train.speed import check_liger_knows
 from train.train import main
-from train.training_args import DistillationArguments
+from train.training_args import DistillationArguments, layer_classes
 
 
 def documented_command(teacher, folder, dataset) -> list[str]:
@@ -153,6 +157,9 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         (["--max_steps", "0"], "max_steps=0"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
         (["--fsdp_config", "no_such.json"], "fsdp_config=no_such.json: no such file"),
+        (["--fsdp_config", "no/such"], "fsdp_config=no/such: neither a .json file nor a model"),
+        (["--fsdp_config", '{"version": 2'], 'fsdp_config={"version": 2 is not JSON'),
+        (["--fsdp_config", '{"fsdp_version": 1}'], "version=1: choose 2"),
         (["--dataset", "no/such-dataset"], "no/such-dataset"),
         (["--text_column", "body"], "text_column=body"),
         (
@@ -218,6 +225,31 @@ def test_liger_kernels_need_a_gpu(tmp_path):
         DistillationArguments(save_directory=str(tmp_path), use_liger_kernel=True)
 
 
+def test_liger_kernels_need_their_package_and_an_architecture_it_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("train.training_args.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ValueError, match="use_liger_kernel: install liger-kernel first"):
+        DistillationArguments(save_directory=str(tmp_path), use_liger_kernel=True)
+    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
+    check_liger_knows(tiny_config("llama-tied", 2))
+    with pytest.raises(ValueError, match="Liger has no kernels for a gpt_neox model"):
+        check_liger_knows(tiny_config("gpt_neox-tied", 2))
+
+
+def test_the_layers_to_shard_are_the_teachers(pair_folders, tmp_path):
+    config = AutoConfig.from_pretrained(pair_folders[0])
+    check_layer_classes({"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}, config)
+    check_layer_classes({}, config)
+    with pytest.raises(ValueError, match="a qwen3 model has no LlamaDecoderLayer, give"):
+        check_layer_classes({"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}, config)
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a t5 model does not say which of its layers to shard"):
+        layer_classes(str(tmp_path))
+
+
 def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_file, tmp_path):
     folder = tmp_path / "student"
     main(
@@ -235,6 +267,9 @@ def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_fi
             "False",
         ]  # fmt: skip
     )
+    (tmp_path / "ordinary").touch()
+    files = [path for path in folder.iterdir() if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "ordinary").stat().st_mode}
     student = AutoModelForCausalLM.from_pretrained(folder)
     teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0])
     assert read_student_config(str(folder)).layer_map.kept == (0, 2, 3)
