@@ -106,7 +106,8 @@ def plan_splice(
     among files.
 
     Raises OtherLayout where a parent has to be loaded instead, ValueError where files are damaged,
-    missing, or disagree with the config.
+    missing, or disagree with the config. Numbers that are wrong but all there are copied as they
+    are: the format has no checksums.
     """
     config = config_for(recipe, configs)
     if config.to_dict().get("auto_map") is not None:

@@ -1,6 +1,7 @@
 """`train.train` as a user runs it: the documented command line, its output, and what it refuses."""
 
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_module, save_pair, tiny_config
+from torch.distributed.run import get_args_parser as torchrun
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from patching.command_line import CommandLineParser
@@ -278,10 +280,16 @@ def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_fi
     assert abs(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) < 0.1
 
 
-def test_the_readme_says_what_the_parser_takes():
+def test_the_readme_names_flags_that_there_are():
     readme = (ROOT / "README.md").read_text()
     assert "--module train.train" in readme
     assert "--fsdp_config $TEACHER" in readme
+    distil = readme[readme.index("Distil (") : readme.index("Evaluate one size")]
+    parser = CommandLineParser((ModelArguments, DataArguments, DistillationArguments))
+    known = parser._option_string_actions | torchrun()._option_string_actions
+    named = set(re.findall(r"--[a-z][\w-]*", distil))
+    assert len(named) > 15
+    assert not named - known.keys()
 
 
 def test_resuming_ends_with_the_same_weights(pair_folders, text_file, tmp_path):
