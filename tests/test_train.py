@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_module, save_pair, tiny_config
+from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser as torchrun
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
@@ -73,6 +74,7 @@ def test_fsdp_config_may_be_a_file_and_the_temperature_has_an_alias(tmp_path):
 
 def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp_path):
     folder = tmp_path / "student"
+    own = torch.ones(2**28)  # its memory must not show in that of the run
     done = run_module(
         "train.train", *documented_command(pair_folders[0], folder, text_file), *SMALL
     )
@@ -92,6 +94,7 @@ def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp
     )
     assert run["held_out"]["eval_cross_entropy"] > 0
     assert {"cross_entropy", "kl", "cosine", "grad_norm"} <= run["log"][0].keys()
+    assert 0.2 < run["log"][0]["peak_memory_gib"] < own.nbytes / 2**30
     student = AutoModelForCausalLM.from_pretrained(folder)
     assert student.dtype == torch.float32
     assert student.config.num_hidden_layers == 4
@@ -209,6 +212,27 @@ def test_a_teacher_without_a_row_in_the_table_is_refused(tmp_path, text_file, ca
         main(documented_command(teacher, tmp_path / "out", text_file)[:-2])
     assert ended.value.code == 2
     assert "model_type=bloom: this architecture is not supported" in capsys.readouterr().err
+
+
+def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path, text_file, capsys):
+    teacher, _ = save_pair(tmp_path)
+    tensors = load_file(teacher / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        main([*documented_command(teacher, tmp_path / "out", text_file)[:-2], *SMALL])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "its weights lack model.layers.3.mlp.up_proj.weight" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_way_to_compute_attention_is_refused(pair_folders, text_file, tmp_path, capsys):
+    command = documented_command(pair_folders[0], tmp_path / "out", text_file)[:-2]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *SMALL, "--attn_implementation", "nonsense"])
+    assert ended.value.code == 2
+    assert "nonsense" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_teacher_that_caps_its_logits_is_refused(tmp_path, text_file, capsys):

@@ -22,7 +22,6 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,7 +33,8 @@ from patching.blocks import as_layer_list
 from patching.command_line import CommandLineParser, user_errors
 from patching.divergence import check_logits_are_the_heads
 from patching.outputs import check_writable, environment, follow_umask, write_json
-from patching.pair import read_config, recommended_order
+from patching.pair import load_model, read_config, recommended_order
+from patching.recipe import Reference
 from patching.student_config import StudentConfig
 from train.checkpoints import check_resumable, find_checkpoint
 from train.data import Rows, Share, load_rows
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     set_seed(args.seed)
-    teacher = load_teacher(model_args, teacher_config, args)
+    with user_errors():
+        teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)
     cast_parameters(teacher, args.compute_dtype)
     trainer = DistillationTrainer(
@@ -138,19 +139,16 @@ def main(argv: list[str] | None = None) -> None:
 def load_teacher(
     model_args: ModelArguments, config: PreTrainedConfig, args: DistillationArguments
 ) -> PreTrainedModel:
-    """The teacher in its own dtype; of sharded ranks only the first reads its weights."""
-    settings = {
-        "trust_remote_code": model_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-    }
+    """The teacher in its own dtype; of sharded ranks only the first reads its weights.
+
+    Raises ValueError where they are damaged or not all that the config calls for.
+    """
+    trust, attention = model_args.trust_remote_code, model_args.attn_implementation
     if not reads_weights(args):
+        settings = {"trust_remote_code": trust, "attn_implementation": attention}
         return without_weights(config, dtype=args.compute_dtype, **settings)
-    return AutoModelForCausalLM.from_pretrained(
-        model_args.teacher_model_name_or_path,
-        revision=model_args.revision,
-        dtype="auto",
-        **settings,
-    )
+    reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
+    return load_model(reference, "auto", trust, attention)
 
 
 def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
