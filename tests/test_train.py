@@ -14,6 +14,7 @@ from torch.distributed.run import get_args_parser as torchrun
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from patching.command_line import CommandLineParser
+from patching.patch import main as patch
 from patching.student_config import read_student_config
 from train.data_args import DataArguments
 from train.model_args import ModelArguments
@@ -302,6 +303,18 @@ def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_fi
     assert student.dtype == torch.bfloat16
     ours, theirs = (m.model.embed_tokens.weight.float().flatten() for m in (student, teacher))
     assert abs(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("command_line", [main, patch])
+def test_the_help_shows_the_example_as_it_is_and_a_flag_once(command_line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert " \\\n        --" in text
+    assert text.count("\n  --save_directory ") == 1
+    assert "--save-directory" not in text
+    assert "default: None" not in text
 
 
 def test_the_readme_names_flags_that_there_are():

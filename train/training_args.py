@@ -22,6 +22,8 @@ FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_
 class DistillationArguments(TrainingArguments):
     """Defaults are those of arXiv 2510.05064 on 4 ranks: 500 steps of 2048 rows."""
 
+    _argument_group_name = "training: flags of transformers, then saving, --dry_run and the loss"
+
     save_directory: str | None = field(
         default=None, metadata={"help": "where the student is saved (required)"}
     )
