@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -217,9 +218,13 @@ def references(arguments: PairArguments) -> dict[Parent, Reference]:
 
 
 def load_model(
-    reference: Reference, dtype: torch.dtype, trust_remote_code: bool = False
+    reference: Reference,
+    dtype: torch.dtype | Literal["auto"],
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A model with its weights, never from a pickle that could run code.
+    """A model with its weights, never from a pickle that could run code; `auto` is the dtype they
+    are stored in.
 
     transformers fills gaps with random numbers and a warning; here they are a ValueError, as are
     damaged files.
@@ -230,6 +235,7 @@ def load_model(
             revision=reference.revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
+            attn_implementation=attn_implementation,
             weights_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
