@@ -229,7 +229,8 @@ def influences_of_layers(
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept.get("made_from") == made_from:
             return kept["block_influence"]
-    influences = block_influence(weights.of(pair)["teacher"], text.batches(pair.tokenizer))
+    teacher = weights.of(pair)["teacher"]
+    influences = block_influence(teacher, text.batches(pair.tokenizer, teacher.config))
     if is_writer(weights.ranks):
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {"block_influence": influences, "text": text.name, "made_from": made_from}
@@ -262,6 +263,7 @@ class Plan:
     def of(cls, arguments: EvaluationArguments) -> "Plan":
         """Raises ValueError or OSError where something is not there or does not fit."""
         pair = Pair.from_pretrained(arguments)
+        _ = pair.tokenizer  # one that is missing is noticed here
         compared = compared_models(arguments.compare)
         trust = arguments.trust_remote_code
         configs = {}

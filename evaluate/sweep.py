@@ -159,7 +159,8 @@ class Sweep:
                 if self.is_writer:
                     self._measure(kin, loaded, unmeasured, stored)
                 for task, members in of_kin.items():
-                    self._run_task(loaded.lm, kin, task, members, stored, progress)
+                    self._run_task(loaded.lm, task, members, stored, progress)
+                del loaded  # before the next weights come
 
     def _missing(
         self, kin: Kin, stored: Mapping[str, Mapping[str, Any]]
@@ -195,7 +196,7 @@ class Sweep:
             return
         lm, teacher = loaded
         if teacher is not None and self.text is not None:
-            batches = self.text.batches(lm.tokenizer)
+            batches = self.text.batches(lm.tokenizer, teacher.config)
             teacher_states = last_states(teacher, batches)
         for member in tqdm(members, desc="measuring", unit="model", leave=False):
             if isinstance(lm, FamilyLM):
@@ -214,7 +215,6 @@ class Sweep:
     def _run_task(
         self,
         lm: HFLM,
-        kin: Kin,
         task: str,
         members: Sequence[Member],
         stored: dict[str, dict[str, Any]],

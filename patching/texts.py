@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
@@ -97,9 +97,14 @@ class Calibration:
         """Tells these texts from others of the same name."""
         return hashlib.sha256("\0".join([*self.texts, str(self.length)]).encode()).hexdigest()
 
-    def batches(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-        """`input_ids` and `attention_mask`, each (B, T), padded on the right."""
-        rows = tokenizer(self.texts, truncation=True, max_length=self.length)["input_ids"]
+    def batches(
+        self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    ) -> list[dict[str, Tensor]]:
+        """`input_ids` and `attention_mask`, each (B, T), padded on the right; no longer than a model
+        of this config reads.
+        """
+        length = min(self.length, getattr(config, "max_position_embeddings", self.length))
+        rows = tokenizer(self.texts, truncation=True, max_length=length)["input_ids"]
         return padded_batches([row for row in rows if row])
 
 

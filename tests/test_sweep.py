@@ -273,7 +273,7 @@ def test_everything_that_can_be_set_beside_a_family(pair_folders, tasks, tmp_pat
 
     texts = Calibration.read(CalibrationArguments(str(text)))
     teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0]).eval()
-    influences = block_influence(teacher, texts.batches(byte_tokenizer()))
+    influences = block_influence(teacher, texts.batches(byte_tokenizer(), teacher.config))
     for k, depth in ((0, 4), (1, 5)):
         result = results[f"block_influence_k{k}"]
         assert result["recipe"] == most_influential(influences, depth).to_dict()

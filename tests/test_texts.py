@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import VOCAB_SIZE, byte_tokenizer
+from transformers import LlamaConfig
 
 from patching.texts import Calibration, CalibrationArguments, padded_batches
 
@@ -19,8 +20,10 @@ def test_the_first_texts_are_read_and_blank_ones_passed_over(tmp_path):
     )
     assert text.texts == ["alpha", "beta"]
     assert text.name == "the first 2 texts of texts.jsonl"
-    (batch,) = text.batches(byte_tokenizer())
-    assert batch["input_ids"].shape == (2, 4)
+    for longest, length in ((128, 4), (3, 3)):
+        config = LlamaConfig(max_position_embeddings=longest)
+        (batch,) = text.batches(byte_tokenizer(), config)
+        assert batch["input_ids"].shape == (2, length)
     other = Calibration.read(CalibrationArguments(**settings, calibration_texts=3))
     assert other.sha256 != text.sha256
     with pytest.raises(ValueError, match="text_column=text: .* has the columns body"):
