@@ -11,6 +11,7 @@ goes on where it was when it is started again. Under torchrun the ranks share th
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -152,7 +153,7 @@ class Weights:
             self.teacher = pair.load(["teacher"], self.dtype, self.device)["teacher"]
         return {"teacher": self.teacher, **pair.load(["student"], self.dtype, self.device)}
 
-    def family_lm(self, pair: Pair, members: list[Member]) -> Loaded:
+    def family_lm(self, pair: Pair, members: Sequence[Member]) -> Loaded:
         lm = FamilyLM(
             {member.name: member.recipe for member in members},
             **self.of(pair),
@@ -162,7 +163,7 @@ class Weights:
         )
         return Loaded(lm, self.teacher)
 
-    def compared_lm(self, name_or_path: str) -> Loaded:
+    def compared_lm(self, name_or_path: str, _members: Sequence[Member]) -> Loaded:
         trust = self.arguments.trust_remote_code
         model = load_model(Reference(name_or_path), self.dtype, trust).to(self.device).eval()
         tokenizer = read_tokenizer(name_or_path, trust)
@@ -337,7 +338,7 @@ class Plan:
         return kin
 
     def _kin_of(self, pair: Pair, members: list[Member], weights: Weights) -> Kin:
-        return Kin(members, partial(self._facts, pair), partial(weights.family_lm, pair, members))
+        return Kin(members, partial(self._facts, pair), partial(weights.family_lm, pair))
 
     def _facts(self, pair: Pair, member: Member) -> dict[str, Any]:
         config = pair.config(member.recipe)

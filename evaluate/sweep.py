@@ -98,7 +98,8 @@ class Kin:
     members: Sequence[Member]
     facts: Callable[[Member], dict[str, Any]]
     """What is written about a member beside its scores."""
-    load: Callable[[], Loaded]
+    load: Callable[[Sequence[Member]], Loaded]
+    """Some of the members, ready to run."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,10 @@ class Sweep:
         ) as progress:
             for kin, of_kin in zip(all_kin, missing):
                 unmeasured = [m for m in kin.members if self._is_unmeasured(stored.get(m.name))]
-                if not (unmeasured or of_kin):
+                needed = {*unmeasured, *(m for members in of_kin.values() for m in members)}
+                if not needed:
                     continue
-                loaded = kin.load()
+                loaded = kin.load([m for m in kin.members if m in needed])
                 if self.is_writer:
                     self._measure(kin, loaded, unmeasured, stored)
                 for task, members in of_kin.items():
@@ -165,7 +167,7 @@ class Sweep:
     def _missing(
         self, kin: Kin, stored: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, list[Member]]:
-        """Task to the members that have no scores on it, tasks that all have left out."""
+        """Task to the members that have no scores on it; without the tasks that all have."""
 
         def is_missing(member: Member, task: str) -> bool:
             finished = stored.get(member.name, {}).get("tasks", {}).get(task)

@@ -100,8 +100,8 @@ class Calibration:
     def batches(
         self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     ) -> list[dict[str, Tensor]]:
-        """`input_ids` and `attention_mask`, each (B, T), padded on the right; no longer than a model
-        of this config reads.
+        """`input_ids` and `attention_mask`, each (B, T), padded on the right, no longer than a
+        model of this config reads.
         """
         length = min(self.length, getattr(config, "max_position_embeddings", self.length))
         rows = tokenizer(self.texts, truncation=True, max_length=length)["input_ids"]
