@@ -46,7 +46,7 @@ def plot(results: Sequence[Result]) -> Figure:
     billions = max(result["parameters"]["both_counted"] for result in results) >= 1e9
     unit = 1e9 if billions else 1e6
     styles = _styles(results)
-    handles = {}
+    handles, ends = {}, {}
     for axes, task in zip(panels, tasks):
         for name, style in styles.items():
             members = [
@@ -70,13 +70,14 @@ def plot(results: Sequence[Result]) -> Figure:
                 **style,
             )
             if members[0]["series"] in FAMILIES:
-                handles |= _mark_ends(axes, members, x, scores)
+                ends |= _mark_ends(axes, members, x, scores)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel(f"parameters ({'billions' if billions else 'millions'})", fontsize=8)
         better = "higher" if scores[0].higher_is_better else "lower"
         axes.set_ylabel(f"{scores[0].metric} ({better} is better)", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
+    handles |= ends
     figure.legend(
         handles.values(),
         handles.keys(),
