@@ -314,6 +314,16 @@ def test_what_is_not_there_is_said_before_weights_load(
     assert not (tmp_path / "out").exists()
 
 
+def test_examples_in_the_prompt_are_as_many_as_asked_for(pair_folders, tasks, tmp_path):
+    """Also where a task's text has been read before, to compare the members on it."""
+    settings = {"num_layers_to_patch": 0, "tasks": "choice", "include_path": tasks}
+    main([*flags(pair_folders, tmp_path, num_fewshot=2, **settings), "--log_samples"])
+    assert read(tmp_path)["family_k0"]["n-shot"] == {"choice": 2}
+    lines = (tmp_path / "samples" / "family_k0" / "samples_choice.jsonl").read_text().splitlines()
+    prompt = json.loads(lines[0])["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.endswith(f"\n\n{TEXTS[0]}") and prompt.count(" text of ") == 3
+
+
 @pytest.mark.slow
 def test_two_ranks_give_one_ranks_numbers(pair_folders, tasks, tmp_path):
     compare = ("--compare", str(pair_folders[0]), "--log_samples")
