@@ -28,7 +28,7 @@ import time
 
 
 def score(doc, results):
-    time.sleep(0.1)
+    time.sleep(0.04)
     return {"acc": float(results[0][0] > results[1][0])}
 """
 
