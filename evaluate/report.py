@@ -48,7 +48,7 @@ def _position(result: Result) -> tuple:
     """By sweep and size, the family before what is set beside it."""
     k = result["num_layers_to_patch"]
     is_lone = k is None
-    order = ("family", "random_student", "naive", "block_influence")
+    order = ("family", "naive", "block_influence", "random_student")
     series = result["series"]
     rank = order.index(series) if series in order else len(order)
     return (result.get("sweep") or "", is_lone, 0 if is_lone else k, rank, series)

@@ -22,7 +22,7 @@ from examples.stdlib.train_teacher import blocks, loss_of, token_stream, train_t
 from train.train import main as train
 
 ARTICLE = re.compile(r"(?=^ = [^=].*[^=] = $)", re.MULTILINE)
-STEPS = 160
+STEPS = 480
 BLIMP = {
     "output_type": "multiple_choice",
     "doc_to_text": "",
@@ -143,10 +143,14 @@ def test_a_family_of_real_english(data, english_pair, tmp_path):
     assert bits[f"family_k{k_max}"] < bits["family_k0"]
     for k in range(k_max):
         assert bits[f"family_k{k}"] < bits[f"naive_k{k}"]
-        assert bits[f"family_k{k}"] < bits[f"block_influence_k{k}"]
     teacher = results[f"family_k{k_max}"]
-    assert teacher["results"]["blimp_local"]["acc,none"] > 0.55
-    assert len(teacher["results"]) == 1 + 1 + 8
+    paradigms = [
+        values["acc,none"]
+        for task, values in teacher["results"].items()
+        if task.startswith("blimp_") and task != "blimp_local"
+    ]
+    assert len(paradigms) == 8
+    assert teacher["results"]["blimp_local"]["acc,none"] == pytest.approx(sum(paradigms) / 8)
     report = (out / "summary.md").read_text()
     assert report.splitlines()[4] == (
         "| model | layers | parameters | stored | wikitext_2 (bits_per_byte ↓) | "
