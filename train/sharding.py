@@ -11,7 +11,9 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from patching.auto_class import auto_class
 
 
 def without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -19,7 +21,7 @@ def without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     checkpoint, such as rotary frequencies, is there.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, **kwargs)
+        model = auto_class(config).from_config(config, **kwargs)
     model.tie_weights()
     return model
 

@@ -3,9 +3,10 @@
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from patching.assemble import assemble
+from patching.auto_class import auto_class
 from patching.blocks import LayerMap
 from patching.families import config_for
 from patching.recipe import initial_student
@@ -25,7 +26,7 @@ def new_student(
         return with_room_for_weights(copy.deepcopy(assemble(recipe, teacher=teacher)).float())
     if random_initialization:
         config = config_for(recipe, {"teacher": teacher.config})
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config).from_config(
             config,
             dtype=torch.float32,
             attn_implementation=teacher.config._attn_implementation,

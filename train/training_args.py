@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
+from patching.distilbert import as_bert_config
+from patching.empty_model import empty_model
+from patching.families import family_of
 from train.losses import LossWeights
 
 FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_STATE_DICT"}
@@ -177,6 +180,7 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict:
 
 
 def layer_classes(model_name_or_path: str) -> list[str]:
-    """Class names of a causal language model's layers, as the model declares them for sharding."""
-    config = AutoConfig.from_pretrained(model_name_or_path)
-    return sorted(AutoModelForCausalLM._model_mapping[type(config)]._no_split_modules)
+    """Class names of a language model's layers."""
+    config = as_bert_config(AutoConfig.from_pretrained(model_name_or_path))
+    layers = empty_model(config).get_submodule(family_of(config).layers)
+    return sorted({type(layer).__name__ for layer in layers})
