@@ -1,5 +1,6 @@
 """What a run takes, worked out from configs: parameters, FLOPs and memory by part."""
 
+import copy
 import resource
 import sys
 from typing import NamedTuple
@@ -7,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from patching import divergence
+from patching.auto_class import auto_class, predicts_masked_tokens
 from patching.blocks import LayerMap, Order
 from patching.families import config_for, family_of
 from patching.recipe import Recipe, initial_student, intermediate_model
 from train.losses import LossWeights
+from train.masking import SHARE_OF_TARGETS
 
 MASTER_BYTES = 4
 """Bytes of a weight, a gradient and each of AdamW's two moments: fp32."""
@@ -57,12 +60,18 @@ def forward_flops(config: PreTrainedConfig) -> TokenFlops:
     )
     # A token sees half the positions of its row on average: half of 2 products of 2 FLOPs.
     attention = len(layers) * 2 * config.num_attention_heads * head_size
-    return TokenFlops(2 * matrices, attention, 2 * model.get_output_embeddings().weight.numel())
+    head = sum(
+        parameter.numel()
+        for parameter in model.get_submodule(family_of(config).head).parameters()
+        if parameter.dim() == 2
+    )
+    share = SHARE_OF_TARGETS if predicts_masked_tokens(config) else 1
+    return TokenFlops(2 * matrices, attention, round(2 * head * share))
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def num_parameters(model: torch.nn.Module) -> int:
@@ -82,10 +91,12 @@ class Size(NamedTuple):
 
 def sizes(teacher: PreTrainedConfig, layer_map: LayerMap, order: Order) -> list[Size]:
     """Every size between student and teacher, from the teacher's parts."""
-    model = on_meta(teacher)
+    tied, untied = (copy.deepcopy(teacher) for _ in range(2))
+    tied.tie_word_embeddings, untied.tie_word_embeddings = True, False
+    model = on_meta(untied)
     layers = [num_parameters(layer) for layer in model.get_submodule(family_of(teacher).layers)]
-    head = model.get_output_embeddings().weight.numel()
-    others = num_parameters(model) - sum(layers) - (not teacher.tie_word_embeddings) * head
+    others = num_parameters(model) - sum(layers)
+    shared = num_parameters(model) - num_parameters(on_meta(tied))
     configs = {"teacher": teacher, "student": student_config(teacher, layer_map)}
 
     def size(num_layers_to_patch: int, recipe: Recipe) -> Size:
@@ -93,9 +104,9 @@ def sizes(teacher: PreTrainedConfig, layer_map: LayerMap, order: Order) -> list[
             layers[layer_map.kept[idx] if parent == "student" else idx]
             for parent, idx in recipe.layers
         )
-        untied = not config_for(recipe, configs).tie_word_embeddings
-        both = in_layers + others + head
-        return Size(num_layers_to_patch, recipe.depth, both - (not untied) * head, both)
+        both = in_layers + others
+        stored = both - config_for(recipe, configs).tie_word_embeddings * shared
+        return Size(num_layers_to_patch, recipe.depth, stored, both)
 
     return [
         size(k, intermediate_model(layer_map, k, order))
@@ -217,9 +228,11 @@ def saved_for_backward_bytes(config: PreTrainedConfig, batch: MicroBatch, is_sha
     )
     with FakeTensorMode(), autocast:
         # Sharded layers gather their weights in the dtype of the products, without autocast.
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=batch.dtype if is_sharded else torch.float32
-        ).train()
+        model = (
+            auto_class(config)
+            .from_config(config, dtype=batch.dtype if is_sharded else torch.float32)
+            .train()
+        )
         if batch.activation_checkpointing:
             model.activation_checkpointing_enable()
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
