@@ -31,7 +31,7 @@ class MaskedText(NamedTuple):
     input_ids: list[int]
     """With the tokenizer's special tokens around it."""
     positions: list[int]
-    """Of its own tokens, which are masked one at a time."""
+    """Of the tokens that are masked one at a time: all but special ones; unknown words count."""
     num_left_out: int
     """Tokens cut off at its end, where the model has no more positions."""
 
@@ -69,20 +69,14 @@ def encode(
     if tokenizer.mask_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no mask token")
     longest = min(longest_text(config), tokenizer.model_max_length)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     room = longest - tokenizer.num_special_tokens_to_add()
     encoded = []
     for text in texts:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        found = tokenizer(
-            text,
-            truncation=True,
-            max_length=longest,
-            return_special_tokens_mask=True,
-            verbose=False,
-        )
-        special = found["special_tokens_mask"]
-        positions = [position for position, is_special in enumerate(special) if not is_special]
-        encoded.append(MaskedText(found["input_ids"], positions, max(0, len(tokens) - room)))
+        input_ids = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
+        positions = [i for i, token in enumerate(input_ids) if token not in special]
+        encoded.append(MaskedText(input_ids, positions, max(0, len(tokens) - room)))
     return encoded
 
 

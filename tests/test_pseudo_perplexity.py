@@ -29,7 +29,7 @@ TEXTS = [
     *texts_of([5, 1, 9, 0, 3, 9]),
     "",
     "   \n",
-    "w1 unknown w2 [SEP] w3",  # a special token inside is not the text's own
+    "w1 unknown w2 [SEP] w3",  # a special token inside is not scored
     *texts_of([NUM_POSITIONS + 10, NUM_POSITIONS - 2], seed=1),
 ]
 
