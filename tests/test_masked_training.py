@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, run_module, tiny_model
 from datasets import Dataset
 from masked_models import VOCAB_SIZE, encoder_config, texts_of, word_tokenizer
 from safetensors.torch import load_file
@@ -215,3 +215,25 @@ def test_a_dry_run_counts_an_encoder(folders, tmp_path, capsys):
     assert "student of 3 layers from 4 (bert): 0,2,3" in printed
     counts = count_parameters(AutoConfig.from_pretrained(folders[0]))
     assert f"{counts.stored / 1e6:,.2f} M" in printed
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_train_an_encoder(folders, tmp_path):
+    """Ranks draw masks of their own, so only what does not depend on them is compared."""
+    target = tmp_path / "student"
+    words = command(folders, target, "--fsdp_config", str(folders[0]), "--max_steps", "2")
+    sharded = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
+    done = run_module(
+        *sharded, "tests/shard_on_cpu.py", *words, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    student, found = AutoModelForMaskedLM.from_pretrained(target, output_loading_info=True)
+    assert not any(found.values())
+    start = AutoModelForMaskedLM.from_pretrained(folders[0])
+    for name in ("dense.weight", "LayerNorm.weight"):
+        trained, before = (
+            model.get_parameter(f"cls.predictions.transform.{name}") for model in (student, start)
+        )
+        assert not torch.equal(trained, before)
+    log = json.loads((target / "run.json").read_text())["log"]
+    assert all(line["grad_norm"] > 0 for line in log if "loss" in line)

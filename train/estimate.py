@@ -65,8 +65,12 @@ def forward_flops(config: PreTrainedConfig) -> TokenFlops:
         for parameter in model.get_submodule(family_of(config).head).parameters()
         if parameter.dim() == 2
     )
-    share = SHARE_OF_TARGETS if predicts_masked_tokens(config) else 1
-    return TokenFlops(2 * matrices, attention, round(2 * head * share))
+    return TokenFlops(2 * matrices, attention, round(2 * head * share_of_targets(config)))
+
+
+def share_of_targets(config: PreTrainedConfig) -> float:
+    """Of a row's positions those that predict something, and that a head runs at."""
+    return SHARE_OF_TARGETS if predicts_masked_tokens(config) else 1.0
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -190,14 +194,15 @@ def memory(
     loss = 0
     if weights.needs_logits:
         vocab_size = len(head)
-        num_logits = min(batch.num_tokens * vocab_size, divergence.CHUNK_LOGITS)
+        num_targets = round(batch.num_tokens * share_of_targets(student))
+        num_logits = min(num_targets * vocab_size, divergence.CHUNK_LOGITS)
         at_once = min(num_logits, divergence.CPU_SOFTMAX_LOGITS if is_cpu else num_logits)
         num_models = 1 + bool(weights.kl)
         loss += num_models * num_logits * bytes_each + (1 + 2 * num_models) * at_once * 4
         loss += MASTER_BYTES * head.numel()
         if batch.dtype != torch.float32:
             loss += bytes_each * head.numel() * (1 if num_shards > 1 else 2)
-        loss += batch.num_tokens * hidden_size * (bytes_each * num_models + state_bytes * 2)
+        loss += num_targets * hidden_size * (bytes_each * num_models + state_bytes * 2)
     return Memory(
         weights=MASTER_BYTES * num_student // num_shards,
         gradients=MASTER_BYTES * num_student // num_shards,
