@@ -5,30 +5,49 @@
         --save_directory DIR --num_layers_to_patch all --baselines naive
 
 Both models are loaded once; every size shares their weights. DIR receives one JSON file per model,
-a table (summary.md, summary.csv) and a plot (summary.png, summary.svg). """
+written task by task, and a report (summary.md, .csv, .json, .png, .svg). A sweep that was stopped
+goes on where it was when it is started again. Under torchrun the ranks share the requests. """
 
 import dataclasses
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from evaluate.report import write_report
+from evaluate.devices import ranks_of, stock_lm, usable_device
+from evaluate.family import FamilyLM
+from evaluate.report import short_names, write_report
+from evaluate.stored import check_settings, fingerprint, read_results
+from evaluate.sweep import Harness, Kin, Loaded, Member, Sweep, text_of_tasks
 from evaluate.tasks import PAPER_SUITE, load_tasks
-from patching.assemble import assemble, count_parameters
+from patching.assemble import count_parameters
+from patching.block_influence import block_influence, most_influential
 from patching.blocks import parse_sizes
 from patching.command_line import CommandLineParser, user_errors
 from patching.outputs import check_writable, environment, write_json
-from patching.pair import DTYPES, Pair, PairArguments
-from patching.recipe import Recipe
+from patching.pair import DTYPES, Pair, PairArguments, load_model
+from patching.recipe import Parent, Reference
+from patching.texts import Calibration, CalibrationArguments
 
-BASELINES = ("naive",)
+BASELINES = ("naive", "block_influence")
 
 
 @dataclass
-class EvaluationArguments(PairArguments):
+class EvaluationArguments(CalibrationArguments, PairArguments):
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for results"})
     num_layers_to_patch: str = field(
         default="all", metadata={"help": "sizes to evaluate: 4, or 1,3,5, or 0-5, or all"}
@@ -36,9 +55,23 @@ class EvaluationArguments(PairArguments):
     baselines: str | None = field(
         default=None,
         metadata={
-            "help": "evaluated beside each size, separated by commas: naive (the teacher pruned "
-            "to the "
-            "same depth without distillation)"
+            "help": "evaluated beside each size, separated by commas: naive (the teacher pruned to "
+            "the same depth without distillation), block_influence (the teacher without the layers "
+            "that change its calibration text's states the least, as ShortGPT prunes)"
+        },
+    )
+    random_student: str | None = field(
+        default=None,
+        metadata={
+            "help": "a second student of the same teacher, such as one distilled from random "
+            "weights: its family is evaluated beside the first"
+        },
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "any other model, or a folder of models, set beside the family; repeatable",
+            "action": "extend",
         },
     )
     tasks: str = field(
@@ -53,6 +86,9 @@ class EvaluationArguments(PairArguments):
     num_fewshot: int | None = field(
         default=None, metadata={"help": "examples in the prompt, by default each task's own number"}
     )
+    log_samples: bool = field(
+        default=False, metadata={"help": "write each document, answer and score, too"}
+    )
     eval_batch_size: str = field(default="4", metadata={"help": "rows per forward pass, or auto"})
     dtype: str = field(
         default="bfloat16", metadata={"help": "dtype of the weights", "choices": DTYPES}
@@ -63,7 +99,7 @@ class EvaluationArguments(PairArguments):
     )
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = self.check_calibration()
         if self.limit is not None and self.limit <= 0:
             problems.append(f"limit={self.limit}: choose a number above 0")
         if self.num_fewshot is not None and self.num_fewshot < 0:
@@ -71,9 +107,13 @@ class EvaluationArguments(PairArguments):
         batch_size = self.eval_batch_size
         if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
             problems.append(f"eval_batch_size={batch_size}: choose 1 or more, or auto")
-        unknown = set(self.baseline_names) - set(BASELINES)
-        if unknown:
+        if set(self.baseline_names) - set(BASELINES):
             problems.append(f"baselines={self.baselines}: choose from {', '.join(BASELINES)}")
+        if "block_influence" in self.baseline_names and self.calibration is None:
+            problems.append(
+                f"baselines={self.baselines}: block influence is measured on text, name some with "
+                "--calibration"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -85,34 +125,246 @@ class EvaluationArguments(PairArguments):
     def batch_size(self) -> int | str:
         return self.eval_batch_size if self.eval_batch_size == "auto" else int(self.eval_batch_size)
 
-
-class Member(NamedTuple):
-    """One model of a sweep."""
-
-    series: str
-    """`family`, or the name of a baseline."""
-    num_layers_to_patch: int
-    recipe: Recipe
-
     @property
-    def file_name(self) -> str:
-        return f"{self.series}_k{self.num_layers_to_patch}.json"
+    def harness(self) -> Harness:
+        return Harness(self.num_fewshot, self.limit, self.log_samples)
 
 
 def split_names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def members_of(pair: Pair, sizes: list[int], baselines: list[str]) -> list[Member]:
-    """The models of a sweep. At k = max naive pruning is the teacher, which is there already."""
+class Weights:
+    """The parents of the families, read when they are first asked for; they share a teacher."""
+
+    def __init__(
+        self,
+        arguments: EvaluationArguments,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranks: Accelerator | None,
+    ) -> None:
+        self.arguments, self.dtype, self.device, self.ranks = arguments, dtype, device, ranks
+        self.teacher: PreTrainedModel | None = None
+
+    def of(self, pair: Pair) -> dict[Parent, PreTrainedModel]:
+        if self.teacher is None:
+            self.teacher = pair.load(["teacher"], self.dtype, self.device)["teacher"]
+        return {"teacher": self.teacher, **pair.load(["student"], self.dtype, self.device)}
+
+    def family_lm(self, pair: Pair, members: Sequence[Member]) -> Loaded:
+        lm = FamilyLM(
+            {member.name: member.recipe for member in members},
+            **self.of(pair),
+            tokenizer=pair.tokenizer,
+            batch_size=self.arguments.batch_size,
+            accelerator=self.ranks,
+        )
+        return Loaded(lm, self.teacher)
+
+    def compared_lm(self, name_or_path: str, _members: Sequence[Member]) -> Loaded:
+        trust = self.arguments.trust_remote_code
+        model = load_model(Reference(name_or_path), self.dtype, trust).to(self.device).eval()
+        tokenizer = read_tokenizer(name_or_path, trust)
+        return Loaded(stock_lm(model, tokenizer, self.arguments.batch_size, self.ranks), None)
+
+
+def read_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """A model's own, padding on the left as batched generation needs."""
+    return AutoTokenizer.from_pretrained(
+        name_or_path, trust_remote_code=trust_remote_code, padding_side="left"
+    )
+
+
+def second_pair(pair: Pair, arguments: EvaluationArguments) -> Pair:
+    """The teacher and `--random_student`, patched in the same order where its layers allow it."""
+    other = dataclasses.replace(
+        arguments,
+        student_model_name_or_path=arguments.random_student,
+        student_revision=None,
+    )
+    second = Pair.from_pretrained(other)
+    if second.layer_map == pair.layer_map:
+        return dataclasses.replace(second, order=pair.order)
+    return second
+
+
+def compared_models(names: list[str]) -> dict[str, str]:
+    """Series to the model it is about; a folder of models stands for each of them."""
+    models = []
+    for name in names:
+        folder = Path(name)
+        inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            if not inside:
+                raise ValueError(f"compare={name}: there is no model in this folder")
+            models += map(str, inside)
+        else:
+            models.append(name)
+    models = list(dict.fromkeys(models))
+    return {f"compare_{short}": name for short, name in zip(short_names(models), models)}
+
+
+def family_members(pair: Pair, sizes: list[int], baselines: list[str]) -> list[Member]:
+    """The family and its naive baseline. At k = max pruning leaves the teacher, which is there
+    already.
+    """
     members = [Member("family", k, pair.recipe(k)) for k in sizes]
     if "naive" in baselines:
-        members += [
-            Member("naive", k, pair.naive_recipe(k))
-            for k in sizes
-            if k < pair.layer_map.max_layers_to_patch
-        ]
+        members += [Member("naive", k, pair.naive_recipe(k)) for k in pruned_sizes(pair, sizes)]
     return members
+
+
+def pruned_sizes(pair: Pair, sizes: list[int]) -> list[int]:
+    return [k for k in sizes if k < pair.layer_map.max_layers_to_patch]
+
+
+def influences_of_layers(
+    pair: Pair, weights: Weights, text: Calibration, settings: dict[str, Any]
+) -> list[float]:
+    """The teacher's block influences, kept in the folder so that a further run has them."""
+    path = weights.arguments.save_directory / "block_influence.json"
+    made_from = {"teacher": settings["teacher"], "dtype": settings["dtype"], "text": text.sha256}
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("made_from") == made_from:
+            return kept["block_influence"]
+    teacher = weights.of(pair)["teacher"]
+    influences = block_influence(teacher, text.batches(pair.tokenizer, teacher.config))
+    if is_writer(weights.ranks):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"block_influence": influences, "text": text.name, "made_from": made_from}
+        write_json(path, values)
+    return influences
+
+
+def is_writer(ranks: Accelerator | None) -> bool:
+    return ranks is None or ranks.is_main_process
+
+
+SHARED_SETTINGS = ("teacher", "dtype", "limit", "num_fewshot", "include_path")
+
+
+@dataclass
+class Plan:
+    """What a command line asks for, checked from configs alone."""
+
+    arguments: EvaluationArguments
+    pair: Pair
+    sizes: list[int]
+    second: Pair | None
+    """The random student's, its teacher the same."""
+    compared: dict[str, str]
+    compared_configs: dict[str, PreTrainedConfig]
+    calibration: Calibration | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, arguments: EvaluationArguments) -> "Plan":
+        """Raises ValueError or OSError where something is not there or does not fit."""
+        pair = Pair.from_pretrained(arguments)
+        _ = pair.tokenizer  # one that is missing is noticed here
+        compared = compared_models(arguments.compare)
+        trust = arguments.trust_remote_code
+        configs = {}
+        for series, name in compared.items():
+            try:
+                configs[series] = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+                read_tokenizer(name, trust)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"compare={name}: no model that can be read ({error})") from error
+        return cls(
+            arguments,
+            pair,
+            parse_sizes(arguments.num_layers_to_patch, pair.layer_map.max_layers_to_patch),
+            second_pair(pair, arguments) if arguments.random_student else None,
+            compared,
+            configs,
+            Calibration.read(arguments) if arguments.calibration else None,
+            pair.dtype(arguments.dtype),
+        )
+
+    @cached_property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """By series, what changes its numbers."""
+        arguments, pair = self.arguments, self.pair
+        path = arguments.include_path
+        shared = {
+            "teacher": fingerprint(arguments.teacher_model_name_or_path, pair.configs["teacher"]),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "limit": arguments.limit,
+            "num_fewshot": arguments.num_fewshot,
+            "include_path": None if path is None else str(Path(path).resolve()),
+        }
+        settings = {}
+        for series, of_pair in (("family", pair), ("random_student", self.second)):
+            if of_pair is not None:
+                name = of_pair.arguments.student_model_name_or_path
+                student = fingerprint(name, of_pair.configs["student"])
+                settings[series] = shared | {"student": student, "order": of_pair.order}
+        settings["naive"] = settings["family"]
+        if self.calibration is not None:
+            settings["block_influence"] = settings["family"] | {
+                "calibration": self.calibration.sha256
+            }
+        for series, name in self.compared.items():
+            model = fingerprint(name, self.compared_configs[series])
+            settings[series] = shared | {"model": model}
+        return settings
+
+    def kin(self, weights: Weights) -> list[Kin]:
+        """All models of the sweep. Reads the teacher where its influences are not known yet."""
+        pair, sizes = self.pair, self.sizes
+        members = family_members(pair, sizes, self.arguments.baseline_names)
+        if "block_influence" in self.arguments.baseline_names:
+            influences = influences_of_layers(
+                pair, weights, self.calibration, self.settings["block_influence"]
+            )
+            members += [
+                Member("block_influence", k, most_influential(influences, pair.recipe(k).depth))
+                for k in pruned_sizes(pair, sizes)
+            ]
+        kin = [self._kin_of(pair, members, weights)]
+        if self.second is not None:
+            members = [
+                Member("random_student", k, self.second.recipe(k))
+                for k in pruned_sizes(self.second, sizes)
+            ]
+            kin.append(self._kin_of(self.second, members, weights))
+        for series, name in self.compared.items():
+            load = partial(weights.compared_lm, name)
+            kin.append(Kin([Member(series, None)], self._facts_of_compared, load))
+        return kin
+
+    def _kin_of(self, pair: Pair, members: list[Member], weights: Weights) -> Kin:
+        return Kin(members, partial(self._facts, pair), partial(weights.family_lm, pair))
+
+    def _facts(self, pair: Pair, member: Member) -> dict[str, Any]:
+        config = pair.config(member.recipe)
+        return {
+            "series": member.series,
+            "num_layers_to_patch": member.num_layers_to_patch,
+            "max_layers_to_patch": pair.layer_map.max_layers_to_patch,
+            "order": pair.order,
+            "depth": member.recipe.depth,
+            "parameters": self._parameters(config),
+            "recipe": member.recipe.to_dict(),
+            "settings": self.settings[member.series],
+        }
+
+    def _facts_of_compared(self, member: Member) -> dict[str, Any]:
+        config = self.compared_configs[member.series]
+        return {
+            "series": member.series,
+            "num_layers_to_patch": None,
+            "depth": config.num_hidden_layers,
+            "parameters": self._parameters(config),
+            "settings": self.settings[member.series],
+        }
+
+    def _parameters(self, config: PreTrainedConfig) -> dict[str, int]:
+        return count_parameters(config, self.arguments.trust_remote_code)._asdict()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,74 +373,40 @@ def main(argv: list[str] | None = None) -> None:
             EvaluationArguments, prog="evaluate.evaluate", description=__doc__
         )
         (arguments,) = parser.parse_args_into_dataclasses(argv)
-        check_writable(arguments.save_directory)
-        pair = Pair.from_pretrained(arguments)
-        sizes = parse_sizes(arguments.num_layers_to_patch, pair.layer_map.max_layers_to_patch)
-        members = members_of(pair, sizes, arguments.baseline_names)
+        folder = arguments.save_directory
+        check_writable(folder)
+        plan = Plan.of(arguments)
+        check_settings(folder, read_results(folder), plan.settings, SHARED_SETTINGS)
         device = usable_device(arguments.device)
-        tokenizer = pair.tokenizer
-        tasks = load_tasks(
+        tasks, failures = load_tasks(
             split_names(arguments.tasks), arguments.include_path, arguments.trust_remote_code
         )
-    needed = set().union(*(member.recipe.parents for member in members))
-    parents = pair.load(needed, pair.dtype(arguments.dtype), device)
-    arguments.save_directory.mkdir(parents=True, exist_ok=True)
-    made_by = {"arguments": dataclasses.asdict(arguments), "environment": environment()}
-
-    results = []
-    with tqdm(members, desc="models", unit="model") as progress:
-        for member in progress:
-            progress.set_postfix_str(member.file_name.removesuffix(".json"))
-            model = assemble(member.recipe, **parents)
-            result = {
-                "series": member.series,
-                "num_layers_to_patch": member.num_layers_to_patch,
-                "max_layers_to_patch": pair.layer_map.max_layers_to_patch,
-                "order": pair.order,
-                "depth": member.recipe.depth,
-                "parameters": count_parameters(model.config, arguments.trust_remote_code)._asdict(),
-                "recipe": member.recipe.to_dict(),
-                **run_tasks(model, tokenizer, tasks, arguments),
-                **made_by,
-            }
-            write_json(arguments.save_directory / member.file_name, result)
-            results.append(result)
-    print(write_report(results, arguments.save_directory))
-    print(f"plot: {arguments.save_directory / 'summary.png'}")
-
-
-def run_tasks(model, tokenizer, tasks: list, arguments: EvaluationArguments) -> dict[str, Any]:
-    """What lm-eval finds for one model: results, and the versions and settings of the tasks."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    model_of_harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
-    limit = arguments.limit
-    found = simple_evaluate(
-        model_of_harness,
-        tasks=tasks,
-        num_fewshot=arguments.num_fewshot,
-        limit=int(limit) if limit is not None and limit >= 1 else limit,
-        log_samples=False,
+        ranks = ranks_of(device)
+    if ranks is not None:
+        device = ranks.device
+        for of_rank in gather_object([failures]):  # what one rank has not got none evaluates
+            failures |= of_rank
+        tasks = {name: of_name for name, of_name in tasks.items() if name not in failures}
+    sweep = Sweep(
+        folder,
+        arguments.harness,
+        tasks,
+        plan.calibration or text_of_tasks(tasks),
+        {"arguments": dataclasses.asdict(arguments), "environment": environment()},
+        is_writer=is_writer(ranks),
+        failures=failures,
     )
-    kept = ("results", "groups", "higher_is_better", "n-shot", "n-samples", "versions", "configs")
-    return {name: found[name] for name in kept if name in found}
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The named device, by default the accelerator where there is one. Raises ValueError if it is
-    not there.
-    """
-    if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # torch raises either for a device it has not got
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used here: {reason}") from error
+    if tasks:
+        sweep.run(plan.kin(Weights(arguments, plan.dtype, device, ranks)))
+    if sweep.is_writer:
+        results = [*read_results(folder).values()]
+        if results:
+            print(write_report(results, folder, sweep.failures))
+            print(f"report: {folder / 'summary.md'}")
+        for task, reason in sweep.failures.items():
+            print(f"failed: {task}: {reason}", file=sys.stderr)
+    if sweep.failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

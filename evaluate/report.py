@@ -1,158 +1,242 @@
-"""Results of a sweep as a table (Markdown and CSV) and a plot of score against parameters (PNG and
-SVG).
+"""Results of sweeps as one report: tables (Markdown, CSV, JSON) and a plot (PNG, SVG).
+
+    python -m evaluate.report DIR... [--save_directory OUT]
+
+draws it from stored results; several sweeps stand side by side, named by their folders.
 """
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from evaluate.plot import plot, series_name
+from evaluate.scores import Dip, Result, Score, averages, dips, main_scores, scores_of
+from evaluate.stored import read_results
+from patching.command_line import CommandLineParser, user_errors
+from patching.outputs import check_writable, write_json, write_text
+from patching.sizes import bytes_text, count_text
 
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
-
-from patching.outputs import write_text
-
-PREFERRED_METRICS = ("acc_norm", "exact_match", "acc", "bits_per_byte", "word_perplexity")
-"""A task's metric for the table and the plot: the first of these it has, else its first."""
-
-LABELS = {"family": "interpolated", "naive": "naively pruned"}
-LINE_STYLES = {
-    "family": {"color": "#0b5394", "marker": "o", "linestyle": "-"},
-    "naive": {"color": "#b45f06", "marker": "^", "linestyle": "--"},
-}
+DIP_MARKS = {True: " ▼", False: " ▽", None: " ▽"}
+"""Behind a score in the table, by whether the dip is significant."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task; `stderr` is None where lm-eval gives none."""
+def write_report(
+    results: Sequence[Result], folder: Path, failures: Mapping[str, str] | None = None
+) -> str:
+    """Write summary.md, .csv, .json, .png and .svg; return the Markdown.
 
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
-
-
-def scores_of(result: dict[str, Any]) -> list[Score]:
-    """All scores in a stored result, tasks and metrics in lm-eval's order.
-
-    Metrics are named as lm-eval does, with the filter behind where it is not `none`:
-    `exact_match,strict-match`."""
-    scores = []
-    for task, values in result["results"].items():
-        for key, value in values.items():
-            metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            stderr = values.get(f"{metric}_stderr,{filter_name}")
-            higher = result.get("higher_is_better", {}).get(task, {}).get(metric, True)
-            scores.append(
-                Score(
-                    task,
-                    metric if filter_name == "none" else key,
-                    float(value),
-                    stderr if isinstance(stderr, float) else None,  # lm-eval writes "N/A"
-                    higher is not False,
-                )
-            )
-    return scores
-
-
-def main_scores(result: dict[str, Any]) -> dict[str, Score]:
-    """The score of each task that the table and the plot show."""
-    by_task: dict[str, list[Score]] = {}
-    for score in scores_of(result):
-        by_task.setdefault(score.task, []).append(score)
-
-    def rank(score: Score) -> int:
-        base = score.metric.partition(",")[0]
-        return (
-            PREFERRED_METRICS.index(base) if base in PREFERRED_METRICS else len(PREFERRED_METRICS)
-        )
-
-    return {task: min(scores, key=rank) for task, scores in by_task.items()}
-
-
-def write_report(results: Sequence[dict[str, Any]], folder: Path) -> str:
-    """Write summary.md, summary.csv, summary.png and summary.svg; return the Markdown table."""
+    `failures` are tasks that could not be evaluated, and why.
+    """
     results = sorted(results, key=_position)
-    table = markdown_table(results)
-    write_text(folder / "summary.md", table)
-    write_text(folder / "summary.csv", csv_table(results))
+    report = markdown_report(results, failures or {})
+    folder.mkdir(parents=True, exist_ok=True)
     figure = plot(results)
     for suffix in ("png", "svg"):
         staged = folder / f".summary.{suffix}"
         figure.savefig(staged, format=suffix, dpi=150)
         staged.replace(folder / f"summary.{suffix}")
-    return table
+    write_text(folder / "summary.csv", csv_table(results))
+    write_json(folder / "summary.json", json_summary(results, failures or {}))
+    write_text(folder / "summary.md", report)
+    return report
 
 
-def _position(result: dict[str, Any]) -> tuple[int, bool]:
-    return result["num_layers_to_patch"], result["series"] != "family"
-
-
-def name_of(result: dict[str, Any]) -> str:
-    """What a row is called: student, k = 1, ..., teacher, or a baseline at k."""
+def _position(result: Result) -> tuple:
+    """By sweep and size, the family before what is set beside it."""
     k = result["num_layers_to_patch"]
+    is_lone = k is None
+    order = ("family", "random_student", "naive", "block_influence")
+    series = result["series"]
+    rank = order.index(series) if series in order else len(order)
+    return (result.get("sweep") or "", is_lone, 0 if is_lone else k, rank, series)
+
+
+def name_of(result: Result) -> str:
+    """What a row is called: student, k = 1, ..., teacher, or another series at k."""
+    k = result["num_layers_to_patch"]
+    if k is None:
+        return series_name(result)
     if result["series"] != "family":
-        return f"{LABELS[result['series']]}, k = {k}"
+        return f"{series_name(result)}, k = {k}"
     if k == result["max_layers_to_patch"]:
-        return "teacher" if k else "student = teacher"
-    return f"k = {k}" if k else "student"
+        name = "teacher" if k else "student = teacher"
+    else:
+        name = f"k = {k}" if k else "student"
+    sweep = result.get("sweep")
+    return f"{sweep}: {name}" if sweep else name
 
 
-def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """One row per model: layers, parameters both ways, and each task's main score with its standard
-    error.
-    """
-    columns = main_scores(results[0])
-    header = ["model", "layers", "parameters", "stored"] + [
-        f"{task} ({score.metric} {'↑' if score.higher_is_better else '↓'})"
-        for task, score in columns.items()
+def markdown_report(results: Sequence[Result], failures: Mapping[str, str]) -> str:
+    """The whole report; `results` in the order of their rows."""
+    parts = [
+        "# Scores by size",
+        "![Scores against parameters](summary.png)",
+        markdown_table(results),
+        f"{_dip_list(dips(results))}",
+        "## Averages",
+        "Each task counts once; classification, perplexity and generation apart.",
+        _averages_table(results),
+        "## Sizes and costs",
+        _costs_table(results),
+        _how_measured(results),
     ]
-    lines = ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
-    for result in results:
-        cells = [
-            name_of(result),
-            str(result["depth"]),
-            count_text(result["parameters"]["both_counted"]),
-            count_text(result["parameters"]["stored"]),
+    if failures:
+        parts += [
+            "## Not evaluated",
+            "\n".join(f"- {task}: {reason}" for task, reason in failures.items()),
         ]
-        scores = main_scores(result)
-        for task in columns:
-            score = scores[task]
-            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-            cells.append(f"{score.value:.4f}{error}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
-def csv_table(results: Sequence[dict[str, Any]]) -> str:
-    """One row per model and metric, every metric of every task."""
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """One row per model: layers, parameters both ways, and each task's main score with its standard
+    error, dips marked.
+    """
+    columns: dict[str, Score] = {}
+    for result in results:
+        columns = main_scores(result) | columns
+    header = ["model", "layers", "parameters", "stored"] + [
+        f"{task} ({score.metric} {_arrow(score)})" for task, score in columns.items()
+    ]
+    marks = {
+        (id(dip.result), dip.score.task): DIP_MARKS[dip.is_significant] for dip in dips(results)
+    }
+    rows = []
+    for result in results:
+        shown = main_scores(result)
+        cells = [
+            _score_text(shown.get(task)) + marks.get((id(result), task), "") for task in columns
+        ]
+        rows.append([*_size_cells(result), *cells])
+    return _table(header, rows)
+
+
+def _arrow(score: Score) -> str:
+    return "↑" if score.higher_is_better else "↓"
+
+
+def _size_cells(result: Result) -> list[str]:
+    return [
+        name_of(result),
+        str(result["depth"]),
+        count_text(result["parameters"]["both_counted"]),
+        count_text(result["parameters"]["stored"]),
+    ]
+
+
+def _score_text(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+
+
+def _averages_table(results: Sequence[Result]) -> str:
+    columns = averages(results)
+    header = ["model", "parameters"]
+    for name, scores in columns.items():
+        score = next((score for score in scores if score is not None), None)
+        header.append(f"{name} {_arrow(score)}" if score else name)
+    rows = [
+        [
+            name_of(result),
+            count_text(result["parameters"]["both_counted"]),
+            *(_score_text(scores[i]) for scores in columns.values()),
+        ]
+        for i, result in enumerate(results)
+    ]
+    return _table(header, rows)
+
+
+def _costs_table(results: Sequence[Result]) -> str:
+    header = [
+        "model", "layers", "parameters", "stored", "weights", "similarity to teacher",
+        "tokens per second", "memory",
+    ]  # fmt: skip
+    rows = []
+    for result in results:
+        cost, similarity = result.get("cost"), result.get("similarity")
+        cells = [f"{similarity['to_teacher']:.4f}" if similarity else "-"]
+        if cost:
+            memory = cost["weights_bytes"] + cost["peak_beyond_weights_bytes"]
+            cells = [
+                bytes_text(cost["weights_bytes"]),
+                *cells,
+                f"{cost['tokens_per_second']:,.0f}",
+                bytes_text(memory),
+            ]
+        else:
+            cells = ["-", *cells, "-", "-"]
+        rows.append([*_size_cells(result), *cells])
+    return _table(header, rows)
+
+
+def _how_measured(results: Sequence[Result]) -> str:
+    """What the columns of the costs mean."""
+    sentences = [
+        "Parameters count embedding and head both; stored ones count a tied matrix once, as the "
+        "weights do."
+    ]
+    texts = {r["similarity"]["text"] for r in results if r.get("similarity")}
+    if texts:
+        sentences.append(
+            "Similarity is the cosine between the last hidden states of a model and of its "
+            f"teacher, behind the final norm, mean over the tokens of {' and of '.join(texts)}."
+        )
+    shapes = {(r["cost"]["rows"], r["cost"]["tokens_per_row"]) for r in results if r.get("cost")}
+    for num_rows, num_tokens in sorted(shapes):
+        devices = {r["environment"]["device"] for r in results if "environment" in r}
+        dtypes = {r["settings"]["dtype"] for r in results if "settings" in r}
+        sentences.append(
+            f"Speed and memory are those of forward passes of {num_rows} rows of {num_tokens} "
+            f"tokens in {' and '.join(sorted(dtypes))} on {' and '.join(sorted(devices))}; memory "
+            "is weights and the most that is held beside them."
+        )
+    return " ".join(sentences)
+
+
+def _dip_list(found: Sequence[Dip]) -> str:
+    if not found:
+        return "No size is worse than the next smaller one on any task."
+    lines = [
+        "Sizes that are worse than the next smaller one (▼ by more than the combined standard "
+        "error of the two scores, ▽ by less, or where there is none):",
+        "",
+    ]
+    for dip in found:
+        error = dip.combined_stderr
+        lines.append(
+            f"- {name_of(dip.result)}, {dip.score.task}: {dip.score.value:.4f} after "
+            f"{dip.before.value:.4f} at {name_of(dip.smaller)} "
+            f"({dip.score.value - dip.before.value:+.4f}; combined standard error "
+            f"{'not known' if error is None else f'{error:.4f}'})"
+        )
+    return "\n".join(lines)
+
+
+def csv_table(results: Sequence[Result]) -> str:
+    """One line per model, task and metric."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)
     writer.writerow(
         [
-            "series",
-            "num_layers_to_patch",
-            "depth",
-            "parameters_both_counted",
-            "parameters_stored",
-            "task",
-            "metric",
-            "value",
-            "stderr",
+            "sweep", "series", "model", "num_layers_to_patch", "depth", "parameters_both_counted",
+            "parameters_stored", "task", "metric", "value", "stderr",
         ]
-    )
+    )  # fmt: skip
     for result in results:
         for score in scores_of(result):
             writer.writerow(
                 [
+                    result.get("sweep") or "",
                     result["series"],
+                    name_of(result),
                     result["num_layers_to_patch"],
                     result["depth"],
                     result["parameters"]["both_counted"],
@@ -166,61 +250,91 @@ def csv_table(results: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def count_text(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
+def json_summary(results: Sequence[Result], failures: Mapping[str, str]) -> dict[str, Any]:
+    """What the tables show, for programs."""
+    columns = averages(results)
+    models = []
+    for i, result in enumerate(results):
+        models.append(
+            {
+                "sweep": result.get("sweep"),
+                "model": name_of(result),
+                **{key: result.get(key) for key in (
+                    "series", "num_layers_to_patch", "depth", "parameters", "similarity", "cost",
+                )},
+                "scores": {task: vars(score) for task, score in main_scores(result).items()},
+                "averages": {
+                    name: vars(scores[i]) for name, scores in columns.items() if scores[i]
+                },
+            }
+        )  # fmt: skip
+    return {
+        "models": models,
+        "dips": [
+            {
+                "model": name_of(dip.result),
+                "num_layers_to_patch": dip.result["num_layers_to_patch"],
+                "task": dip.score.task,
+                "value": dip.score.value,
+                "at_next_smaller_size": dip.before.value,
+                "combined_stderr": dip.combined_stderr,
+                "is_significant": dip.is_significant,
+            }
+            for dip in dips(results)
+        ],
+        "failures": dict(failures),
+    }
 
 
-def plot(results: Sequence[dict[str, Any]]) -> Figure:
-    """Main score of each task against parameters, one panel a task, one line a series."""
-    tasks = list(main_scores(results[0]))
-    num_columns = min(3, len(tasks))
-    num_rows = -(-len(tasks) // num_columns)
-    figure = Figure(figsize=(4.6 * num_columns, 3.7 * num_rows), layout="constrained")
-    all_axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes in all_axes[len(tasks) :]:
-        axes.set_visible(False)
-    billions = max(result["parameters"]["both_counted"] for result in results) >= 1e9
-    unit = 1e9 if billions else 1e6
-    for axes, task in zip(all_axes, tasks):
-        for series in LABELS:
-            members = [result for result in results if result["series"] == series]
-            if not members:
-                continue
-            x = [result["parameters"]["both_counted"] / unit for result in members]
-            scores = [main_scores(result)[task] for result in members]
-            axes.errorbar(
-                x,
-                [score.value for score in scores],
-                yerr=[score.stderr or 0.0 for score in scores],
-                capsize=2,
-                markersize=5,
-                label=LABELS[series],
-                **LINE_STYLES[series],
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each path, with as many before it as tell them apart."""
+    parts = [Path(name).parts for name in names]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        short = ["_".join(of_name[-length:]).strip("/") for of_name in parts]
+        if len(set(short)) == len(short):
+            return short
+    return list(names)
+
+
+def read_sweeps(folders: Sequence[Path]) -> Iterator[Result]:
+    """The stored models of some folders, each with its sweep's name where there are several.
+
+    Raises ValueError for a folder without results.
+    """
+    names = short_names([str(folder.resolve()) for folder in folders])
+    for name, folder in zip(names, folders):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: there is no such folder")
+        results = read_results(folder)
+        if not results:
+            raise ValueError(
+                f"{folder}: there are no results in it, name a --save_directory of "
+                "evaluate.evaluate"
             )
-            if series == "family":
-                _mark_ends(axes, members, x, scores)
-        axes.set_title(task)
-        axes.set_xlabel(f"parameters ({'billions' if billions else 'millions'})")
-        better = "higher" if scores[0].higher_is_better else "lower"
-        axes.set_ylabel(f"{scores[0].metric} ({better} is better)")
-        axes.grid(alpha=0.25)
-    all_axes[0].legend(fontsize=8)
-    return figure
+        for result in results.values():
+            yield result | {"sweep": name if len(folders) > 1 else None}
 
 
-def _mark_ends(axes, members: list[dict[str, Any]], x: list[float], scores: list[Score]) -> None:
-    """Student and teacher with markers of their own."""
-    ends = {"student": (0, "s"), "teacher": (members[0]["max_layers_to_patch"], "*")}
-    for name, (k, marker) in ends.items():
-        for result, position, score in zip(members, x, scores):
-            if result["num_layers_to_patch"] == k:
-                axes.plot(
-                    position,
-                    score.value,
-                    marker=marker,
-                    markersize=9 if name == "student" else 14,
-                    color="black",
-                    linestyle="none",
-                    label=name,
-                    zorder=5,
-                )
+def main(argv: list[str] | None = None) -> None:
+    with user_errors():
+        parser = CommandLineParser(prog="evaluate.report", description=__doc__)
+        parser.add_argument("directories", nargs="+", type=Path, help="folders with results")
+        parser.add_argument(
+            "--save_directory",
+            type=Path,
+            help="folder for the report, by default the folder with the results",
+        )
+        arguments = parser.parse_args(argv)
+        folder = arguments.save_directory
+        if folder is None:
+            if len(arguments.directories) > 1:
+                raise ValueError("several sweeps: name a folder for the report, --save_directory")
+            (folder,) = arguments.directories
+        check_writable(folder)
+        results = list(read_sweeps(list(dict.fromkeys(arguments.directories))))
+    print(write_report(results, folder))
+    print(f"report: {folder / 'summary.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -28,10 +29,17 @@ PAPER_SUITE = (
 """The suite of arXiv 2510.05064: classification, perplexity and generation."""
 
 
+class LoadedTasks(NamedTuple):
+    by_name: dict[str, list[Task | Group]]
+    """Requested name to one task or group, or to the tasks of a tag."""
+    failures: dict[str, str]
+    """Names whose data cannot be had here, and why."""
+
+
 def load_tasks(
     names: Sequence[str], include_path: str | None = None, trust_remote_code: bool = False
-) -> list[Task | Group]:
-    """The named tasks and groups with their data.
+) -> LoadedTasks:
+    """The named tasks and groups with their data; those without data do not stop the others.
 
     `include_path` is a folder of task files, which come before lm-eval's own. A metric that Hugging
     Face's `evaluate` would download is code, so it runs only with `trust_remote_code`; a metric in
@@ -58,12 +66,17 @@ def load_tasks(
         close = difflib.get_close_matches(unknown[0], manager.task_index, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
         raise ValueError(f"tasks={','.join(unknown)}: lm-eval has no such task, {hint}")
-    loaded: list[Task | Group] = []
+    loaded: dict[str, list[Task | Group]] = {}
+    failures: dict[str, str] = {}
     for name in names:
-        found = manager.load([name])
+        try:
+            found = manager.load([name])
+        except Exception as error:  # tasks are code, data sets and a network: anything may happen
+            failures[name] = reason(error)
+            continue
         group = found["groups"].get(name)
-        loaded += found["tasks"].values() if group is None else [group]
-    for task in _leaves(loaded):
+        loaded[name] = [*found["tasks"].values()] if group is None else [group]
+    for task in leaves([task for tasks in loaded.values() for task in tasks]):
         if task.config.process_results is not None:
             continue  # such a task computes its metrics itself
         for metric, function in task._metric_fn_list.items():
@@ -74,10 +87,16 @@ def load_tasks(
                     "it, "
                     "or the path of a local metric folder in the task file"
                 )
-    return loaded
+    return LoadedTasks(loaded, failures)
 
 
-def _leaves(tasks: Sequence[Task | Group]) -> list[Task]:
+def reason(error: Exception) -> str:
+    """An error as one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def leaves(tasks: Sequence[Task | Group]) -> list[Task]:
     return [
         leaf
         for task in tasks

@@ -1,17 +1,37 @@
 """How the command lines meet their user: one line and exit code 2 for what the user can mend."""
 
 import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Examples as they are written, each flag under one name, defaults where there are any."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        # Flags can be written with dashes for underscores too.
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        if not names:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(names)} {values}".rstrip()
+
+
 class CommandLineParser(HfArgumentParser):
-    """A parser whose complaints are one line."""
+    """A parser whose complaints are one line, and whose usage is not every flag in a row."""
+
+    def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
+        settings = {"usage": "%(prog)s [flags]", "formatter_class": HelpFormatter}
+        super().__init__(dataclass_types, **settings | kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; --help lists every flag\n")

@@ -31,6 +31,10 @@ class Family:
     """Config flags that make a layer's arithmetic depend on its position: refused when set."""
     longest_text: Callable[[PreTrainedConfig], int] | None = None
     """Tokens that a table of learned positions has room for; None where positions are computed."""
+    takes_packed_rows: bool = True
+    """Whether a 4-D attention mask and explicit position ids decide alone which tokens a token sees
+    and where it stands, so that continuations of one context can share a row.
+    """
 
     def source_of(self, name: str, recipe: Recipe) -> tuple[Parent, str]:
         """Parent, and the name there, of a tensor of the assembled model called `name`."""
@@ -236,7 +240,9 @@ def declared_family(config: PreTrainedConfig) -> Family:
     outside -= {model.base_model_prefix, paths[head]}
     if outside or model.base_model_prefix not in paths.values():
         raise refuse(f"it has parts beside base model and head ({', '.join(sorted(outside))})")
-    return Family(layers=paths[layers], norm=paths[norms[0]], head=paths[head])
+    return Family(
+        layers=paths[layers], norm=paths[norms[0]], head=paths[head], takes_packed_rows=False
+    )
 
 
 def changes_logits(config: PreTrainedConfig) -> list[str]:

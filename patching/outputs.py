@@ -29,12 +29,27 @@ def write_text(path: Path, text: str) -> None:
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
         file.write(text)
-    os.chmod(file.name, 0o644)
+    os.chmod(file.name, 0o666 & ~_umask())
     os.replace(file.name, path)
 
 
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def follow_umask(folder: Path) -> None:
+    """Give a folder and all in it the permissions of files made the ordinary way: temporary ones,
+    and weights as safetensors writes them, are their owner's alone.
+    """
+    mask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def check_new_folder(path: Path) -> None:
@@ -80,7 +95,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with _lock(staging):
         try:
             yield staging
-            staging.chmod(0o755)
+            follow_umask(staging)
             os.replace(staging, path)  # an empty folder may be replaced, a full one may not
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)

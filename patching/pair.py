@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -244,12 +245,12 @@ def _student_config(arguments: PairArguments, num_teacher_layers: int) -> Studen
 
 def load_model(
     reference: Reference,
-    dtype: torch.dtype | str,
+    dtype: torch.dtype | Literal["auto"],
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A language model with its weights, never from a pickle that could run code; a DistilBERT as a
-    BERT.
+    """A model with its weights, never from a pickle that could run code; `auto` is the dtype they
+    are stored in. A DistilBERT becomes a BERT.
 
     transformers fills gaps with random numbers and a warning; here they are a ValueError, as are
     damaged files.

@@ -74,7 +74,7 @@ class Splice:
         Raises OSError where a parent's file ends early or the disk is full.
         """
         for shard in self.shards:
-            target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 _write_all(target, header_of(shard.tensors))
                 _write_tensors(target, shard)
@@ -106,7 +106,8 @@ def plan_splice(
     among files.
 
     Raises OtherLayout where a parent has to be loaded instead, ValueError where files are damaged,
-    missing, or disagree with the config.
+    missing, or disagree with the config. Numbers that are wrong but all there are copied as they
+    are: the format has no checksums.
     """
     config = config_for(recipe, configs)
     if config.to_dict().get("auto_map") is not None:

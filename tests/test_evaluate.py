@@ -7,38 +7,15 @@ import json
 
 import pytest
 import torch
-import yaml
 from conftest import VOCAB_SIZE, byte_tokenizer, run_module
+from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
 from transformers import AutoModelForCausalLM
 
 from evaluate.evaluate import EvaluationArguments, main
+from evaluate.stored import read_results
 from evaluate.tasks import PAPER_SUITE, load_tasks
 from patching.command_line import CommandLineParser
 from patching.patch import build_intermediate_model
-
-
-def write_task(folder, name, documents, **settings):
-    data_file = folder / f"{name}.jsonl"
-    data_file.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data_file)}},
-        "test_split": "test",
-        **settings,
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-
-
-ROLLING = {
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{text}}",
-    "metric_list": [
-        {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
-    ],
-}
-TEXTS = [f"the {i}th text of {i * i}" for i in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +25,7 @@ def tasks(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("tasks")
     write_task(folder, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
-    questions = [
-        {"question": text, "choices": [" yes", " no"], "answer": i % 2}
-        for i, text in enumerate(TEXTS)
-    ]
-    choice = {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-    }
-    accuracy = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
-    write_task(folder, "choice", questions, **choice, metric_list=[accuracy])
-    generation = {
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "no",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3, "do_sample": False},
-    }
+    write_task(folder, "choice", QUESTIONS, **CHOICE)
 
     (folder / "imports_evaluate.py").write_text(
         "import evaluate\n"
@@ -79,7 +39,7 @@ def tasks(tmp_path_factory):
         "aggregation": "mean",
         "higher_is_better": True,
     }
-    write_task(folder, "with_import", questions, **generation, metric_list=[metric])
+    write_task(folder, "with_import", QUESTIONS, **GENERATION, metric_list=[metric])
     path = folder / "with_import.yaml"
     path.write_text(
         path.read_text().replace(
@@ -105,23 +65,12 @@ def tasks(tmp_path_factory):
         "aggregation": "mean",
         "higher_is_better": True,
     }
-    write_task(folder, "with_local_metric", questions, **generation, metric_list=[metric])
+    write_task(folder, "with_local_metric", QUESTIONS, **GENERATION, metric_list=[metric])
 
     downloaded = tmp_path_factory.mktemp("downloaded")
     metric = {"metric": "some_hub_metric", "aggregation": "mean", "higher_is_better": True}
-    write_task(downloaded, "with_hub_metric", questions, **generation, metric_list=[metric])
+    write_task(downloaded, "with_hub_metric", QUESTIONS, **GENERATION, metric_list=[metric])
     return folder, downloaded
-
-
-def flags(pair_folders, folder, **changes):
-    values = {
-        "teacher_model_name_or_path": pair_folders[0],
-        "student_model_name_or_path": pair_folders[1],
-        "save_directory": folder,
-        "num_layers_to_patch": 1,
-        "dtype": "float32",
-    } | changes
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def test_the_documented_command_line_parses():
@@ -156,9 +105,9 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
         *(f"family_k{k}.json" for k in (0, 1, 2)), "naive_k0.json", "naive_k1.json",
-        "summary.md", "summary.csv", "summary.png", "summary.svg",
+        *(f"summary.{suffix}" for suffix in ("md", "csv", "json", "png", "svg")),
     }  # fmt: skip
-    results = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    results = read_results(out)
     for name, result in results.items():
         scores = result["results"]
         assert scores["with_local_metric"]["always_half,none"] == 0.5, name
@@ -176,9 +125,10 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
     )
     assert parameters[1]["stored"] == parameters[1]["both_counted"] > parameters[2]["stored"]
 
-    table = (out / "summary.md").read_text()
-    assert table in done.stdout
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+    report = (out / "summary.md").read_text()
+    assert report in done.stdout
+    table = [line for line in report.split("\n\n")[2].splitlines()]
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
         "student", "naively pruned, k = 0", "k = 1", "naively pruned, k = 1", "teacher",
     ]  # fmt: skip
     rows = list(csv.DictReader((out / "summary.csv").open()))
@@ -252,7 +202,7 @@ def test_a_second_sweep_gives_the_same_numbers(pair_folders, tasks, tmp_path):
         ({"limit": "0"}, "limit=0.0: choose a number above 0"),
         ({"num_fewshot": "-1"}, "num_fewshot=-1: choose 0 or more"),
         ({"eval_batch_size": "none"}, "eval_batch_size=none"),
-        ({"baselines": "random"}, "baselines=random: choose from naive"),
+        ({"baselines": "random"}, "baselines=random: choose from naive, block_influence"),
         ({"save_directory": "/proc/x"}, "/proc/x cannot be written to"),
         ({"student_model_name_or_path": "no/such"}, "student_model_name_or_path=no/such"),
         ({"device": "abacus"}, "abacus"),
@@ -291,5 +241,5 @@ def test_a_task_that_computes_its_own_metrics_is_taken(tmp_path):
     )  # fmt: skip
     path = tmp_path / "own_metrics.yaml"
     path.write_text(path.read_text().replace("'!function own.score'", "!function own.score"))
-    (task,) = load_tasks(["own_metrics"], str(tmp_path))
+    (task,) = load_tasks(["own_metrics"], str(tmp_path)).by_name["own_metrics"]
     assert task.task_name == "own_metrics"

@@ -1,7 +1,11 @@
 """Two CPU ranks under torchrun through the real FSDP2 path, against one process."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,8 +43,10 @@ def read(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("tying", ["tied", "untied"])
 def test_two_sharded_ranks_follow_one_process(tying, text_file, tmp_path):
     teacher, _ = save_pair(tmp_path, f"qwen3-{tying}")
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, at_once, two = (tmp_path / name for name in ("one", "at_once", "two"))
     main(command(teacher, one, text_file))
+    whole_step = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
+    main(command(teacher, at_once, text_file, *whole_step))
     sharded = ["--gradient_accumulation_steps", "4", "--fsdp_config", str(teacher)]
     train_sharded(*command(teacher, two, text_file, *sharded))
 
@@ -53,14 +59,17 @@ def test_two_sharded_ranks_follow_one_process(tying, text_file, tmp_path):
             assert first["share"][0] + second["share"][0] == first["whole"][0]
             assert second["share"][0] < first["whole"][0]
 
-    (log, weights), (sharded_log, sharded_weights) = read(one), read(two)
-    assert len(log) == len(sharded_log) == 4
-    for line, expected in zip(sharded_log, log):
-        for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
-            assert line[term] == pytest.approx(expected[term], rel=1e-5), term
-    assert weights.keys() == sharded_weights.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(sharded_weights[name], tensor, rtol=0, atol=1e-5)
+    log, weights = read(one)
+    assert len(log) == 4
+    for folder in (at_once, two):
+        other_log, other_weights = read(folder)
+        assert len(other_log) == 4
+        for line, expected in zip(other_log, log):
+            for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
+                assert line[term] == pytest.approx(expected[term], rel=1e-5), term
+        assert weights.keys() == other_weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-5)
     student = AutoModelForCausalLM.from_pretrained(two)
     assert student.config.tie_word_embeddings == (tying == "tied")
 
@@ -80,6 +89,61 @@ def test_sharded_ranks_resume(text_file, tmp_path):
     (log, weights), (resumed_log, resumed_weights) = read(whole), read(again)
     assert [line["loss"] for line in resumed_log] == [line["loss"] for line in log]
     assert all(torch.equal(resumed_weights[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+def test_sharded_ranks_told_to_stop_leave_a_checkpoint(text_file, tmp_path):
+    """SIGTERM to torchrun, as a cluster sends it."""
+    teacher, _ = save_pair(tmp_path, "qwen3-tied")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = [
+        "--gradient_accumulation_steps", "4", "--fsdp_config", str(teacher), "--max_steps", "12",
+        "--streaming", "True", "--resume_from_checkpoint", "last",
+    ]  # fmt: skip
+    # A rank reads whole batches of documents: enough of them for two ranks.
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(text_file.read_text() * 60)
+    train_sharded(*command(teacher, whole, documents, *settings))
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", *SHARDED, *command(teacher, stopped, documents, *settings)],
+        cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("{'loss'"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM at step" in rest
+    assert process.returncode != 0
+    assert not (stopped / "config.json").exists()
+    (checkpoint,) = (stopped / "checkpoints").glob("checkpoint-*")
+    assert {path.name for path in checkpoint.glob("stream_*")} == {
+        "stream_0_of_2.json", "stream_1_of_2.json",
+    }  # fmt: skip
+    train_sharded(*command(teacher, stopped, documents, *settings))
+    (log, weights), (resumed_log, resumed_weights) = read(whole), read(stopped)
+    assert [line["loss"] for line in resumed_log] == [line["loss"] for line in log]
+    assert all(torch.equal(resumed_weights[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+def test_compiled_and_sharded_with_activation_checkpointing(text_file, tmp_path):
+    teacher, _ = save_pair(tmp_path, "qwen3-tied")
+    one, two = tmp_path / "one", tmp_path / "two"
+    main(command(teacher, one, text_file))
+    train_sharded(
+        *command(teacher, two, text_file, "--gradient_accumulation_steps", "4"),
+        *("--fsdp_config", str(teacher), "--activation_checkpointing", "True"),
+        *("--torch_compile", "True", "--torch_compile_backend", "aot_eager"),
+    )
+    (log, weights), (sharded_log, sharded_weights) = read(one), read(two)
+    for line, expected in zip(sharded_log, log):
+        for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
+            assert line[term] == pytest.approx(expected[term], rel=1e-4), term
+    assert sharded_weights.keys() == weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(sharded_weights[name], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """build_intermediate_model and the saved checkpoints, through the real command line."""
 
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import run_module, save_pair, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patching.patch import build_intermediate_model, main
+from patching.splice import OtherLayout
 
 TOKENS = torch.arange(10)[None]
 
@@ -192,6 +195,24 @@ def test_a_folder_in_use_or_unwritable_is_refused(pair_folders, tmp_path, capsys
             main(flags(pair_folders, folder))
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["copied", "loaded"])
+def test_a_saved_model_has_the_permissions_of_other_files(way, pair_folders, tmp_path, monkeypatch):
+    def other_layout(*_):
+        raise OtherLayout("as if it were")
+
+    if way == "loaded":
+        monkeypatch.setattr("patching.patch.plan_splice", other_layout)
+    mask = os.umask(0o027)
+    try:
+        main(flags(pair_folders, tmp_path / "out"))
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_nothing_is_left_of_a_save_that_fails(pair_folders, tmp_path, monkeypatch):

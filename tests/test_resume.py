@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, byte_tokenizer, save_pair
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from train import data
 from train.checkpoints import INCOMPLETE, find_checkpoint, remove_old
@@ -83,9 +84,9 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in log if "loss" in line]
 
 
-def check_equal(folder: Path, reference: Path) -> None:
+def check_equal(folder: Path, reference: Path, num_steps: int = NUM_STEPS) -> None:
     assert losses(folder) == losses(reference)
-    assert len(losses(folder)) == NUM_STEPS
+    assert len(losses(folder)) == num_steps
     for name, tensor in weights(reference).items():
         assert torch.equal(weights(folder)[name], tensor), name
 
@@ -119,19 +120,22 @@ def test_killed_and_resumed_ends_as_never_killed(teacher, documents, tmp_path, s
     check_equal(killed, whole)
 
 
-def test_a_step_cut_short_by_sigterm_counts_for_nothing(teacher, documents, tmp_path, monkeypatch):
-    """The signal arrives between two micro-batches of the third step."""
+@pytest.mark.parametrize("num_whole_steps", [0, 2])
+def test_a_step_cut_short_by_sigterm_counts_for_nothing(
+    teacher, documents, tmp_path, monkeypatch, num_whole_steps
+):
+    """The signal arrives between two micro-batches."""
     from train import trainer
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = ["--streaming", "True"]
+    flags = ["--streaming", "True", "--max_steps", "6"]
     main(command(teacher, whole, documents, *flags))
     compute_loss = trainer.DistillationTrainer.compute_loss
     calls = []
 
     def compute_loss_and_signal(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 2 * 4 + 2:
+        if len(calls) == num_whole_steps * 4 + 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return compute_loss(self, *args, **kwargs)
 
@@ -139,12 +143,13 @@ def test_a_step_cut_short_by_sigterm_counts_for_nothing(teacher, documents, tmp_
     with pytest.raises(SystemExit) as ended:
         main(command(teacher, stopped, documents, *flags, "--save_strategy", "no"))
     assert ended.value.code == 128 + signal.SIGTERM
-    assert len(calls) == 2 * 4 + 2
-    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert len(calls) == num_whole_steps * 4 + 2
+    (checkpoint,) = (stopped / "checkpoints").iterdir()
+    assert checkpoint.name == f"checkpoint-{num_whole_steps}"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     main(command(teacher, stopped, documents, *flags))
-    check_equal(stopped, whole)
+    check_equal(stopped, whole, num_steps=6)
 
 
 @pytest.mark.parametrize("streaming", ["True", "False"])
@@ -157,6 +162,41 @@ def test_a_run_killed_behind_its_last_step_only_saves(teacher, documents, tmp_pa
     assert losses(killed) == losses(whole)
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(killed)[name], tensor), name
+
+
+def test_a_run_that_cannot_go_on_from_a_checkpoint_says_so(
+    teacher, documents, tmp_path, capsys, monkeypatch
+):
+    flags = ["--max_steps", "1", "--streaming"]
+    main(command(teacher, tmp_path, documents, *flags, "True"))
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
+    for name in ("config.json", "model.safetensors"):  # as if the run had not come to its end
+        (tmp_path / name).unlink()
+
+    def refused(streaming: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(command(teacher, tmp_path, documents, *flags, streaming))
+        assert ended.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+        return line
+
+    def no_weights(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
+    assert "checkpoint-1: its run read a stream" in refused("False")
+    (checkpoint / "pytorch_model_fsdp_0").mkdir()
+    assert "checkpoint-1: its run was sharded, give --fsdp_config" in refused("True")
+    (checkpoint / "pytorch_model_fsdp_0").rmdir()
+    state = checkpoint / "stream_0_of_1.json"
+    shutil.copy(state, checkpoint / "stream_0_of_2.json")
+    state.rename(checkpoint / "stream_1_of_2.json")
+    error = refused("True")
+    assert "it knows the places of 2 ranks in the stream and this run has 1, start 2" in error
+    for path in checkpoint.glob("stream_*"):
+        path.unlink()
+    assert "checkpoint-1: its run did not read a stream" in refused("True")
 
 
 def test_only_finished_checkpoints_are_taken(tmp_path):

@@ -1,19 +1,27 @@
 """`train.train` as a user runs it: the documented command line, its output, and what it refuses."""
 
 import json
+import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_module, save_pair
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import ROOT, run_module, save_pair, tiny_config
+from safetensors.torch import load_file, save_file
+from torch.distributed.run import get_args_parser as torchrun
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from patching.command_line import CommandLineParser
+from patching.patch import main as patch
 from patching.student_config import read_student_config
 from train.data_args import DataArguments
 from train.model_args import ModelArguments
+from train.sharding import check_layer_classes
+from train.speed import check_liger_knows
 from train.train import main
-from train.training_args import DistillationArguments
+from train.training_args import DistillationArguments, layer_classes
 
 
 def documented_command(teacher, folder, dataset) -> list[str]:
@@ -67,6 +75,7 @@ def test_fsdp_config_may_be_a_file_and_the_temperature_has_an_alias(tmp_path):
 
 def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp_path):
     folder = tmp_path / "student"
+    own = torch.ones(2**28)  # its memory must not show in that of the run
     done = run_module(
         "train.train", *documented_command(pair_folders[0], folder, text_file), *SMALL
     )
@@ -86,6 +95,7 @@ def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp
     )
     assert run["held_out"]["eval_cross_entropy"] > 0
     assert {"cross_entropy", "kl", "cosine", "grad_norm"} <= run["log"][0].keys()
+    assert 0.2 < run["log"][0]["peak_memory_gib"] < own.nbytes / 2**30
     student = AutoModelForCausalLM.from_pretrained(folder)
     assert student.dtype == torch.float32
     assert student.config.num_hidden_layers == 4
@@ -153,6 +163,9 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         (["--max_steps", "0"], "max_steps=0"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
         (["--fsdp_config", "no_such.json"], "fsdp_config=no_such.json: no such file"),
+        (["--fsdp_config", "no/such"], "fsdp_config=no/such: neither a .json file nor a model"),
+        (["--fsdp_config", '{"version": 2'], 'fsdp_config={"version": 2 is not JSON'),
+        (["--fsdp_config", '{"fsdp_version": 1}'], "version=1: choose 2"),
         (["--dataset", "no/such-dataset"], "no/such-dataset"),
         (["--text_column", "body"], "text_column=body"),
         (
@@ -202,6 +215,27 @@ def test_a_teacher_without_a_row_in_the_table_is_refused(tmp_path, text_file, ca
     assert "model_type=bloom: this architecture is not supported" in capsys.readouterr().err
 
 
+def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path, text_file, capsys):
+    teacher, _ = save_pair(tmp_path)
+    tensors = load_file(teacher / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        main([*documented_command(teacher, tmp_path / "out", text_file)[:-2], *SMALL])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "its weights lack model.layers.3.mlp.up_proj.weight" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_way_to_compute_attention_is_refused(pair_folders, text_file, tmp_path, capsys):
+    command = documented_command(pair_folders[0], tmp_path / "out", text_file)[:-2]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *SMALL, "--attn_implementation", "nonsense"])
+    assert ended.value.code == 2
+    assert "nonsense" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_teacher_that_caps_its_logits_is_refused(tmp_path, text_file, capsys):
     teacher, _ = save_pair(tmp_path)
     config = json.loads((teacher / "config.json").read_text()) | {"final_logit_softcapping": 30.0}
@@ -216,6 +250,31 @@ def test_a_teacher_that_caps_its_logits_is_refused(tmp_path, text_file, capsys):
 def test_liger_kernels_need_a_gpu(tmp_path):
     with pytest.raises(ValueError, match="use_liger_kernel: there is no CUDA GPU"):
         DistillationArguments(save_directory=str(tmp_path), use_liger_kernel=True)
+
+
+def test_liger_kernels_need_their_package_and_an_architecture_it_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("train.training_args.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ValueError, match="use_liger_kernel: install liger-kernel first"):
+        DistillationArguments(save_directory=str(tmp_path), use_liger_kernel=True)
+    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
+    check_liger_knows(tiny_config("llama-tied", 2))
+    with pytest.raises(ValueError, match="Liger has no kernels for a gpt_neox model"):
+        check_liger_knows(tiny_config("gpt_neox-tied", 2))
+
+
+def test_the_layers_to_shard_are_the_teachers(pair_folders, tmp_path):
+    config = AutoConfig.from_pretrained(pair_folders[0])
+    check_layer_classes({"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}, config)
+    check_layer_classes({}, config)
+    with pytest.raises(ValueError, match="a qwen3 model has no LlamaDecoderLayer, give"):
+        check_layer_classes({"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}, config)
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type=t5: this architecture is not supported"):
+        layer_classes(str(tmp_path))
 
 
 def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_file, tmp_path):
@@ -235,6 +294,9 @@ def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_fi
             "False",
         ]  # fmt: skip
     )
+    (tmp_path / "ordinary").touch()
+    files = [path for path in folder.iterdir() if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "ordinary").stat().st_mode}
     student = AutoModelForCausalLM.from_pretrained(folder)
     teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0])
     assert read_student_config(str(folder)).layer_map.kept == (0, 2, 3)
@@ -243,10 +305,28 @@ def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_fi
     assert abs(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) < 0.1
 
 
-def test_the_readme_says_what_the_parser_takes():
+@pytest.mark.parametrize("command_line", [main, patch])
+def test_the_help_shows_the_example_as_it_is_and_a_flag_once(command_line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert " \\\n        --" in text
+    assert text.count("\n  --save_directory ") == 1
+    assert "--save-directory" not in text
+    assert "default: None" not in text
+
+
+def test_the_readme_names_flags_that_there_are():
     readme = (ROOT / "README.md").read_text()
     assert "--module train.train" in readme
     assert "--fsdp_config $TEACHER" in readme
+    distil = readme[readme.index("Distil (") : readme.index("Evaluate one size")]
+    parser = CommandLineParser((ModelArguments, DataArguments, DistillationArguments))
+    known = parser._option_string_actions | torchrun()._option_string_actions
+    named = set(re.findall(r"--[a-z][\w-]*", distil))
+    assert len(named) > 15
+    assert not named - known.keys()
 
 
 def test_resuming_ends_with_the_same_weights(pair_folders, text_file, tmp_path):

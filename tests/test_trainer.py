@@ -3,6 +3,7 @@ are exact.
 """
 
 import copy
+import threading
 import time
 import weakref
 
@@ -180,6 +181,28 @@ def test_a_line_of_the_log_says_how_fast_and_how_full(tmp_path):
     assert all(0 < line["padding_share"] < 1 for line in lines)
     assert all(line["flops_per_second"] > 0 and line["peak_memory_gib"] > 0 for line in lines)
     assert trainer.state.total_flos > 0
+
+
+def test_the_next_micro_batches_are_fetched_while_a_step_computes(tmp_path, monkeypatch):
+    fetched = threading.Semaphore(0)
+    fetch, compute_loss = DistillationTrainer._fetch, DistillationTrainer.compute_loss
+
+    def counted(*args):
+        batches = fetch(*args)
+        fetched.release()
+        return batches
+
+    def only_with_the_next_ones_there(self, *args, **kwargs):
+        if self.state.global_step == 0:
+            fetched.acquire()  # this step's own
+        assert fetched.acquire(timeout=20)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "_fetch", counted)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", only_with_the_next_ones_there)
+    trainer = trainer_for(tmp_path, eval_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step == 3
 
 
 def test_held_out_cross_entropy_and_kl_are_measured_where_training_has_them_off(tmp_path):

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy
 import torch
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from train.data import Share
 
 INCOMPLETE = ".incomplete"
 LAST = ("last", "true")
@@ -36,6 +38,37 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str 
             f"checkpoint-N of {output_dir}, or `last`"
         )
     return resume_from_checkpoint
+
+
+def stream_file_name(share: Share) -> str:
+    """The file of a checkpoint that says where a rank was in its share of a stream."""
+    return f"stream_{share.rank}_of_{share.world_size}.json"
+
+
+def check_resumable(checkpoint: str, share: Share, is_stream: bool, is_sharded: bool) -> None:
+    """Raise ValueError unless this run can go on from the checkpoint: its text is read the same
+    way, a stream by as many ranks, and its models are sharded as they were.
+    """
+    folder = Path(checkpoint)
+    problems = []
+    if any(folder.glob(f"{FSDP_MODEL_NAME}*")) != is_sharded:
+        was = "was not sharded" if is_sharded else "was sharded"
+        problems.append(f"its run {was}, give --fsdp_config and ranks as it had them")
+    states = {path.name for path in folder.glob("stream_*_of_*.json")}
+    if is_stream and not states:
+        problems.append("its run did not read a stream, give --dataset and --streaming as it had")
+    elif is_stream and stream_file_name(share) not in states:
+        problems.append(
+            f"it knows the places of {len(states)} ranks in the stream and this run has "
+            f"{share.world_size}, start {len(states)}"
+        )
+    elif states and not is_stream:
+        problems.append("its run read a stream, give --dataset and --streaming as it had")
+    if problems:
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint}: {'; '.join(problems)}, or begin anew in "
+            "another --output_dir"
+        )
 
 
 def publish(name: str, output_dir: Path) -> None:

@@ -9,22 +9,18 @@ takes every `world_size`-th batch of documents, and can say where it is and go o
 """
 
 import random
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import patching.texts
 from train.data_args import DataArguments
 from train.losses import IGNORED_LABEL
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 DOCUMENTS_PER_BATCH = 1000
 
 
@@ -77,57 +73,13 @@ def load_rows(
 
 def load_documents(arguments: DataArguments, name: str) -> Dataset | IterableDataset:
     """Documents in one column, `text`. A hub dataset is streamed, local files only when asked."""
-    path = Path(name)
-    column = arguments.text_column
-    if path.exists():
-        builder, files = _local_files(path)
-        extra = {"sample_by": "document"} if builder == "text" else {}
-        try:
-            documents = load_dataset(
-                builder, data_files=files, split="train", streaming=arguments.streaming, **extra
-            )
-        except DatasetGenerationError as error:
-            cause = str(error.__cause__ or error)
-            raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
-        column = "text" if builder == "text" else column
-    else:
-        documents = load_dataset(
-            name, arguments.dataset_config, split=arguments.dataset_split, streaming=True
-        )
-    columns = documents.column_names or list(next(iter(documents), {}))
-    if not columns:
-        raise ValueError(f"dataset={name}: there is no text in it")
-    if column not in columns:
-        raise ValueError(
-            f"text_column={column}: {name} has the columns {', '.join(columns)}, choose one of them"
-        )
-    documents = documents.select_columns([column])
-    if column != "text":
-        documents = documents.rename_column(column, "text")
-    if path.exists() and builder == "text":
-        documents = documents.map(_split_at_blank_lines, batched=True, batch_size=1)
-    return documents
-
-
-def _local_files(path: Path) -> tuple[str, list[str]]:
-    """The `datasets` builder for a file or folder, and the files in it."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    known = [file for file in files if file.suffix in BUILDERS]
-    builders = {BUILDERS[file.suffix] for file in known}
-    if len(builders) != 1:
-        found = "none of these" if not builders else "several kinds"
-        raise ValueError(
-            f"dataset={path}: name a .txt, .jsonl or .parquet file or a folder of one kind; "
-            f"there is {found}"
-        )
-    files_with_text = [str(file) for file in known if file.stat().st_size]
-    if not files_with_text:
-        raise ValueError(f"dataset={path}: there is no text in it")
-    return builders.pop(), files_with_text
-
-
-def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {"text": [piece for text in batch["text"] for piece in BLANK_LINES.split(text)]}
+    return patching.texts.load_documents(
+        name,
+        text_column=arguments.text_column,
+        dataset_config=arguments.dataset_config,
+        dataset_split=arguments.dataset_split,
+        streaming=arguments.streaming,
+    )
 
 
 def split_held_out(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "the text"
+
     dataset: str = field(
         default="EleutherAI/the_pile_deduplicated",
         metadata={

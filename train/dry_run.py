@@ -51,12 +51,12 @@ def plan(
         layers = f"{block.start}-{block.stop - 1}" if len(block) > 1 else f"{block.start}"
         lines.append(f"{i:13}  {layers:>13}  {pair}")
     lines += ["", f"sizes, patched {order} first (parameters: stored, embedding and head both)"]
-    for size in sizes(teacher, layer_map, order):
-        name = {0: "student", layer_map.max_layers_to_patch: "teacher"}
+    names = {0: "student", layer_map.max_layers_to_patch: "teacher"}
+    for k, size in enumerate(sizes(teacher, layer_map, order)):
+        stored, both = (count / 1e6 for count in size.parameters)
         lines.append(
-            f"  k = {size.num_layers_to_patch:2}  {size.num_layers:3} layers  "
-            f"{size.stored / 1e6:10,.2f} M  {size.both_counted / 1e6:10,.2f} M  "
-            f"{name.get(size.num_layers_to_patch, '')}".rstrip()
+            f"  k = {k:2}  {size.depth:3} layers  {stored:10,.2f} M  {both:10,.2f} M  "
+            f"{names.get(k, '')}".rstrip()
         )
     lines += [
         "",

@@ -1,20 +1,24 @@
 """What a run takes, worked out from configs: parameters, FLOPs and memory by part."""
 
-import copy
+import re
 import resource
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from patching import divergence
 from patching.auto_class import auto_class, predicts_masked_tokens
 from patching.blocks import LayerMap, Order
+from patching.empty_model import empty_model
 from patching.families import config_for, family_of
-from patching.recipe import Recipe, initial_student, intermediate_model
+from patching.layout import layout_of
+from patching.recipe import initial_student, intermediate_model
+from patching.sizes import Size, size_of
 from train.losses import LossWeights
 from train.masking import SHARE_OF_TARGETS
 
@@ -51,21 +55,15 @@ def flops_per_token(
 
 
 def forward_flops(config: PreTrainedConfig) -> TokenFlops:
-    """FLOPs of one token's way through a model."""
-    model = on_meta(config)
-    layers = model.get_submodule(family_of(config).layers)
-    matrices = sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() == 2)
+    """FLOPs of one token's way through a model; experts that are not asked do not count."""
+    flops = {part: cost.flops for part, cost in layout_of(config, torch.float32).costs.items()}
+    head = flops.pop("head")
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
     # A token sees half the positions of its row on average: half of 2 products of 2 FLOPs.
-    attention = len(layers) * 2 * config.num_attention_heads * head_size
-    head = sum(
-        parameter.numel()
-        for parameter in model.get_submodule(family_of(config).head).parameters()
-        if parameter.dim() == 2
-    )
-    return TokenFlops(2 * matrices, attention, round(2 * head * share_of_targets(config)))
+    attention = config.num_hidden_layers * 2 * config.num_attention_heads * head_size
+    return TokenFlops(sum(flops.values()), attention, round(head * share_of_targets(config)))
 
 
 def share_of_targets(config: PreTrainedConfig) -> float:
@@ -73,47 +71,16 @@ def share_of_targets(config: PreTrainedConfig) -> float:
     return SHARE_OF_TARGETS if predicts_masked_tokens(config) else 1.0
 
 
-def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
-
-
 def num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-class Size(NamedTuple):
-    """One member of the family."""
-
-    num_layers_to_patch: int
-    num_layers: int
-    stored: int
-    """Distinct parameters, a tied matrix once."""
-    both_counted: int
-    """Embedding and head always both."""
-
-
 def sizes(teacher: PreTrainedConfig, layer_map: LayerMap, order: Order) -> list[Size]:
-    """Every size between student and teacher, from the teacher's parts."""
-    tied, untied = (copy.deepcopy(teacher) for _ in range(2))
-    tied.tie_word_embeddings, untied.tie_word_embeddings = True, False
-    model = on_meta(untied)
-    layers = [num_parameters(layer) for layer in model.get_submodule(family_of(teacher).layers)]
-    others = num_parameters(model) - sum(layers)
-    shared = num_parameters(model) - num_parameters(on_meta(tied))
+    """Every size between student and teacher, k = 0 first, as it would be saved in fp32."""
     configs = {"teacher": teacher, "student": student_config(teacher, layer_map)}
-
-    def size(num_layers_to_patch: int, recipe: Recipe) -> Size:
-        in_layers = sum(
-            layers[layer_map.kept[idx] if parent == "student" else idx]
-            for parent, idx in recipe.layers
-        )
-        both = in_layers + others
-        stored = both - config_for(recipe, configs).tie_word_embeddings * shared
-        return Size(num_layers_to_patch, recipe.depth, stored, both)
-
+    layouts = {parent: layout_of(config, torch.float32) for parent, config in configs.items()}
     return [
-        size(k, intermediate_model(layer_map, k, order))
+        size_of(intermediate_model(layer_map, k, order), layouts, torch.float32, sys.maxsize)
         for k in range(layer_map.max_layers_to_patch + 1)
     ]
 
@@ -167,7 +134,7 @@ def memory(
     is_cpu: bool = False,
 ) -> Memory:
     """An estimate for AdamW, with `num_shards` 1 where models are not sharded."""
-    student_model, teacher_model = on_meta(student), on_meta(teacher)
+    student_model, teacher_model = empty_model(student), empty_model(teacher)
     num_student, num_teacher = num_parameters(student_model), num_parameters(teacher_model)
     hidden_size, bytes_each = student.hidden_size, batch.dtype.itemsize
     state_bytes = bytes_each if num_shards > 1 else MASTER_BYTES
@@ -251,5 +218,8 @@ def peak_memory_bytes() -> int:
     """The most memory this process has held: on the accelerator where there is one, else at all."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
+    if sys.platform == "linux":
+        # Not ru_maxrss: a new process inherits there the peak of the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,6 +13,8 @@ PAPER_LAYERS_OTHERWISE = (1, 2, 2)
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "the teacher and its layers"
+
     teacher_model_name_or_path: str = field(
         metadata={"help": "the teacher: a folder or a hub repository"}
     )

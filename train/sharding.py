@@ -14,6 +14,26 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from patching.auto_class import auto_class
+from patching.empty_model import empty_model
+from train.training_args import DistillationArguments
+
+
+def check_layer_classes(fsdp_config: dict[str, Any], teacher: PreTrainedConfig) -> None:
+    """Raise ValueError where the layers to shard are those of another architecture."""
+    wanted = set(fsdp_config.get("transformer_layer_cls_to_wrap") or ())
+    if missing := wanted - {type(module).__name__ for module in empty_model(teacher).modules()}:
+        raise ValueError(
+            f"fsdp_config: a {teacher.model_type} model has no {', '.join(sorted(missing))}, "
+            "give the teacher itself as --fsdp_config"
+        )
+
+
+def reads_weights(args: DistillationArguments) -> bool:
+    """Whether this rank reads the teacher's weights; of sharded ranks the first does it for all,
+    unless `cpu_ram_efficient_loading` is off.
+    """
+    one_for_all = bool(args.fsdp) and args.fsdp_plugin_args["cpu_ram_efficient_loading"]
+    return args.process_index == 0 or not one_for_all
 
 
 def without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:

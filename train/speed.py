@@ -1,11 +1,21 @@
 """Faster layers, the same numbers: torch.compile and Liger kernels."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from patching.families import family_of
 from train.training_args import DistillationArguments
+
+
+def check_liger_knows(teacher: PreTrainedConfig) -> None:
+    """Raise ValueError for an architecture that Liger would leave as it is without a word."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if teacher.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"use_liger_kernel: Liger has no kernels for a {teacher.model_type} model, leave it out"
+        )
 
 
 def speed_up(model: PreTrainedModel, args: DistillationArguments) -> None:

@@ -34,18 +34,19 @@ from patching.blocks import as_layer_list
 from patching.command_line import CommandLineParser, user_errors
 from patching.divergence import check_logits_are_the_heads
 from patching.families import longest_text
-from patching.outputs import check_writable, environment, write_json
+from patching.outputs import check_writable, environment, follow_umask, write_json
 from patching.pair import load_model, read_config, recommended_order
 from patching.recipe import Reference
 from patching.student_config import StudentConfig
-from train.checkpoints import find_checkpoint
+from train.checkpoints import check_resumable, find_checkpoint
 from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
 from train.dry_run import plan
 from train.masking import Masking
 from train.model_args import ModelArguments
 from train.plot import plot_terms
-from train.sharding import without_weights
+from train.sharding import check_layer_classes, reads_weights, without_weights
+from train.speed import check_liger_knows
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
@@ -74,6 +75,10 @@ def main(argv: list[str] | None = None) -> None:
             print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
             return
         shard_only_where_there_are_ranks(args)
+        if args.fsdp:
+            check_layer_classes(args.fsdp_config, teacher_config)
+        if args.use_liger_kernel:
+            check_liger_knows(teacher_config)
         tokenizer = AutoTokenizer.from_pretrained(
             teacher_name, revision=revision, trust_remote_code=trust
         )
@@ -83,6 +88,9 @@ def main(argv: list[str] | None = None) -> None:
             rows = load_rows(data_args, tokenizer, args.seed, share)
         check_schedule(args, rows)
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        if checkpoint is not None:
+            is_stream = isinstance(rows.train, IterableDataset)
+            check_resumable(checkpoint, share, is_stream, is_sharded=bool(args.fsdp))
     print_on_main_process(
         args,
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
@@ -90,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     set_seed(args.seed)
-    teacher = load_teacher(model_args, teacher_config, args)
+    with user_errors():
+        teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)
     cast_parameters(teacher, args.compute_dtype)
     trainer = DistillationTrainer(
@@ -133,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
             student_config.save(staging)
             write_json(staging / RUN_FILE_NAME, run)
             plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
+            follow_umask(staging)
             publish(staging, save_directory)
     print_on_main_process(args, f"student saved in {save_directory}")
 
@@ -140,15 +150,16 @@ def main(argv: list[str] | None = None) -> None:
 def load_teacher(
     model_args: ModelArguments, config: PreTrainedConfig, args: DistillationArguments
 ) -> PreTrainedModel:
-    """The teacher in its own dtype; of sharded ranks only the first reads its weights."""
-    settings = {
-        "trust_remote_code": model_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-    }
-    if args.fsdp and args.process_index > 0:
+    """The teacher in its own dtype; of sharded ranks only the first reads its weights.
+
+    Raises ValueError where they are damaged or not all that the config calls for.
+    """
+    trust, attention = model_args.trust_remote_code, model_args.attn_implementation
+    if not reads_weights(args):
+        settings = {"trust_remote_code": trust, "attn_implementation": attention}
         return without_weights(config, dtype=args.compute_dtype, **settings)
-    teacher = Reference(model_args.teacher_model_name_or_path, model_args.revision)
-    return load_model(teacher, dtype="auto", **settings)
+    reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
+    return load_model(reference, "auto", trust, attention)
 
 
 def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:

@@ -31,8 +31,8 @@ from patching.hidden_states import (
     visit_hidden_states,
 )
 from patching.outputs import write_json
-from train.checkpoints import INCOMPLETE, StopOnSigterm, publish, remove_old
-from train.data import StreamBatches, collate
+from train.checkpoints import INCOMPLETE, StopOnSigterm, publish, remove_old, stream_file_name
+from train.data import Share, StreamBatches, collate
 from train.estimate import flops_per_token, peak_memory_bytes
 from train.losses import (
     IGNORED_LABEL,
@@ -108,8 +108,9 @@ class DistillationTrainer(Trainer):
             return super().get_train_dataloader()
         self._stream = StreamBatches(self.train_dataset, self._train_batch_size)
         if self._resume_from is not None:
-            file = Path(self._resume_from) / self._stream_file_name
-            self._stream.load_state_dict(json.loads(file.read_text()))
+            state = json.loads((Path(self._resume_from) / self._stream_file_name).read_text())
+            if state is not None:
+                self._stream.load_state_dict(state)
         return self._stream
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -286,9 +287,10 @@ class DistillationTrainer(Trainer):
         self._staging = staging
         super()._save_checkpoint(model, trial)
         self._staging = None
-        stream_state = self._stream_states.get(self.state.global_step)
-        if stream_state is not None:
-            write_json(staging / name / self._stream_file_name, stream_state)
+        if self._stream is not None:
+            # Resumed behind the last step, nothing was fetched: the place is still the loaded one.
+            state = self._stream_states.get(self.state.global_step, self._stream.state)
+            write_json(staging / name / self._stream_file_name, state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if self.state.best_model_checkpoint is not None:
@@ -302,7 +304,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def _stream_file_name(self) -> str:
-        return f"stream_{self.args.process_index}_of_{self.args.world_size}.json"
+        return stream_file_name(Share(self.args.process_index, self.args.world_size))
 
     def save_student(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the whole student from the main process, as a checkpoint to load."""

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, TrainingArguments
@@ -23,6 +24,8 @@ FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_
 @dataclass
 class DistillationArguments(TrainingArguments):
     """Defaults are those of arXiv 2510.05064 on 4 ranks: 500 steps of 2048 rows."""
+
+    _argument_group_name = "training: flags of transformers, then saving, --dry_run and the loss"
 
     save_directory: str | None = field(
         default=None, metadata={"help": "where the student is saved (required)"}
@@ -166,21 +169,41 @@ class DistillationArguments(TrainingArguments):
 
 
 def read_fsdp_config(fsdp_config: dict | str) -> dict:
-    """A config as it is, as text, in a file, or for the layers of the model that is named."""
-    if isinstance(fsdp_config, dict):
-        return fsdp_config
-    if fsdp_config.startswith("{"):
-        return json.loads(fsdp_config)
-    if not fsdp_config.endswith(".json"):
-        return {"transformer_layer_cls_to_wrap": layer_classes(fsdp_config)}
-    if not os.path.isfile(fsdp_config):
-        raise ValueError(f"fsdp_config={fsdp_config}: no such file; name a .json file or a model")
-    values = json.loads(Path(fsdp_config).read_text(encoding="utf-8"))
-    return {name.removeprefix("fsdp_"): value for name, value in values.items()}
+    """A config as it is, as text, in a file, or for the layers of the model that is named.
+
+    Raises ValueError for what is none of these, and for FSDP1, which cannot shard the teacher.
+    """
+    values: Any = fsdp_config
+    if isinstance(fsdp_config, str):
+        text = fsdp_config
+        if not text.startswith("{"):
+            if not fsdp_config.endswith(".json"):
+                return {"transformer_layer_cls_to_wrap": layer_classes(fsdp_config)}
+            if not os.path.isfile(fsdp_config):
+                raise ValueError(
+                    f"fsdp_config={fsdp_config}: no such file; name a .json file or a model"
+                )
+            text = Path(fsdp_config).read_text(encoding="utf-8")
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"fsdp_config={fsdp_config} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"fsdp_config={fsdp_config}: write an object of settings")
+    values = {name.removeprefix("fsdp_"): value for name, value in values.items()}
+    if str(values.get("version", 2)) != "2":
+        raise ValueError(f"fsdp_config: version={values['version']}: choose 2, or leave it out")
+    return values
 
 
 def layer_classes(model_name_or_path: str) -> list[str]:
     """Class names of a language model's layers."""
-    config = as_bert_config(AutoConfig.from_pretrained(model_name_or_path))
+    try:
+        config = as_bert_config(AutoConfig.from_pretrained(model_name_or_path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"fsdp_config={model_name_or_path}: neither a .json file nor a model that can be read "
+            f"here ({error})"
+        ) from error
     layers = empty_model(config).get_submodule(family_of(config).layers)
     return sorted({type(layer).__name__ for layer in layers})

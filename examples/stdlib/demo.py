@@ -4,9 +4,9 @@
 
 The shipped teacher learns nothing here: its student is distilled from it by `train.train` on the
 standard library's source, every size is measured by `evaluate.evaluate` on modules neither has
-seen, and `patching.patch` saves one. The three command lines are printed as they are run. With
---variants it also evaluates the `first` order, and a student distilled from random weights with the
-same budget."""
+seen beside the teacher pruned in two ways, and `patching.patch` saves one. The three command lines
+are printed as they are run. With --variants a student distilled from random weights with the same
+budget joins the sweep, and the `first` order is set beside it by `evaluate.report`."""
 
 import argparse
 import shlex
@@ -47,7 +47,11 @@ def main(folder: Path, variants: bool) -> None:
     print({name: f"{size / 1e6:.1f} MB" for name, size in sizes_bytes.items()})
 
     student = distil(folder, "student")
-    results = evaluate(folder, student, "results", "--baselines", "naive")
+    baselines = [
+        *("--baselines", "naive,block_influence"),
+        *("--calibration", folder / "corpus" / "train.jsonl"),
+    ]
+    results = evaluate(folder, student, "results", *baselines)
     model_folder = folder / f"model_k{SAVED_SIZE}"
     run(
         *("patching.patch", "--teacher_model_name_or_path", TEACHER),
@@ -55,16 +59,18 @@ def main(folder: Path, variants: bool) -> None:
         *("--save_directory", model_folder),
     )
     print(f"\n{complete(model_folder, PROMPT)}\n")
-    print(f"table: {results / 'summary.md'}")
-    print(f"plot:  {results / 'summary.png'}")
-    print(f"model: {model_folder}")
+    print(f"report: {results / 'summary.md'}")
+    print(f"plot:   {results / 'summary.png'}")
+    print(f"model:  {model_folder}")
 
     if variants:
-        for name in ("student_random", "results_first", "results_random"):
+        for name in ("student_random", "results_first", "both_orders"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        evaluate(folder, student, "results_first", "--order", "first")
         random_student = distil(folder, "student_random", "--random_initialization")
-        evaluate(folder, random_student, "results_random")
+        # What is in the folder already is not computed again.
+        evaluate(folder, student, "results", *baselines, "--random_student", random_student)
+        first = evaluate(folder, student, "results_first", "--order", "first")
+        run("evaluate.report", results, first, "--save_directory", folder / "both_orders")
 
 
 def distil(folder: Path, name: str, *flags: str) -> Path:
@@ -86,7 +92,7 @@ def distil(folder: Path, name: str, *flags: str) -> Path:
     return folder / name
 
 
-def evaluate(folder: Path, student: Path, name: str, *flags: str) -> Path:
+def evaluate(folder: Path, student: Path, name: str, *flags: object) -> Path:
     """Results of every size in `folder/name`, through the command line."""
     run(
         *("evaluate.evaluate", "--teacher_model_name_or_path", TEACHER),

@@ -1,0 +1,57 @@
+"""Where a sweep runs: its device, and its ranks under torchrun."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The named device, by default the accelerator where there is one. Raises ValueError if it is
+    not there.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch raises either for a device it has not got
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used here: {reason}") from error
+
+
+def ranks_of(device: torch.device) -> Accelerator | None:
+    """torchrun's ranks, None for a single process. Each rank has the device of its number.
+
+    Raises ValueError where one device is named for all of them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if device.index not in (None, 0):
+        raise ValueError(
+            f"device={device}: under torchrun each rank takes a device of its own, give "
+            f"--device {device.type}"
+        )
+    # One rank measures and writes while the others wait, for as long as it takes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+
+
+def stock_lm(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int | str,
+    ranks: Accelerator | None,
+) -> HFLM:
+    """One model as lm-eval has it; the harness shares out the requests among the ranks."""
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if ranks is not None:
+        lm.accelerator = ranks
+        lm._rank, lm._world_size = ranks.process_index, ranks.num_processes
+    return lm

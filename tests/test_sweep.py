@@ -1,0 +1,346 @@
+"""Long sweeps: what is stored, killed runs, failing tasks, baselines, samples, ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, byte_tokenizer, run_module, save_pair, tiny_config, tiny_model
+from lm_eval.loggers import EvaluationTracker
+from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from evaluate import sweep
+from evaluate.evaluate import main
+from evaluate.stored import read_results, write_samples
+from patching.block_influence import block_influence, most_influential
+from patching.texts import Calibration, CalibrationArguments
+
+SLOW_SCORE = """
+import time
+
+
+def score(doc, results):
+    time.sleep(0.1)
+    return {"acc": float(results[0][0] > results[1][0])}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """One task of each kind, one that takes its time, one that breaks, one without data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_task(folder, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    write_task(folder, "choice", QUESTIONS, **CHOICE)
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    write_task(folder, "generation", QUESTIONS, **GENERATION, metric_list=[metric])
+    (folder / "slow_score.py").write_text(SLOW_SCORE)
+    (folder / "breaking_score.py").write_text(
+        "def score(doc, results):\n    raise KeyError('no such field')\n"
+    )
+    for name in ("slow", "breaking"):
+        write_task(folder, name, QUESTIONS, **CHOICE, process_results=f"FUNCTION {name}_score")
+        path = folder / f"{name}.yaml"
+        path.write_text(
+            path.read_text().replace(f"FUNCTION {name}_score", f"!function {name}_score.score")
+        )
+    write_task(folder, "no_data", QUESTIONS, **CHOICE)
+    (folder / "no_data.jsonl").unlink()
+    return folder
+
+
+def read(folder: Path) -> dict[str, dict]:
+    return read_results(folder)
+
+
+def scores(folder: Path) -> dict[str, dict]:
+    return {name: result["results"] for name, result in read(folder).items()}
+
+
+def finished(folder: Path) -> dict[tuple[str, str], float]:
+    """The parts that are stored, and the seconds each took: told anew where one is run again."""
+    return {
+        (name, task): values["seconds"]
+        for name, result in read(folder).items()
+        for task, values in result["tasks"].items()
+    }
+
+
+def test_a_killed_sweep_goes_on_where_it_was(pair_folders, tasks, tmp_path, monkeypatch):
+    settings = {"num_layers_to_patch": "all", "baselines": "naive", "include_path": tasks}
+    settings |= {"tasks": "choice,slow,generation"}
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evaluate.evaluate", *flags(pair_folders, killed, **settings)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and ("family_k1", "slow") not in (
+        finished(killed) if killed.is_dir() else {}
+    ):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = finished(killed)
+    assert ("family_k0", "slow") in before and ("naive_k1", "slow") not in before
+
+    main(flags(pair_folders, killed, **settings))
+    after = finished(killed)
+    assert len(after) == 3 * 5
+    assert {part: after[part] for part in before} == before
+    main(flags(pair_folders, tmp_path / "whole", **settings))
+    assert scores(killed) == scores(tmp_path / "whole")
+
+    def nothing_left(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", nothing_left)
+    main(flags(pair_folders, killed, **settings))
+    assert finished(killed) == after
+
+
+def test_failing_tasks_do_not_lose_the_others(pair_folders, tasks, tmp_path, capsys):
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks, folder)
+    for path in folder.glob("*.yaml"):
+        path.write_text(path.read_text().replace(str(tasks), str(folder)))
+    out = tmp_path / "out"
+    command = flags(
+        pair_folders, out, num_layers_to_patch="0-1", include_path=folder,
+        tasks="no_data,breaking,choice,rolling",
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    reported = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")
+    ]
+    assert [line.split(": ")[1] for line in reported] == ["no_data", "breaking"]
+    assert "KeyError: 'no such field'" in reported[1]
+    assert all(values.keys() == {"choice", "rolling"} for values in scores(out).values())
+    assert "- breaking: KeyError" in (out / "summary.md").read_text()
+
+    before = finished(out)
+    shutil.copy(folder / "choice.jsonl", folder / "no_data.jsonl")
+    (folder / "breaking_score.py").write_text(SLOW_SCORE)
+    sys.modules.pop("breaking_score", None)
+    done = run_module("evaluate.evaluate", *command)
+    assert done.returncode == 0, done.stderr
+    after = finished(out)
+    assert len(after) == 2 * 4 and {part: after[part] for part in before} == before
+    for values in scores(out).values():
+        assert values["no_data"]["acc,none"] == values["choice"]["acc,none"]
+
+
+def test_where_no_task_can_be_had_no_weights_are_loaded(
+    pair_folders, tasks, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(SystemExit) as ended:
+        main(flags(pair_folders, tmp_path / "out", tasks="no_data", include_path=tasks))
+    assert ended.value.code == 1
+    assert "failed: no_data: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 2}, "limit=None and 2.0 is asked for now"),
+        ({"dtype": "bfloat16"}, "dtype=float32 and bfloat16"),
+        ({"order": "first"}, "order=last and first"),
+        ({"num_fewshot": 1}, "num_fewshot=None and 1"),
+    ],
+)
+def test_other_settings_are_not_mixed_in(pair_folders, tasks, tmp_path, capsys, changes, message):
+    settings = {"tasks": "choice", "include_path": tasks}
+    (tmp_path / "family_k0.json").write_text(json.dumps(stored_of(pair_folders, tasks)))
+    with pytest.raises(SystemExit) as ended:
+        main(flags(pair_folders, tmp_path, **settings | changes))
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in line and "choose another --save_directory" in line
+
+
+_STORED = {}
+
+
+def stored_of(pair_folders, tasks) -> dict:
+    """The student's stored scores, computed once."""
+    if not _STORED:
+        out = tasks.parent / "stored"
+        main(flags(pair_folders, out, num_layers_to_patch=0, tasks="choice", include_path=tasks))
+        _STORED.update(read(out)["family_k0"])
+    return _STORED
+
+
+def test_a_student_trained_again_is_another_one(pair_folders, tasks, tmp_path, capsys):
+    student = tmp_path / "student"
+    shutil.copytree(pair_folders[1], student)
+    pair = (pair_folders[0], student)
+    settings = {"tasks": "choice", "include_path": tasks, "num_layers_to_patch": 0}
+    main(flags(pair, tmp_path / "out", **settings))
+    weights = load_file(student / "model.safetensors")
+    weights = {name: tensor * 1.001 for name, tensor in weights.items()}
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        main(flags(pair, tmp_path / "out", **settings))
+    assert ended.value.code == 2
+    assert "student=student " in capsys.readouterr().err
+
+
+def test_samples_are_written_as_lm_eval_does(pair_folders, tasks, tmp_path, monkeypatch):
+    found = []
+    score = sweep.simple_evaluate
+
+    def remember(*args, **kwargs):
+        found.append(score(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(sweep, "simple_evaluate", remember)
+    settings = {"tasks": "choice,rolling,generation", "include_path": tasks, "limit": 3}
+    settings["num_layers_to_patch"] = "0"
+    main(flags(pair_folders, tmp_path / "out", **settings))
+    assert not (tmp_path / "out" / "samples").exists()
+    plain = scores(tmp_path / "out")
+    main([*flags(pair_folders, tmp_path / "out", **settings), "--log_samples"])
+    assert scores(tmp_path / "out") == plain
+    num_scored = len(found)
+    main([*flags(pair_folders, tmp_path / "out", **settings), "--log_samples"])
+    assert len(found) == num_scored == 2 * 3  # not a third time
+
+    tracker = EvaluationTracker(output_path=str(tmp_path / "stock"))
+    tracker.date_id = "now"
+    for of_task in found[3:]:
+        ((task, samples),) = of_task["samples"].items()
+        write_samples(tmp_path / "again", {task: samples})
+        tracker.save_results_samples(task, samples)
+        (stock,) = (tmp_path / "stock").rglob(f"samples_{task}_*.jsonl")
+        stock_lines = [json.loads(line) for line in stock.read_text().splitlines()]
+        for folder in (tmp_path / "out" / "samples" / "family_k0", tmp_path / "again"):
+            lines = (folder / f"samples_{task}.jsonl").read_text().splitlines()
+            assert [json.loads(line) for line in lines] == stock_lines
+        assert len(stock_lines) == 3
+
+
+@torch.no_grad()
+def test_everything_that_can_be_set_beside_a_family(pair_folders, tasks, tmp_path):
+    """Both baselines, another student's family, and other models, one with another tokenizer."""
+    text = tmp_path / "calibration.txt"
+    text.write_text("\n\n".join(TEXTS))
+    random_student = save_pair(tmp_path / "random")[1]
+    weights = load_file(random_student / "model.safetensors")
+    weights = {name: tensor.roll(1, 0) for name, tensor in weights.items()}
+    save_file(weights, random_student / "model.safetensors", metadata={"format": "pt"})
+    for name, kind in (("small", "gpt2"), ("smaller", "gpt_neox")):
+        tiny_model(tiny_config(kind, 2)).save_pretrained(tmp_path / "models" / name)
+        byte_tokenizer().save_pretrained(tmp_path / "models" / name)
+    out = tmp_path / "out"
+    main(
+        [
+            *flags(
+                pair_folders, out, num_layers_to_patch="all", tasks="choice,rolling",
+                include_path=tasks, baselines="naive,block_influence", calibration=text,
+                random_student=random_student,
+            ),
+            *("--compare", str(tmp_path / "models"), "--compare", str(pair_folders[0])),
+        ]
+    )  # fmt: skip
+    results = read(out)
+    assert results.keys() == {
+        *(f"family_k{k}" for k in (0, 1, 2)),
+        *(f"{series}_k{k}" for series in ("naive", "block_influence", "random_student")
+          for k in (0, 1)),
+        "compare_small", "compare_smaller", "compare_teacher",
+    }  # fmt: skip
+    for name, result in results.items():
+        assert result["results"].keys() == {"choice", "rolling"}, name
+    # The teacher by itself, through the stock harness, has the family's numbers at k = max.
+    for task, values in results["family_k2"]["results"].items():
+        for key, value in values.items():
+            if isinstance(value, float):
+                beside = results["compare_teacher"]["results"][task][key]
+                assert beside == pytest.approx(value, rel=1e-5), key
+    bits = {name: result["results"]["rolling"] for name, result in results.items()}
+    assert len({values["bits_per_byte,none"] for values in bits.values()}) == len(bits) - 1
+
+    texts = Calibration.read(CalibrationArguments(str(text)))
+    teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0]).eval()
+    influences = block_influence(teacher, texts.batches(byte_tokenizer(), teacher.config))
+    for k, depth in ((0, 4), (1, 5)):
+        result = results[f"block_influence_k{k}"]
+        assert result["recipe"] == most_influential(influences, depth).to_dict()
+        assert result["depth"] == results[f"family_k{k}"]["depth"] == depth
+    similarities = [results[f"family_k{k}"]["similarity"]["to_teacher"] for k in (0, 1, 2)]
+    assert similarities[2] == pytest.approx(1, abs=1e-6)
+    assert max(similarities[:2]) < 0.9999
+    assert "similarity" not in results["compare_small"]
+    assert results["compare_small"]["parameters"]["stored"] > 0
+    report = (out / "summary.md").read_text()
+    for name in ("small", "teacher", "pruned by block influence, k = 0"):
+        assert f"\n| {name} |" in report
+    assert "tokens of the first 6 texts of calibration.txt" in report
+
+    before = finished(out)  # a smaller sweep in the same folder keeps what is there
+    main(flags(pair_folders, out, num_layers_to_patch=1, tasks="choice", include_path=tasks))
+    assert finished(out) == before
+    assert "\n| smaller |" in (out / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baselines": "block_influence"}, "name some with --calibration"),
+        ({"calibration": "/no/such/text"}, "/no/such/text"),
+        ({"compare": "/no/such/model"}, "compare=/no/such/model: no model that can be read"),
+        ({"random_student": "/no/such/student"}, "/no/such/student"),
+    ],
+)
+def test_what_is_not_there_is_said_before_weights_load(
+    pair_folders, tasks, tmp_path, capsys, monkeypatch, changes, message
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    settings = {"tasks": "choice", "include_path": tasks} | changes
+    with pytest.raises(SystemExit) as ended:
+        main(flags(pair_folders, tmp_path / "out", **settings))
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_one_ranks_numbers(pair_folders, tasks, tmp_path):
+    compare = ("--compare", str(pair_folders[0]), "--log_samples")
+    settings = {"num_layers_to_patch": "0-1", "include_path": tasks, "device": "cpu"}
+    settings |= {"tasks": "no_data,choice,rolling,generation", "baselines": "naive"}
+    with pytest.raises(SystemExit):
+        main([*flags(pair_folders, tmp_path / "one", **settings), *compare])
+    done = run_module(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "evaluate.evaluate", *flags(pair_folders, tmp_path / "two", **settings), *compare),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 1, done.stderr  # of the task without data
+    assert done.stderr.count("failed: no_data") == 1
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) == 4
+    for name, result in one.items():
+        assert result["n-samples"] == two[name]["n-samples"]
+        for task, values in result["results"].items():
+            for key, value in values.items():
+                if isinstance(value, float):
+                    assert two[name]["results"][task][key] == pytest.approx(value, rel=1e-5)
+        for task in result["results"]:
+            path = Path("samples", name, f"samples_{task}.jsonl")
+            lines = [(tmp_path / run / path).read_text().splitlines() for run in ("one", "two")]
+            documents = [sorted(json.loads(line)["doc_id"] for line in of_run) for of_run in lines]
+            assert documents[0] == documents[1] == [*range(len(TEXTS))]
+    assert os.listdir(tmp_path / "two").count("summary.md") == 1
