@@ -106,13 +106,15 @@ def test_the_loss_is_its_definition_over_masked_positions(model_type):
     assert num_targets > 3
     counts = count(batch["labels"], is_masked_model=True)
     assert counts == (num_targets, int(mask_BT.sum()))
-    expected = (cross_entropy / num_targets, kl / num_targets, cosine / int(mask_BT.sum()))
+    sums = (cross_entropy / num_targets, kl / num_targets, cosine / int(mask_BT.sum()))
+    expected = [value.item() for value in sums]
 
     install_distillation_forward(student, teacher, LAYER_MAP, weights)
     terms = student.train()(**batch, counts=counts)
-    assert [terms.cross_entropy, terms.kl, terms.cosine] == pytest.approx(expected, rel=1e-5)
+    found = [term.item() for term in (terms.cross_entropy, terms.kl, terms.cosine)]
+    assert found == pytest.approx(expected, rel=1e-5)
     loss = expected[0] + 0.3 * 4 * expected[1] + 2 * expected[2]
-    assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert terms.loss.item() == pytest.approx(loss, rel=1e-5)
     terms.loss.backward()
     head = student.cls.predictions.transform if model_type == "bert" else student.lm_head
     assert head.dense.weight.grad.abs().sum() > 0

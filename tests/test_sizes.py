@@ -391,7 +391,7 @@ def test_models_in_memory_share_their_tensors():
         build_intermediate_model(
             teacher, student.to(torch.float16), 1, student_config=config, tokenizer=tokenizer
         )
-    with pytest.raises(ValueError, match="does not say where it came from: give student_config"):
+    with pytest.raises(ValueError, match="does not say where it came from: give kept_layers"):
         build_intermediate_model(teacher, student, 1, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="give its tokenizer too"):
         build_intermediate_model(teacher, student, 1, student_config=config)

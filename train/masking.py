@@ -52,14 +52,12 @@ class Masking(NamedTuple):
         """
         input_ids_BT, labels_BT = batch["input_ids"].clone(), batch["labels"].clone()
         is_real_BT = labels_BT != IGNORED_LABEL
-        # Real positions row by row, so that padding changes no draw.
-        draws_BT = torch.ones(labels_BT.shape)
-        draws_BT[is_real_BT.cpu()] = torch.rand(int(is_real_BT.sum()), generator=generator)
-        others_BT = torch.zeros_like(labels_BT, device="cpu")
-        others_BT[is_real_BT.cpu()] = torch.randint(
-            self.vocab_size, (int(is_real_BT.sum()),), generator=generator
-        )
-        draws_BT, others_BT = draws_BT.to(labels_BT.device), others_BT.to(labels_BT.device)
+        # Two numbers a real position, row by row, so that padding and splitting change no draw.
+        uniform_N2 = torch.rand(int(is_real_BT.sum()), 2, generator=generator)
+        draws_BT = torch.ones(labels_BT.shape, device=labels_BT.device)
+        draws_BT[is_real_BT] = uniform_N2[:, 0].to(labels_BT.device)
+        others_BT = torch.zeros_like(labels_BT)
+        others_BT[is_real_BT] = (uniform_N2[:, 1] * self.vocab_size).long().to(labels_BT.device)
         special = torch.tensor(self.special_ids, device=labels_BT.device)
         is_target_BT = is_real_BT & ~torch.isin(input_ids_BT, special)
         is_target_BT &= draws_BT < share_of_targets
