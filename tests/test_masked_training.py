@@ -138,6 +138,8 @@ def test_accumulation_does_not_change_the_trajectory(tmp_path):
             for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
                 assert line[term] == pytest.approx(expected[term], rel=1e-4), term
         for name, tensor in weights.items():
+            if name.endswith("key.bias"):
+                continue  # changes no probability: its gradient is rounding, which AdamW amplifies
             torch.testing.assert_close(tensor, reference_weights[name], rtol=1e-3, atol=1e-4)
 
 
@@ -170,6 +172,30 @@ def command(folders, save_directory, *flags: str) -> list[str]:
         "heldout_documents": 4, "save_steps": 2, "disable_tqdm": True, "kept_layers": "0,2,3",
     }  # fmt: skip
     return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_student_has_both_names_of_its_bias(tmp_path, tied):
+    args = DistillationArguments(
+        save_directory=str(tmp_path), max_steps=2, bf16=False, save_strategy="no",
+        disable_tqdm=True, gradient_accumulation_steps=1, warmup_steps=0,
+    )  # fmt: skip
+    teacher = tiny_model(encoder_config("bert", LAYER_MAP.num_teacher_layers, tied))
+    student = new_student(teacher, LAYER_MAP)
+    trainer = DistillationTrainer(
+        student, teacher, LAYER_MAP, args, MASKING, train_dataset=rows(16)
+    )
+    trainer.train()
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    trainer.save_student(tmp_path / "student", torch.float32)
+    saved, found = AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "student", output_loading_info=True
+    )
+    assert not any(found.values())
+    bias = trainer.model.get_output_embeddings().bias
+    assert torch.equal(saved.cls.predictions.bias, bias)
+    assert torch.equal(saved.cls.predictions.decoder.bias, bias)
+    assert (saved.cls.predictions.decoder.bias is saved.cls.predictions.bias) == tied
 
 
 def test_the_command_line_distils_and_resumes(folders, tmp_path):
@@ -220,22 +246,30 @@ def test_a_dry_run_counts_an_encoder(folders, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_sharded_ranks_train_an_encoder(folders, tmp_path):
-    """Ranks draw masks of their own, so only what does not depend on them is compared."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_sharded_ranks_train_an_encoder(folders, tmp_path, tied):
+    """Ranks draw masks of their own, so no number is compared with one process's."""
+    teacher = tmp_path / "teacher"
+    model = tiny_model(encoder_config("bert", 4, tied))
+    model.save_pretrained(teacher)
+    word_tokenizer().save_pretrained(teacher)
     target = tmp_path / "student"
-    words = command(folders, target, "--fsdp_config", str(folders[0]), "--max_steps", "2")
+    words = command((teacher, folders[1]), target, "--fsdp_config", str(teacher))
     sharded = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
-    done = run_module(
-        *sharded, "tests/shard_on_cpu.py", *words, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)
-    )
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = run_module(*sharded, "tests/shard_on_cpu.py", *words, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    reports = [
+        json.loads((target / f"checkpoints/held_{rank}.json").read_text()) for rank in (0, 1)
+    ]
+    for name, share in reports[0]["student"].items():
+        assert share["share"][0] < share["whole"][0], name
     student, found = AutoModelForMaskedLM.from_pretrained(target, output_loading_info=True)
     assert not any(found.values())
-    start = AutoModelForMaskedLM.from_pretrained(folders[0])
-    for name in ("dense.weight", "LayerNorm.weight"):
-        trained, before = (
-            model.get_parameter(f"cls.predictions.transform.{name}") for model in (student, start)
-        )
-        assert not torch.equal(trained, before)
+    for name in ("transform.dense.weight", "decoder.weight", "decoder.bias"):
+        path = f"cls.predictions.{name}"
+        assert not torch.equal(student.get_parameter(path), model.get_parameter(path)), name
     log = json.loads((target / "run.json").read_text())["log"]
-    assert all(line["grad_norm"] > 0 for line in log if "loss" in line)
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]

@@ -72,6 +72,14 @@ def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrai
     return fsdp2_prepare_model(accelerator, teacher)
 
 
+def gather(head: nn.Module) -> None:
+    """Make a head whole whose weight is read though neither it nor a final norm before it, which
+    would gather it too, is called: an encoder's.
+    """
+    if isinstance(head, FSDPModule):
+        head.unshard()
+
+
 def release(head: nn.Module) -> None:
     """Give back a head, which stays gathered behind a forward pass that has no backward pass."""
     if isinstance(head, FSDPModule):

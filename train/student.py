@@ -34,6 +34,22 @@ def new_student(
     return copy.deepcopy(assemble(recipe, teacher=teacher)).float()
 
 
+def drop_second_names(model: PreTrainedModel) -> None:
+    """Leave an encoder's head one name of its bias, in place.
+
+    The other one is no part of its forward pass: sharding refuses a parameter that lies in two
+    groups, and data parallelism one without a gradient. Saved models have both again.
+    """
+    tied = dict(model._tied_weights_keys or {})
+    for name, second in list(tied.items()):
+        if name.endswith(".bias"):
+            path, _, last = second.rpartition(".")
+            delattr(model.get_submodule(path), last)
+            del tied[name]
+    model._tied_weights_keys = tied
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast a model's parameters in place and leave its buffers, unlike `.to(dtype)`.
 

@@ -44,8 +44,9 @@ from train.losses import (
     distillation_loss,
 )
 from train.masking import Masking, generator_for
-from train.sharding import compute_in, release, shard_teacher
+from train.sharding import compute_in, gather, release, shard_teacher
 from train.speed import speed_up
+from train.student import drop_second_names
 from train.training_args import DistillationArguments
 
 GIB = 2**30
@@ -70,6 +71,8 @@ class DistillationTrainer(Trainer):
         self._masking = masking
         for model in (student, teacher):
             speed_up(model, args)
+            if masking is not None:
+                drop_second_names(model)
         args.use_liger_kernel = False  # applied; Trainer would do it with Liger's own losses
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         self._is_masked_model = predicts_masked_tokens(student.config)
@@ -320,6 +323,9 @@ class DistillationTrainer(Trainer):
             name.replace("_checkpoint_wrapped_module.", ""): tensor.to(dtype)
             for name, tensor in state.items()
         }
+        for name, second in (student._tied_weights_keys or {}).items():
+            if name in state and second not in state:  # what `drop_second_names` left out
+                state[second] = state[name].clone()
         student.load_state_dict(state, assign=True)
         student.tie_weights()
         student.save_pretrained(folder)
@@ -369,6 +375,9 @@ def install_distillation_forward(
                 last_pair.extend((student_BTD, teacher_BTD))
 
         visit_hidden_states(self, student_indices, compare, input_ids, attention_mask)
+        if is_masked_model and weights.needs_logits:
+            gather(self.get_output_embeddings())
+            gather(teacher.get_output_embeddings())
         terms = distillation_loss(
             *last_pair,
             self.get_output_embeddings(),

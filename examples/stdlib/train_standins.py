@@ -337,7 +337,11 @@ def train_student(arguments: argparse.Namespace) -> None:
     record = {
         "arguments": {**DISTILLATION, "max_steps": arguments.steps},
         "held_out": run["held_out"],
-        "log": [line for line in run["log"] if "loss" in line],
+        "log": [
+            {name: line[name] for name in ("step", "loss", "cross_entropy", "kl", "cosine")}
+            for line in run["log"]
+            if "loss" in line
+        ],
     }
     (arguments.save_directory / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
