@@ -3,7 +3,8 @@
     PPPL = exp(-1/N sum over texts and their tokens of log P(token | its text, that token masked))
 
 Every token is masked once, in a copy of its text. Copies of all texts are sorted by length and run
-together, many in one forward pass, the head at the masked positions alone.
+together, many in one forward pass, projected to the vocabulary at the masked positions alone. The
+members of a family share the layers that they begin with.
 
 Shapes: R copies in a batch, T positions, D hidden size, V vocabulary.
 """
@@ -18,8 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.auto_class import predicts_masked_tokens
-from patching.divergence import CHUNK_LOGITS
-from patching.families import family_of, longest_text
+from patching.families import longest_text
+from patching.prefix_tree import PrefixTree
+from patching.recipe import LayerSource, Recipe
 
 TOKENS_PER_BATCH = 2**14
 METRIC = "pseudo_perplexity"
@@ -111,22 +113,20 @@ def batches_of(
         yield Copies(input_ids_RT, mask_RT, positions_R, targets_R, rows)
 
 
-@torch.inference_mode()
-def score_texts(
-    model: PreTrainedModel,
+def score_members(
+    tree: PrefixTree,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[MaskedText],
     tokens_per_batch: int = TOKENS_PER_BATCH,
     show_progress: bool = True,
-) -> list[TextScore]:
-    """The pseudo-log-likelihood of each text; of one without tokens it is 0."""
-    head = model.get_submodule(family_of(model.config).head)
-    padding_id = tokenizer.pad_token_id or 0
-    device = model.device
-    log_likelihoods = torch.zeros(len(texts), dtype=torch.float64)
+) -> dict[str, list[TextScore]]:
+    """Each member's pseudo-log-likelihood of each text; of one without tokens it is 0."""
+    device = tree.models[tree.names[0]].device
     num_tokens = [len(text.positions) for text in texts]
-    was_training = model.training
-    model.eval()
+    sums = {name: torch.zeros(len(texts), dtype=torch.float64) for name in tree.names}
+    batches = batches_of(
+        texts, tokenizer.mask_token_id, tokenizer.pad_token_id or 0, tokens_per_batch
+    )
     with tqdm(
         total=sum(num_tokens),
         desc="masked tokens",
@@ -134,25 +134,39 @@ def score_texts(
         leave=False,
         disable=not show_progress,
     ) as progress:
-        for copies in batches_of(texts, tokenizer.mask_token_id, padding_id, tokens_per_batch):
-            mask_RT = copies.attention_mask_RT
-            states_RTD = model.base_model(
-                input_ids=copies.input_ids_RT.to(device),
-                attention_mask=None if mask_RT is None else mask_RT.to(device),
-            ).last_hidden_state
-            each_R = torch.arange(len(states_RTD), device=device)
-            states_RD = states_RTD[each_R, copies.positions_R.to(device)]
+        for copies in batches:
+            num_rows, row_length = copies.input_ids_RT.shape
+            inputs = {"input_ids": copies.input_ids_RT.to(device)}
+            if copies.attention_mask_RT is not None:
+                inputs["attention_mask"] = copies.attention_mask_RT.to(device)
+            positions_R = torch.arange(num_rows) * row_length + copies.positions_R
             targets_R1 = copies.targets_R.to(device)[:, None]
-            rows_at_once = max(1, CHUNK_LOGITS // model.config.vocab_size)
-            for start in range(0, len(states_RD), rows_at_once):
-                rows = slice(start, start + rows_at_once)
-                log_p_RV = head(states_RD[rows]).log_softmax(-1, dtype=torch.float32)
-                log_p_R = log_p_RV.gather(-1, targets_R1[rows])[:, 0]
-                indices_R = copies.text_indices_R[rows]
-                log_likelihoods.index_add_(0, indices_R, log_p_R.double().cpu())
-            progress.update(len(states_RD))
-    model.train(was_training)
-    return [TextScore(*pair) for pair in zip(log_likelihoods.tolist(), num_tokens)]
+            for name, chunk, logits_RV in tree.logits(inputs, positions_R.to(device)):
+                log_p_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
+                log_p_R = log_p_RV.gather(-1, targets_R1[chunk])[:, 0]
+                sums[name].index_add_(0, copies.text_indices_R[chunk], log_p_R.double().cpu())
+            progress.update(num_rows)
+    return {
+        name: [TextScore(*pair) for pair in zip(of_name.tolist(), num_tokens)]
+        for name, of_name in sums.items()
+    }
+
+
+def score_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[MaskedText],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    show_progress: bool = True,
+) -> list[TextScore]:
+    """The same for a single model."""
+    tree = PrefixTree({"model": whole(model)}, teacher=model)
+    return score_members(tree, tokenizer, texts, tokens_per_batch, show_progress)["model"]
+
+
+def whole(model: PreTrainedModel) -> Recipe:
+    """The recipe of a model itself, as a teacher."""
+    return Recipe.of([LayerSource("teacher", i) for i in range(model.config.num_hidden_layers)])
 
 
 def pseudo_perplexity(

@@ -1,18 +1,19 @@
 """Text as an lm-eval task: a causal model's perplexity on it, a masked one's pseudo-perplexity."""
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from lm_eval.api.metrics import weighted_perplexity
-from lm_eval.api.task import PerplexityTask
+from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from evaluate.pseudo_perplexity import METRIC, encode, what_was_cut
 from patching.auto_class import predicts_masked_tokens
-from train.data import load_documents
-from train.data_args import DataArguments
+from patching.texts import load_documents
 
 
 @dataclass
@@ -41,26 +42,26 @@ class TextArguments:
 
 
 def read_texts(arguments: TextArguments, limit: float | None) -> list[str]:
-    """The documents that the flags name, empty ones left out, the first ones where there is a
-    limit; a limit below 1 is a share of them.
+    """The documents that the flags name, empty ones left out; no more than a limit asks for, unless
+    it is a share of them (below 1), which lm-eval takes.
 
     Raises ValueError or OSError where there are none.
     """
-    data = DataArguments(
-        dataset=arguments.dataset,
+    documents = load_documents(
+        arguments.dataset,
+        text_column=arguments.text_column,
         dataset_config=arguments.dataset_config,
         dataset_split=arguments.dataset_split,
-        text_column=arguments.text_column,
     )
     texts: list[str] = []
-    for document in load_documents(data, arguments.dataset):
+    for document in documents:
         if document["text"] and document["text"].strip():
             texts.append(document["text"].strip())
         if limit is not None and limit >= 1 and len(texts) == int(limit):
             break
     if not texts:
         raise ValueError(f"dataset={arguments.dataset}: there is no text in it")
-    return texts[: max(1, round(len(texts) * limit))] if limit is not None and limit < 1 else texts
+    return texts
 
 
 def task_of_texts(
@@ -68,60 +69,49 @@ def task_of_texts(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
-) -> "TextTask":
+) -> ConfigurableTask:
     """Perplexity of a causal model, pseudo-perplexity of a masked one; says where texts are cut."""
     if not predicts_masked_tokens(config):
         ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return TextTask(name, texts, map(len, ids), "perplexity")
+        return text_task(name, texts, map(len, ids), "perplexity")
     encoded = encode(texts, tokenizer, config)
     if line := what_was_cut(encoded):
         print(f"{name}: {line}")
-    return TextTask(name, texts, (len(text.positions) for text in encoded), METRIC)
+    return text_task(name, texts, (len(text.positions) for text in encoded), METRIC)
 
 
-class TextTask(PerplexityTask):
-    """Documents whose log-likelihood is asked for, one metric: exp of the mean loss of a token."""
+def text_task(
+    name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str
+) -> ConfigurableTask:
+    """A task that asks for each text's log-likelihood, with exp of the mean loss of a token as its
+    metric.
 
-    VERSION = 1
+    `num_tokens` says over how many tokens a text's log-likelihood is a sum; texts of none are left
+    out. Raises ValueError where there is no token in any.
+    """
+    documents = [
+        {"text": text, "num_tokens": count} for text, count in zip(texts, num_tokens) if count
+    ]
+    if not documents:
+        raise ValueError(f"{name}: there is no text in it")
 
-    def __init__(
-        self, name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str
-    ) -> None:
-        """`num_tokens` says over how many tokens a text's log-likelihood is a sum; texts of none
-        are left out.
+    def process_results(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Any]:
+        return {metric: (results[0], doc["num_tokens"])}
 
-        Raises ValueError where there is no token in any.
-        """
-        documents = ({"text": text, "num_tokens": n} for text, n in zip(texts, num_tokens))
-        self.documents = [document for document in documents if document["num_tokens"]]
-        if not self.documents:
-            raise ValueError(f"{name}: there is no text in it")
-        self.metric = metric
-        super().__init__(config={"task": name, "output_type": self.OUTPUT_TYPE, "num_fewshot": 0})
-
-    def download(self, *_, **__) -> None:
-        """The documents are here already."""
-
-    def has_validation_docs(self) -> bool:
-        return False
-
-    def has_test_docs(self) -> bool:
-        return True
-
-    def test_docs(self) -> list[dict[str, Any]]:
-        return self.documents
-
-    def doc_to_target(self, doc: dict[str, Any]) -> str:
-        return doc["text"]
-
-    def process_results(
-        self, doc: dict[str, Any], results: tuple[float]
-    ) -> dict[str, tuple[float, int]]:
-        (log_likelihood,) = results
-        return {self.metric: (log_likelihood, doc["num_tokens"])}
-
-    def aggregation(self) -> dict[str, Callable]:
-        return {self.metric: weighted_perplexity}
-
-    def higher_is_better(self) -> dict[str, bool]:
-        return {self.metric: False}
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it has advice for task files
+    return ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+            "test_split": "test",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": lambda doc: doc["text"],
+            "process_results": process_results,
+            "metric_list": [
+                {"metric": metric, "aggregation": weighted_perplexity, "higher_is_better": False}
+            ],
+            "num_fewshot": 0,
+            "metadata": {"version": 1.0},
+        }
+    )

@@ -19,6 +19,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from examples.stdlib.train_standins import as_distilbert
 from patching.assemble import assemble, count_parameters
 from patching.blocks import LayerMap
 from patching.distilbert import as_bert, as_bert_config
@@ -239,3 +240,15 @@ def test_a_decoder_of_these_architectures_is_refused():
 def test_a_tokenizer_without_masks_is_refused():
     with pytest.raises(ValueError, match="has no mask token"):
         Masking.of(byte_tokenizer())
+
+
+@torch.no_grad()
+def test_the_way_back_that_makes_the_stand_in():
+    bert = tiny_model(encoder_config("bert", 3))
+    ids_BT, mask_BT = ids_and_mask()
+    real_BT = mask_BT.bool()
+    again = as_distilbert(bert)
+    expected = bert(ids_BT, attention_mask=mask_BT).logits[real_BT]
+    torch.testing.assert_close(again(ids_BT, attention_mask=mask_BT).logits[real_BT], expected)
+    back = as_bert(again)(ids_BT, attention_mask=mask_BT).logits[real_BT]
+    torch.testing.assert_close(back, expected)

@@ -186,7 +186,9 @@ def test_a_saved_student_has_both_names_of_its_bias(tmp_path, tied):
         student, teacher, LAYER_MAP, args, MASKING, train_dataset=rows(16)
     )
     trainer.train()
-    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    names = dict(trainer.model.named_parameters())
+    assert "cls.predictions.decoder.bias" in names
+    assert "cls.predictions.bias" not in names
     trainer.save_student(tmp_path / "student", torch.float32)
     saved, found = AutoModelForMaskedLM.from_pretrained(
         tmp_path / "student", output_loading_info=True
@@ -270,6 +272,4 @@ def test_two_sharded_ranks_train_an_encoder(folders, tmp_path, tied):
         path = f"cls.predictions.{name}"
         assert not torch.equal(student.get_parameter(path), model.get_parameter(path)), name
     log = json.loads((target / "run.json").read_text())["log"]
-    losses = [line["loss"] for line in log if "loss" in line]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
