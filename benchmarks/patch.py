@@ -167,7 +167,7 @@ def settle(*folders: Path) -> None:
 
 
 def warm(folder: Path) -> None:
-    """Read a folder's files once, so that all ways find them in the page cache."""
+    """Read the files of a folder's models, so that all ways find them in the page cache."""
     for path in folder.glob("*/*.safetensors"):
         with path.open("rb") as file:
             while file.read(2**24):
@@ -184,6 +184,7 @@ def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
     rounds = []
     for i in range(repeats):
         settle(out)
+        warm(folder)  # other work may have pushed them out
         if i % 2:  # whoever comes first finds the disk busier or less busy: take turns
             copied = cp(reference, out)
             settle(out)
@@ -256,7 +257,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="patch-benchmark-") as name:
         folder = Path(name)
         make_pair(folder)
-        warm(folder)
         sizes = [int(k) for k in arguments.sizes.split(",")]
         columns = "k | weights | splice | cp | straightforward | splice / cp | splice / straight"
         columns += " | peak memory | of it behind imports | straightforward's"

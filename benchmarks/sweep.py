@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import io
 import json
+import logging
+import multiprocessing
 import os
 import random
 import statistics
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -240,6 +243,7 @@ def run(*command: object, cwd: Path) -> float:
 
 def report_memory(arguments: PairArguments, include_path: Path, batch_size: int) -> None:
     """What all members hold together beyond their two parents, and the most of a whole run."""
+    hush()
     pair = Pair.from_pretrained(arguments)
     tokenizer = pair.tokenizer
     before = status_bytes("VmRSS")
@@ -271,6 +275,12 @@ def report_memory(arguments: PairArguments, include_path: Path, batch_size: int)
     )
 
 
+def hush() -> None:
+    """No progress bars and advice between the figures."""
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
 def status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
@@ -282,7 +292,8 @@ def main(settings: argparse.Namespace) -> None:
         teacher, student = random_pair(folder)
         write_random_pairs_tasks(folder / "tasks", settings.num_documents)
         arguments = PairArguments(str(teacher), str(student))
-        report_memory(arguments, folder / "tasks", settings.batch_size)
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # where nothing was freed yet
+            fresh.apply(report_memory, (arguments, folder / "tasks", settings.batch_size))
         for order in ("last", "first"):
             pair = Pair.from_pretrained(PairArguments(str(teacher), str(student), order=order))
             in_one_process("24 layers", pair, folder / "tasks", ["rolling", "choice"], settings)
@@ -305,7 +316,8 @@ def main(settings: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", type=Path, help="the demo's, for its family too")
-    parser.add_argument("--num_documents", type=int, default=48, help="of the random pair's tasks")
+    parser.add_argument("--num_documents", type=int, default=12, help="of the random pair's tasks")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    hush()
     main(parser.parse_args())

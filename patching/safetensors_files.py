@@ -146,7 +146,7 @@ NOT_OFFERED = {
 }
 """What a kernel or file system answers that does not copy this way between these two files."""
 
-PIECE_BYTES = 2**18
+PIECE_BYTES = 2**20
 """What is copied at once where the kernel does not copy a whole range by itself."""
 
 
