@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
-from examples.stdlib.train_teacher import train_tokenizer
+from examples.stdlib.train_teacher import END_OF_TEXT, train_tokenizer
 from patching.auto_class import auto_class
 from patching.distilbert import CONFIG_FIELDS, TOKEN_TYPES, UNUSED_BIAS, distilbert_name
 from train.data import collate
@@ -221,8 +221,14 @@ def train_teacher(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     modules = [module for module in iter_modules() if not is_held_out(module.name)]
-    make_tokenizer = train_tokenizer if arguments.kind == "gpt2" else train_wordpiece
-    tokenizer = make_tokenizer(modules, vocab_size=2048)
+    if arguments.kind == "gpt2":
+        tokenizer = train_tokenizer(modules, vocab_size=2048)
+        # In front of each text, as where scoring puts it.
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.eos_token_id)]
+        )
+    else:
+        tokenizer = train_wordpiece(modules, vocab_size=2048)
     tokenizer.model_max_length = ROW_TOKENS
     masking = None if arguments.kind == "gpt2" else Masking.of(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
