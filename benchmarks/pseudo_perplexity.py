@@ -82,7 +82,7 @@ def main(num_texts: int, repeats: int, tokens_per_batch: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_texts", type=int, default=300)
+    parser.add_argument("--num_texts", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens_per_batch", type=int, default=2**14)
     main(**vars(parser.parse_args()))
