@@ -205,5 +205,6 @@ def layer_classes(model_name_or_path: str) -> list[str]:
             f"fsdp_config={model_name_or_path}: neither a .json file nor a model that can be read "
             f"here ({error})"
         ) from error
-    layers = empty_model(config).get_submodule(family_of(config).layers)
+    path = family_of(config).layers  # or a line that says why there are none
+    layers = empty_model(config).get_submodule(path)
     return sorted({type(layer).__name__ for layer in layers})
