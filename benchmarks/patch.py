@@ -138,6 +138,7 @@ def child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> None:
     logging.disable_progress_bar()
     arguments = PairArguments(str(folder / "teacher"), str(folder / "student"))
     empty_model(Qwen3Config(num_hidden_layers=1))  # imports the architecture
+    warm(folder / "teacher", folder / "student")
     before = peak_bytes()
     start = time.perf_counter()
     WAYS[way](arguments, num_layers_to_patch, out)
@@ -154,6 +155,7 @@ def run_child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> di
 
 def cp(source: Path, out: Path) -> float:
     """Seconds that `cp` takes for a folder."""
+    warm(source)
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, out], check=True)
     return time.perf_counter() - start
@@ -166,12 +168,14 @@ def settle(*folders: Path) -> None:
     os.sync()
 
 
-def warm(folder: Path) -> None:
-    """Read the files of a folder's models, so that all ways find them in the page cache."""
-    for path in folder.glob("*/*.safetensors"):
-        with path.open("rb") as file:
-            while file.read(2**24):
-                pass
+def warm(*folders: Path) -> None:
+    """Read weights, so that they are found in the page cache: a system may clear it any time."""
+    piece = bytearray(2**20)
+    for folder in folders:
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(piece):
+                    pass
 
 
 def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
@@ -184,7 +188,6 @@ def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
     rounds = []
     for i in range(repeats):
         settle(out)
-        warm(folder)  # other work may have pushed them out
         if i % 2:  # whoever comes first finds the disk busier or less busy: take turns
             copied = cp(reference, out)
             settle(out)
