@@ -72,7 +72,7 @@ def task_of_texts(
 ) -> ConfigurableTask:
     """Perplexity of a causal model, pseudo-perplexity of a masked one; says where texts are cut."""
     if not predicts_masked_tokens(config):
-        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(list(texts), verbose=False)["input_ids"]  # as the harness does
         return text_task(name, texts, map(len, ids), "perplexity")
     encoded = encode(texts, tokenizer, config)
     if line := what_was_cut(encoded):
