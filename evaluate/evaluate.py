@@ -4,11 +4,15 @@
     STUDENT \\
         --save_directory DIR --num_layers_to_patch all --baselines naive
 
+What is measured are lm-eval's tasks (`--tasks`), or on plain text (`--dataset`) the perplexity, of
+masked language models the pseudo-perplexity.
+
 Both models are loaded once; every size shares their weights. DIR receives one JSON file per model,
 written task by task, and a report (summary.md, .csv, .json, .png, .svg). A sweep that was stopped
 goes on where it was when it is started again. Under torchrun the ranks share the requests. """
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -30,14 +34,19 @@ from transformers import (
 
 from evaluate.devices import ranks_of, stock_lm, usable_device
 from evaluate.family import FamilyLM
+from evaluate.masked_family import MaskedFamilyLM
+from evaluate.pseudo_perplexity import whole
 from evaluate.report import short_names, write_report
 from evaluate.stored import check_settings, fingerprint, read_results
 from evaluate.sweep import Harness, Kin, Loaded, Member, Sweep, text_of_tasks
-from evaluate.tasks import PAPER_SUITE, load_tasks
+from evaluate.tasks import PAPER_SUITE, LoadedTasks, load_tasks
+from evaluate.text_task import TextArguments, read_texts, task_of_texts
 from patching.assemble import count_parameters
+from patching.auto_class import predicts_masked_tokens
 from patching.block_influence import block_influence, most_influential
 from patching.blocks import parse_sizes
 from patching.command_line import CommandLineParser, user_errors
+from patching.distilbert import as_bert_config
 from patching.outputs import check_writable, environment, write_json
 from patching.pair import DTYPES, Pair, PairArguments, load_model
 from patching.recipe import Parent, Reference
@@ -47,7 +56,7 @@ BASELINES = ("naive", "block_influence")
 
 
 @dataclass
-class EvaluationArguments(CalibrationArguments, PairArguments):
+class EvaluationArguments(TextArguments, CalibrationArguments, PairArguments):
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for results"})
     num_layers_to_patch: str = field(
         default="all", metadata={"help": "sizes to evaluate: 4, or 1,3,5, or 0-5, or all"}
@@ -74,8 +83,12 @@ class EvaluationArguments(CalibrationArguments, PairArguments):
             "action": "extend",
         },
     )
-    tasks: str = field(
-        default=",".join(PAPER_SUITE), metadata={"help": "lm-eval tasks, separated by commas"}
+    tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "lm-eval tasks, separated by commas; by default the paper's suite, with "
+            "--dataset none"
+        },
     )
     include_path: str | None = field(
         default=None, metadata={"help": "folder with task files of your own"}
@@ -122,6 +135,12 @@ class EvaluationArguments(CalibrationArguments, PairArguments):
         return split_names(self.baselines or "")
 
     @property
+    def task_names(self) -> list[str]:
+        if self.tasks is None:
+            return [] if self.dataset else list(PAPER_SUITE)
+        return split_names(self.tasks)
+
+    @property
     def batch_size(self) -> int | str:
         return self.eval_batch_size if self.eval_batch_size == "auto" else int(self.eval_batch_size)
 
@@ -154,19 +173,22 @@ class Weights:
         return {"teacher": self.teacher, **pair.load(["student"], self.dtype, self.device)}
 
     def family_lm(self, pair: Pair, members: Sequence[Member]) -> Loaded:
-        lm = FamilyLM(
-            {member.name: member.recipe for member in members},
-            **self.of(pair),
-            tokenizer=pair.tokenizer,
-            batch_size=self.arguments.batch_size,
-            accelerator=self.ranks,
-        )
+        recipes = {member.name: member.recipe for member in members}
+        common = {**self.of(pair), "tokenizer": pair.tokenizer, "accelerator": self.ranks}
+        if predicts_masked_tokens(pair.configs["teacher"]):
+            return Loaded(MaskedFamilyLM(recipes, **common), self.teacher)
+        lm = FamilyLM(recipes, **common, batch_size=self.arguments.batch_size)
         return Loaded(lm, self.teacher)
 
-    def compared_lm(self, name_or_path: str, _members: Sequence[Member]) -> Loaded:
+    def compared_lm(self, name_or_path: str, members: Sequence[Member]) -> Loaded:
         trust = self.arguments.trust_remote_code
         model = load_model(Reference(name_or_path), self.dtype, trust).to(self.device).eval()
         tokenizer = read_tokenizer(name_or_path, trust)
+        if predicts_masked_tokens(model.config):
+            (member,) = members
+            recipes = {member.name: whole(model)}
+            lm = MaskedFamilyLM(recipes, teacher=model, tokenizer=tokenizer, accelerator=self.ranks)
+            return Loaded(lm, None)
         return Loaded(stock_lm(model, tokenizer, self.arguments.batch_size, self.ranks), None)
 
 
@@ -258,6 +280,8 @@ class Plan:
     compared: dict[str, str]
     compared_configs: dict[str, PreTrainedConfig]
     calibration: Calibration | None
+    texts: list[str]
+    """Of `--dataset`."""
     dtype: torch.dtype
 
     @classmethod
@@ -267,13 +291,25 @@ class Plan:
         _ = pair.tokenizer  # one that is missing is noticed here
         compared = compared_models(arguments.compare)
         trust = arguments.trust_remote_code
+        teacher = pair.configs["teacher"]
+        if predicts_masked_tokens(teacher) and not (arguments.dataset or arguments.tasks):
+            raise ValueError(
+                f"a {teacher.model_type} predicts masked tokens: name text to evaluate it on with "
+                "--dataset"
+            )
         configs = {}
         for series, name in compared.items():
             try:
-                configs[series] = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-                read_tokenizer(name, trust)
+                config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+                tokenizer = read_tokenizer(name, trust)
             except (OSError, ValueError) as error:
                 raise ValueError(f"compare={name}: no model that can be read ({error})") from error
+            configs[series] = as_bert_config(config)
+            if arguments.dataset and tokenizer.get_vocab() != pair.tokenizer.get_vocab():
+                raise ValueError(
+                    f"compare={name}: its tokens are others than the teacher's, so its perplexity "
+                    "cannot be set beside the family's: leave out --dataset, or this model"
+                )
         return cls(
             arguments,
             pair,
@@ -282,6 +318,7 @@ class Plan:
             compared,
             configs,
             Calibration.read(arguments) if arguments.calibration else None,
+            read_texts(arguments, arguments.limit) if arguments.dataset else [],
             pair.dtype(arguments.dtype),
         )
 
@@ -297,6 +334,9 @@ class Plan:
             "num_fewshot": arguments.num_fewshot,
             "include_path": None if path is None else str(Path(path).resolve()),
         }
+        if self.texts:
+            digest = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+            shared[f"text {arguments.text_name}"] = digest
         settings = {}
         for series, of_pair in (("family", pair), ("random_student", self.second)):
             if of_pair is not None:
@@ -312,6 +352,19 @@ class Plan:
             model = fingerprint(name, self.compared_configs[series])
             settings[series] = shared | {"model": model}
         return settings
+
+    def tasks(self) -> LoadedTasks:
+        """The text, and lm-eval's tasks."""
+        arguments, tasks, failures = self.arguments, {}, {}
+        if arguments.task_names or not self.texts:
+            tasks, failures = load_tasks(
+                arguments.task_names, arguments.include_path, arguments.trust_remote_code
+            )
+        if self.texts:
+            name, config = arguments.text_name, self.pair.configs["teacher"]
+            task = task_of_texts(name, self.texts, self.pair.tokenizer, config)
+            tasks = {name: [task], **tasks}
+        return LoadedTasks(tasks, failures)
 
     def kin(self, weights: Weights) -> list[Kin]:
         """All models of the sweep. Reads the teacher where its influences are not known yet."""
@@ -378,9 +431,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = Plan.of(arguments)
         check_settings(folder, read_results(folder), plan.settings, SHARED_SETTINGS)
         device = usable_device(arguments.device)
-        tasks, failures = load_tasks(
-            split_names(arguments.tasks), arguments.include_path, arguments.trust_remote_code
-        )
+        tasks, failures = plan.tasks()
         ranks = ranks_of(device)
     if ranks is not None:
         device = ranks.device

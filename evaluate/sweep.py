@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from evaluate.family import FamilyLM
+from evaluate.masked_family import MaskedFamilyLM
 from evaluate.measurements import last_layer_similarity, last_states, speed_and_memory
 from evaluate.stored import SCORES, merge, read_results, write_result, write_samples
 from evaluate.tasks import leaves, reason
@@ -114,7 +115,7 @@ class Harness:
         """What lm-eval finds for one member on one task (or group); None on all ranks but the
         first.
         """
-        if isinstance(lm, FamilyLM):
+        if isinstance(lm, FamilyLM | MaskedFamilyLM):
             lm.activate(member.name)
         limit = self.limit
         return simple_evaluate(
@@ -199,7 +200,7 @@ class Sweep:
             batches = self.text.batches(lm.tokenizer, teacher.config)
             teacher_states = last_states(teacher, batches)
         for member in tqdm(members, desc="measuring", unit="model", leave=False):
-            if isinstance(lm, FamilyLM):
+            if isinstance(lm, FamilyLM | MaskedFamilyLM):
                 lm.activate(member.name)
             result = stored.get(member.name, {"results": {}, "tasks": {}})
             result |= kin.facts(member) | {"cost": speed_and_memory(lm.model)}
@@ -237,7 +238,7 @@ class Sweep:
             if found is not None:
                 self._store(member, task, found, time.perf_counter() - start, stored)
             progress.update()
-        if isinstance(lm, FamilyLM):
+        if isinstance(lm, FamilyLM | MaskedFamilyLM):
             lm.forget()
 
     def _store(

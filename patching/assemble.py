@@ -54,6 +54,12 @@ def assemble(
     for name in model.state_dict():
         parent, parent_name = family.source_of(name, recipe)
         state[name] = tensors[parent][parent_name]
+    if not config.tie_word_embeddings:
+        # An encoder's head holds its bias under two names. Where its model was tied they are one
+        # tensor, which would be stored once and leave a loader with one too few.
+        for name, other in (model._tied_weights_keys or {}).items():
+            if {name, other} <= state.keys() and _is_one(state[name], state[other]):
+                state[name] = state[name].clone()
     model.load_state_dict(state, assign=True)
 
     # Rotary frequencies and the like are in no state dict and would stay on the meta device.
@@ -70,8 +76,13 @@ def assemble(
             module.register_buffer(buffer_name, buffer.clone(), persistent=False)
     if config.tie_word_embeddings:
         model.tie_weights()
-    model.generation_config = copy.deepcopy(base.generation_config)
+    if base.can_generate():
+        model.generation_config = copy.deepcopy(base.generation_config)
     return model.eval()
+
+
+def _is_one(tensor: Tensor, other: Tensor) -> bool:
+    return not tensor.is_meta and tensor.data_ptr() == other.data_ptr()
 
 
 def _fresh(buffers: dict[str, Tensor], name: str) -> Tensor | None:
@@ -108,8 +119,8 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(config: PreTrainedConfig, trust_remote_code: bool = False) -> ParameterCount:
-    """Both counts of a causal language model, from its config alone."""
+    """Both counts of a language model, from its config alone."""
     model = empty_model(config, trust_remote_code=trust_remote_code)
     stored = sum(parameter.numel() for parameter in model.parameters())
-    tied_again = model.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
-    return ParameterCount(stored, stored + tied_again)
+    tied = model.all_tied_weights_keys
+    return ParameterCount(stored, stored + sum(model.get_parameter(name).numel() for name in tied))

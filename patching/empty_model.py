@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from patching.auto_class import auto_class
 
 POSITION_ATTRIBUTE = "layer_idx"
 """Where a layer's cache entries go: the one thing about a layer that its position may decide."""
@@ -20,9 +22,9 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
 def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The config's causal language model on the meta device."""
+    """The config's language model on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
 

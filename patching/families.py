@@ -12,22 +12,25 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from patching.auto_class import predicts_masked_tokens
 from patching.empty_model import check_same_layer, empty_model
 from patching.recipe import Parent, Recipe
 
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths inside a causal language model; all that is not named here goes with the
-    embedding.
-    """
+    """Module paths inside a language model; all that is not named here goes with the embedding."""
 
     layers: str
-    norm: str
+    norm: str | None
+    """Behind the last layer; None where each layer ends with a norm of its own."""
     head: str = "lm_head"
+    """All that makes logits of the last hidden state: more than a projection in an encoder."""
     between_norm_and_head: tuple[str, ...] = ()
     position_dependent_flags: tuple[str, ...] = ()
     """Config flags that make a layer's arithmetic depend on its position: refused when set."""
+    longest_text: Callable[[PreTrainedConfig], int] | None = None
+    """Tokens that a table of learned positions has room for; None where positions are computed."""
     takes_packed_rows: bool = True
     """Whether a 4-D attention mask and explicit position ids decide alone which tokens a token sees
     and where it stands, so that continuations of one context can share a row.
@@ -51,18 +54,29 @@ class Family:
     def goes_with_head(self, name: str) -> bool:
         """Whether a tensor outside the layers comes from the model that supplies the last layer."""
         paths = (self.norm, *self.between_norm_and_head, self.head)
-        return name.startswith(tuple(f"{path}." for path in paths))
+        return name.startswith(tuple(f"{path}." for path in paths if path is not None))
+
+
+def _all_positions(config: PreTrainedConfig) -> int:
+    return config.max_position_embeddings
+
+
+def _positions_behind_padding(config: PreTrainedConfig) -> int:
+    """RoBERTa's first token has the position behind that of the padding token."""
+    return config.max_position_embeddings - config.pad_token_id - 1
 
 
 LLAMA_LAYOUT = Family(layers="model.layers", norm="model.norm")
 
 FAMILIES: dict[str, Family] = {
+    "bert": Family(layers="bert.encoder.layer", norm=None, head="cls", longest_text=_all_positions),
     "gemma2": LLAMA_LAYOUT,
     "gemma3_text": LLAMA_LAYOUT,
     "gpt2": Family(
         layers="transformer.h",
         norm="transformer.ln_f",
         position_dependent_flags=("scale_attn_by_inverse_layer_idx",),
+        longest_text=_all_positions,
     ),
     "gpt_neox": Family(layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm"),
     "granite": LLAMA_LAYOUT,
@@ -75,11 +89,15 @@ FAMILIES: dict[str, Family] = {
         layers="model.decoder.layers",
         norm="model.decoder.final_layer_norm",
         between_norm_and_head=("model.decoder.project_out",),
+        longest_text=_all_positions,
     ),
     "phi3": LLAMA_LAYOUT,
     "qwen2": LLAMA_LAYOUT,
     "qwen3": LLAMA_LAYOUT,
     "qwen3_moe": LLAMA_LAYOUT,
+    "roberta": Family(
+        layers="roberta.encoder.layer", norm=None, longest_text=_positions_behind_padding
+    ),
     "smollm3": LLAMA_LAYOUT,
     "stablelm": LLAMA_LAYOUT,
 }
@@ -103,7 +121,9 @@ MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
     "init_std",
     "use_cache",
     "attention_dropout",
+    "attention_probs_dropout_prob",
     "hidden_dropout",
+    "hidden_dropout_prob",
     "classifier_dropout",
     "dropout",
     "layerdrop",
@@ -118,6 +138,7 @@ MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
     "summary_proj_to_labels",
     "summary_type",
     "summary_use_proj",
+    "type_vocab_size",  # of a table that is the embedding's own
     "tie_word_embeddings",  # worked out anew for every recipe
     "max_window_layers",  # only what it says layer by layer counts: see `layer_types`
     "mlp_only_layers",  # the same, see `_is_dense`
@@ -144,6 +165,11 @@ def family_of(config: PreTrainedConfig) -> Family:
                 "on its position, so it cannot be moved; only models with this flag off can be "
                 "pruned and patched"
             )
+    if predicts_masked_tokens(config) and config.is_decoder:
+        raise ValueError(
+            f"is_decoder=True in the {config.model_type} config: this model predicts the next "
+            "token; only encoders, with is_decoder off, are supported of this architecture"
+        )
     values = config.to_dict()
     for name in LAYERS_THAT_SHARE:
         if values.get(name):
@@ -315,6 +341,12 @@ def _is_dense(config: PreTrainedConfig, layer_idx: int) -> bool:
     """Whether a layer of a mixture-of-experts model has a plain MLP, as Qwen's configs write it."""
     step = config.decoder_sparse_step
     return layer_idx in config.mlp_only_layers or (layer_idx + 1) % step != 0
+
+
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model can read at once; None where no table of positions sets a limit."""
+    count = family_of(config).longest_text
+    return None if count is None else count(config)
 
 
 def depth_field(config: PreTrainedConfig) -> str:

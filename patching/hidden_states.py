@@ -1,11 +1,12 @@
-"""Hidden states at chosen depths, handed over as they appear, without keeping those in between.
+"""Hidden states at chosen depths, handed over as they appear, without keeping those in between;
+and what a model makes of the last one before its output embeddings read it.
 
-Shapes: B rows, T positions, D hidden size.
+Shapes: B rows, T positions, N tokens, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patching.families import family_of
@@ -42,6 +43,24 @@ def visit_hidden_states(
             handle.remove()
     if len(layers) in indices:
         visit(len(layers), last_BTD)
+
+
+def before_output_embeddings(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
+    """What the output embeddings read of a last hidden state: that state itself in a causal model;
+    in an encoder what its head, but for the projection to the vocabulary, makes of it.
+    """
+    head_path = family_of(model.config).head
+    head, projection = model.get_submodule(head_path), model.get_output_embeddings()
+    if head is projection:
+        return hidden_ND
+    (path,) = (name for name, module in head.named_modules() if module is projection)
+    parent_path, _, name = path.rpartition(".")
+    parent = head.get_submodule(parent_path)
+    parent._modules[name] = nn.Identity()  # registered aside, so that no parameter moves
+    try:
+        return head(hidden_ND)
+    finally:
+        parent._modules[name] = projection
 
 
 def hidden_states_at(

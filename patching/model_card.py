@@ -65,9 +65,17 @@ def _license(card: str | None) -> str | None:
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
 
 
-def model_card(title: str, recipe: Recipe, size: Size, origins: Mapping[Parent, Origin]) -> str:
-    """The card's text."""
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+def model_card(
+    title: str,
+    recipe: Recipe,
+    size: Size,
+    origins: Mapping[Parent, Origin],
+    is_masked_model: bool = False,
+) -> str:
+    """The card's text; `is_masked_model` for one that predicts masked tokens."""
+    task = "fill-mask" if is_masked_model else "text-generation"
+    auto_class = "AutoModelForMaskedLM" if is_masked_model else "AutoModelForCausalLM"
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     metadata["tags"] = ["boomerang-distillation", "layer-patching"]
     repositories = [origin.name_or_path for origin in origins.values() if not origin.is_folder]
     if repositories:
@@ -113,9 +121,9 @@ def model_card(title: str, recipe: Recipe, size: Size, origins: Mapping[Parent, 
         "It is an ordinary checkpoint:",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{title}")',
+        f'model = {auto_class}.from_pretrained("{title}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
         "```",
         "",

@@ -12,18 +12,19 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from patching.blocks import LayerMap, Order
+from patching.auto_class import auto_class, predicts_masked_tokens
+from patching.blocks import LayerMap, Order, parse_ranges
+from patching.distilbert import as_bert, as_bert_config
 from patching.families import check_parents_match, config_for, family_of
 from patching.orders import parse_order
 from patching.recipe import Parent, Recipe, Reference, intermediate_model, naively_pruned
-from patching.student_config import StudentConfig, read_student_config
+from patching.student_config import FILE_NAME, StudentConfig, read_student_config
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -36,7 +37,17 @@ class PairArguments:
         metadata={"help": "the teacher: a folder or a hub repository"}
     )
     student_model_name_or_path: str = field(
-        metadata={"help": "the student, with its student_config.json"}
+        metadata={
+            "help": "the student: a folder or a hub repository, with its student_config.json, or "
+            "one of the public students whose layers are known"
+        }
+    )
+    kept_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "teacher layers that the student was made from, such as 0,2,4,7,9,11, for a "
+            "student that does not say so itself"
+        },
     )
     revision: str | None = field(
         default=None, metadata={"help": "the teacher's branch, tag or commit"}
@@ -67,6 +78,11 @@ class PairArguments:
             "patched last first"
         },
     )
+
+    @property
+    def says_kept_layers(self) -> str:
+        """Where the kept layers come from, for a message."""
+        return FILE_NAME if self.kept_layers is None else f"--kept_layers {self.kept_layers}"
 
     def requested_order(self) -> Order | None:
         """The order the flags ask for, None where they leave it to the student.
@@ -120,6 +136,7 @@ class Pair:
         Raises ValueError or OSError as `from_pretrained` does.
         """
         order = order or arguments.requested_order()
+        models = {parent: as_bert(model) for parent, model in models.items()}
         configs: dict[Parent, PreTrainedConfig] = {}
         for parent, (name_or_path, revision) in references(arguments).items():
             if parent in models:
@@ -131,7 +148,7 @@ class Pair:
                 )
         check_parents_match(configs["student"], configs["teacher"])
         if student_config is None:
-            student_config = read_student_config(*references(arguments)["student"])
+            student_config = _student_config(arguments, configs["teacher"].num_hidden_layers)
         layer_map = student_config.layer_map
         for parent, depth in (
             ("student", len(layer_map.kept)),
@@ -140,8 +157,8 @@ class Pair:
             if configs[parent].num_hidden_layers != depth:
                 raise ValueError(
                     f"the {parent} has {configs[parent].num_hidden_layers} layers and "
-                    f"student_config.json speaks of {depth}: this student was not made from "
-                    "this teacher"
+                    f"{arguments.says_kept_layers} speaks of {depth}: this student was not made "
+                    "from this teacher"
                 )
         order = order or student_config.patch_order or recommended_order(configs["teacher"])
         layer_map.sequence(order)
@@ -161,13 +178,14 @@ class Pair:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer, padding on the left with a padding token, as batched generation
-        needs.
+        needs; an encoder's on its own side.
         """
+        generates = not predicts_masked_tokens(self.configs["teacher"])
         tokenizer = AutoTokenizer.from_pretrained(
             self.arguments.teacher_model_name_or_path,
             revision=self.arguments.revision,
             trust_remote_code=self.arguments.trust_remote_code,
-            padding_side="left",
+            **({"padding_side": "left"} if generates else {}),
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -217,6 +235,14 @@ def references(arguments: PairArguments) -> dict[Parent, Reference]:
     }
 
 
+def _student_config(arguments: PairArguments, num_teacher_layers: int) -> StudentConfig:
+    """What the flags say of the student's layers, else what it says itself."""
+    if arguments.kept_layers is not None:
+        kept = tuple(parse_ranges(arguments.kept_layers, "kept_layers"))
+        return StudentConfig(LayerMap(kept, num_teacher_layers))
+    return read_student_config(*references(arguments)["student"])
+
+
 def load_model(
     reference: Reference,
     dtype: torch.dtype | Literal["auto"],
@@ -224,13 +250,18 @@ def load_model(
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A model with its weights, never from a pickle that could run code; `auto` is the dtype they
-    are stored in.
+    are stored in. A DistilBERT becomes a BERT.
 
     transformers fills gaps with random numbers and a warning; here they are a ValueError, as are
     damaged files.
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            reference.name_or_path,
+            revision=reference.revision,
+            trust_remote_code=trust_remote_code,
+        )
+        model, found = auto_class(config).from_pretrained(
             reference.name_or_path,
             revision=reference.revision,
             trust_remote_code=trust_remote_code,
@@ -256,13 +287,13 @@ def load_model(
             f"{reference.name_or_path}: its weights lack "
             f"{', '.join(sorted(found['missing_keys'])[:3])}"
         )
-    return model
+    return as_bert(model)
 
 
 def read_config(
     parent: Parent, name_or_path: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
-    """A model's config, from a folder or the hub.
+    """A model's config, from a folder or the hub; a DistilBERT's as that of a BERT.
 
     Raises ValueError where it cannot be read or its architecture has no row in the families table.
     """
@@ -275,6 +306,7 @@ def read_config(
             f"{parent}_model_name_or_path={name_or_path}: neither a model folder nor a hub "
             f"repository that can be read here ({error})"
         ) from error
+    config = as_bert_config(config)
     family_of(config)
     return config
 

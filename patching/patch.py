@@ -13,7 +13,7 @@ layer (`--patched_layers 3,5,16-18`); `--list` shows every size and builds nothi
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.assemble import assemble
-from patching.blocks import Order, parse_ranges
+from patching.auto_class import predicts_masked_tokens
+from patching.blocks import Order, as_layer_list, parse_ranges
 from patching.command_line import CommandLineParser, user_errors
 from patching.hub import check_can_push, push
 from patching.layout import Layout, layout_of
@@ -135,6 +136,7 @@ def build_intermediate_model(
     revision: str | None = None,
     student_revision: str | None = None,
     student_config: StudentConfig | None = None,
+    kept_layers: Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The family's member of size k and its tokenizer, which pads on the left with a padding token.
@@ -144,7 +146,8 @@ def build_intermediate_model(
     `patch_first_k_layers` None leaves the order to `order`, student_config.json and the
     architecture; True patches from the first layer on, False from the last one back. `dtype` `auto`
     is the teacher's. `student_config` and `tokenizer` are read from where the models came from
-    unless given.
+    unless given; `kept_layers` says of a student without one which teacher layers it was made
+    from. A DistilBERT becomes a BERT; an encoder's tokenizer pads on its own side.
 
     Raises ValueError or OSError, before any weights load, for a k out of range, parents that do not
     fit together, and files that are not there.
@@ -157,6 +160,7 @@ def build_intermediate_model(
         revision,
         student_revision,
         student_config,
+        kept_layers,
     )
     recipe = pair.recipe(num_layers_to_patch)
     if tokenizer is None and not pair.arguments.teacher_model_name_or_path:
@@ -178,6 +182,7 @@ def iter_family(
     revision: str | None = None,
     student_revision: str | None = None,
     student_config: StudentConfig | None = None,
+    kept_layers: Sequence[int] | None = None,
 ) -> Iterator[Member]:
     """Every size of a family in turn, or the given ones, over one copy of teacher and student in
     memory.
@@ -193,6 +198,7 @@ def iter_family(
         revision,
         student_revision,
         student_config,
+        kept_layers,
     )
     members = range(pair.layer_map.max_layers_to_patch + 1) if sizes is None else sizes
     recipes = {k: pair.recipe(k) for k in members}
@@ -215,8 +221,11 @@ def open_pair(
     revision: str | None,
     student_revision: str | None,
     student_config: StudentConfig | None,
+    kept_layers: Sequence[int] | None = None,
 ) -> Pair:
     """A pair of which either parent is a name or a model in memory."""
+    if student_config is not None and kept_layers is not None:
+        raise ValueError("student_config and kept_layers both name layers: give one of them")
     if patch_first_k_layers is not None and order is not None:
         raise ValueError("patch_first_k_layers and order both name an order: give one of them")
     if patch_first_k_layers is not None:
@@ -229,13 +238,17 @@ def open_pair(
         parent: model.name_or_path if isinstance(model, PreTrainedModel) else model
         for parent, model in given.items()
     }
-    if not names["student"] and student_config is None:
+    if not names["student"] and student_config is None and kept_layers is None:
         raise ValueError(
-            "the student in memory does not say where it came from: give student_config="
-            "StudentConfig(LayerMap(kept_layers, num_teacher_layers))"
+            "the student in memory does not say where it came from: give kept_layers, or "
+            "student_config=StudentConfig(LayerMap(kept_layers, num_teacher_layers))"
         )
     arguments = PairArguments(
-        names["teacher"], names["student"], revision=revision, student_revision=student_revision
+        names["teacher"],
+        names["student"],
+        kept_layers=None if kept_layers is None else as_layer_list(kept_layers),
+        revision=revision,
+        student_revision=student_revision,
     )
     return Pair.of(arguments, models, student_config, order)
 
@@ -405,7 +418,9 @@ def save(
     if isinstance(plan, Splice):
         plan.write(folder)
     tokenizer.save_pretrained(folder)
-    write_text(folder / CARD_FILE_NAME, model_card(title, recipe, size, origins))
+    is_masked_model = predicts_masked_tokens(pair.configs["teacher"])
+    card = model_card(title, recipe, size, origins, is_masked_model)
+    write_text(folder / CARD_FILE_NAME, card)
     provenance: dict[str, Any] = {
         "arguments": dataclasses.asdict(arguments),
         "order": pair.order,
@@ -419,7 +434,8 @@ def save(
     }
     write_json(folder / PROVENANCE_FILE_NAME, provenance)
     if isinstance(plan, Splice):
-        generation_config_of(references(arguments)[recipe.embedding]).save_pretrained(folder)
+        if not is_masked_model:
+            generation_config_of(references(arguments)[recipe.embedding]).save_pretrained(folder)
         plan.config.save_pretrained(folder)
     else:
         try:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from patching.assemble import ParameterCount
+from patching.auto_class import predicts_masked_tokens
 from patching.layout import Layout, tensors_of
 from patching.recipe import Parent, Recipe
 from patching.splice import plan_files, weights_bytes
@@ -31,7 +32,7 @@ class Size:
     """All weights files in the chosen dtype, headers included."""
     kv_cache_bytes_per_token: int | None
     """Over all layers in the chosen dtype; a sliding layer's share stops growing at its window.
-    None where keys and values are not kept as they are.
+    None where keys and values are not kept as they are, or not at all.
     """
     flops_per_token: int
     """Forward pass, two for each multiplied parameter, experts that are not asked left out; without
@@ -68,7 +69,11 @@ def size_of(
 
 
 def cached_numbers(config: PreTrainedConfig, layer_idx: int) -> int | None:
-    """Numbers a layer's key-value cache holds of a token, None where it holds something else."""
+    """Numbers a layer's key-value cache holds of a token, None where it holds something else or
+    there is none.
+    """
+    if predicts_masked_tokens(config):
+        return None
     values = config.to_dict()
     if values.get("kv_lora_rank") is not None:
         return None

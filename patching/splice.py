@@ -174,6 +174,9 @@ def _tensors_on_disk(
 
     Raises OtherLayout or ValueError as `plan_splice` does.
     """
+    stored_as = stored_model_type(reference)
+    if stored_as not in (None, layout.model.config.model_type):
+        raise OtherLayout(f"the {parent} is stored as a {stored_as}")
     files = weights_files(reference)
     if files is None:
         raise OtherLayout(f"the {parent} has no safetensors files")
@@ -207,6 +210,14 @@ def _tensors_on_disk(
             if either is not None:
                 found[head] = found[embedding] = either
     return found
+
+
+def stored_model_type(reference: Reference) -> str | None:
+    """The architecture that a model's config.json names, before anything is read as another."""
+    values, _ = PreTrainedConfig.get_config_dict(
+        reference.name_or_path, revision=reference.revision
+    )
+    return values.get("model_type")
 
 
 def weights_files(reference: Reference) -> list[Path] | None:

@@ -12,6 +12,25 @@ from patching.outputs import write_text
 
 FILE_NAME = "student_config.json"
 
+DISTILLED_FROM_12 = LayerMap((0, 2, 4, 7, 9, 11), 12)
+
+KNOWN_STUDENTS = {
+    f"{owner}{name}": DISTILLED_FROM_12
+    for name in (
+        "distilbert-base-cased",
+        "distilbert-base-multilingual-cased",
+        "distilbert-base-uncased",
+        "distilgpt2",
+        "distilroberta-base",
+    )
+    for owner in ("", "distilbert/")
+}
+"""Layers of public students that do not state them, by repository.
+
+They were made with transformers' example `research_projects/distillation`: of the 12 layers its
+`scripts/extract_distilbert.py` (BERT) and `scripts/extract.py` (RoBERTa and GPT-2) copy these.
+"""
+
 
 @dataclass(frozen=True)
 class StudentConfig:
@@ -39,18 +58,21 @@ class StudentConfig:
 
 
 def read_student_config(student_name_or_path: str, revision: str | None = None) -> StudentConfig:
-    """Read `student_config.json` from a local folder or a hub repository.
+    """Read `student_config.json` from a local folder or a hub repository; a few public students
+    without one are known.
 
     Raises ValueError where the file is missing, is not JSON, lacks one of the two lists, or where
     the lists do not split the teacher's layers between them.
     """
+    if student_name_or_path in KNOWN_STUDENTS and not Path(student_name_or_path).exists():
+        return StudentConfig(KNOWN_STUDENTS[student_name_or_path])
     where = f"{student_name_or_path}/{FILE_NAME}"
     try:
         path = cached_file(student_name_or_path, FILE_NAME, revision=revision)
     except OSError as error:
         raise ValueError(
             f"{where} cannot be read: a student needs it beside its weights to say which teacher "
-            f"layers it was made from ({_first_line(error)})"
+            f"layers it was made from, or give --kept_layers ({_first_line(error)})"
         ) from error
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

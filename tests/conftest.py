@@ -16,7 +16,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from patching.assemble import assemble
+from patching.auto_class import auto_class
 from patching.blocks import LayerMap
 from patching.recipe import initial_student
 from patching.student_config import StudentConfig
@@ -90,7 +90,7 @@ def tiny_config(kind: str, num_layers: int) -> PreTrainedConfig:
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Random weights with a spread wide enough that every layer changes the output."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

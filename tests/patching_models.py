@@ -30,6 +30,8 @@ MIXED_KINDS = ["sliding_attention", "full_attention"]
 THREE_KINDS = ["full_attention", "sliding_attention", "sliding_attention"]
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "bert": BASE | {"intermediate_size": 48},
+    "roberta": BASE | {"intermediate_size": 48, "pad_token_id": 1},
     "llama": GATED
     | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
     "mistral": GATED | {"sliding_window": 5},
@@ -130,6 +132,8 @@ def change_config(folder: str | Path, **changes: Any) -> None:
 
 
 PATHS = {
+    "bert": ("bert.encoder.layer", None),
+    "roberta": ("roberta.encoder.layer", None),
     "gpt2": ("transformer.h", "transformer.ln_f"),
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm"),
     "opt": ("model.decoder.layers", "model.decoder.final_layer_norm"),
@@ -153,10 +157,16 @@ def hand_written(
         layers.append(layer)
     model.set_submodule(layers_path, layers)
     head = parents[recipe.head]
-    model.set_submodule(norm_path, copy.deepcopy(head.get_submodule(norm_path)))
+    if norm_path is not None:
+        model.set_submodule(norm_path, copy.deepcopy(head.get_submodule(norm_path)))
     if model.config.model_type == "opt":
         model.model.decoder.project_out = copy.deepcopy(head.model.decoder.project_out)
-    model.set_output_embeddings(copy.deepcopy(head.get_output_embeddings()))
+    if model.config.model_type == "bert":
+        model.cls = copy.deepcopy(head.cls)
+    elif model.config.model_type == "roberta":
+        model.lm_head = copy.deepcopy(head.lm_head)
+    else:
+        model.set_output_embeddings(copy.deepcopy(head.get_output_embeddings()))
     if "layer_types" in model.config.to_dict():
         model.config.layer_types = [
             parents[parent].config.layer_types[layer_idx] for parent, layer_idx in recipe.layers

@@ -86,7 +86,7 @@ def test_the_documented_command_line_parses():
             "4",
         ]
     )
-    assert arguments.tasks.split(",") == list(PAPER_SUITE)
+    assert arguments.task_names == list(PAPER_SUITE)
     assert arguments.batch_size == 4
     assert arguments.dtype == "bfloat16"
     assert arguments.num_layers_to_patch == "4"

@@ -20,6 +20,7 @@ from patching_models import (
 from transformers import CONFIG_MAPPING
 
 from patching.assemble import assemble
+from patching.auto_class import MASKED_LANGUAGE_MODELS
 from patching.blocks import LayerMap
 from patching.families import FAMILIES, changes_logits, check_parents_match, config_for, family_of
 from patching.recipe import Recipe, initial_student, intermediate_model, patched_model
@@ -44,7 +45,7 @@ def test_a_model_equals_the_hand_written_loop(model_type, tied):
     assert torch.equal(model(TOKENS).logits, teacher(TOKENS).logits)
 
 
-@pytest.mark.parametrize("model_type", SETTINGS)
+@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - MASKED_LANGUAGE_MODELS))
 def test_cached_generation_equals_uncached(model_type):
     teacher, student = family_pair(model_type)
     model = assemble(intermediate_model(LAYER_MAP, 1, "last"), teacher=teacher, student=student)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from patching import divergence
+from patching.auto_class import auto_class, predicts_masked_tokens
 from patching.blocks import LayerMap, Order
 from patching.empty_model import empty_model
 from patching.families import config_for, family_of
@@ -19,6 +20,7 @@ from patching.layout import layout_of
 from patching.recipe import initial_student, intermediate_model
 from patching.sizes import Size, size_of
 from train.losses import LossWeights
+from train.masking import SHARE_OF_TARGETS
 
 MASTER_BYTES = 4
 """Bytes of a weight, a gradient and each of AdamW's two moments: fp32."""
@@ -61,7 +63,12 @@ def forward_flops(config: PreTrainedConfig) -> TokenFlops:
     )
     # A token sees half the positions of its row on average: half of 2 products of 2 FLOPs.
     attention = config.num_hidden_layers * 2 * config.num_attention_heads * head_size
-    return TokenFlops(sum(flops.values()), attention, head)
+    return TokenFlops(sum(flops.values()), attention, round(head * share_of_targets(config)))
+
+
+def share_of_targets(config: PreTrainedConfig) -> float:
+    """Of a row's positions those that predict something, and that a head runs at."""
+    return SHARE_OF_TARGETS if predicts_masked_tokens(config) else 1.0
 
 
 def num_parameters(model: torch.nn.Module) -> int:
@@ -154,14 +161,15 @@ def memory(
     loss = 0
     if weights.needs_logits:
         vocab_size = len(head)
-        num_logits = min(batch.num_tokens * vocab_size, divergence.CHUNK_LOGITS)
+        num_targets = round(batch.num_tokens * share_of_targets(student))
+        num_logits = min(num_targets * vocab_size, divergence.CHUNK_LOGITS)
         at_once = min(num_logits, divergence.CPU_SOFTMAX_LOGITS if is_cpu else num_logits)
         num_models = 1 + bool(weights.kl)
         loss += num_models * num_logits * bytes_each + (1 + 2 * num_models) * at_once * 4
         loss += MASTER_BYTES * head.numel()
         if batch.dtype != torch.float32:
             loss += bytes_each * head.numel() * (1 if num_shards > 1 else 2)
-        loss += batch.num_tokens * hidden_size * (bytes_each * num_models + state_bytes * 2)
+        loss += num_targets * hidden_size * (bytes_each * num_models + state_bytes * 2)
     return Memory(
         weights=MASTER_BYTES * num_student // num_shards,
         gradients=MASTER_BYTES * num_student // num_shards,
@@ -192,9 +200,11 @@ def saved_for_backward_bytes(config: PreTrainedConfig, batch: MicroBatch, is_sha
     )
     with FakeTensorMode(), autocast:
         # Sharded layers gather their weights in the dtype of the products, without autocast.
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=batch.dtype if is_sharded else torch.float32
-        ).train()
+        model = (
+            auto_class(config)
+            .from_config(config, dtype=batch.dtype if is_sharded else torch.float32)
+            .train()
+        )
         if batch.activation_checkpointing:
             model.activation_checkpointing_enable()
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

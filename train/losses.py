@@ -3,13 +3,14 @@
     L = CE(z_S, y) + w_kl T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + w_cos / (M + 1) sum over
     pairs (1 - cos(h_S, h_T))
 
-CE and KL are means over target positions, the cosine distance is a mean over real positions, and
-both means are over the whole optimiser step, so that the result does not depend on how the step is
-split.
+CE and KL are means over target positions (those with a real next token, or, for a masked language
+model, the masked ones), the cosine distance is a mean over real positions, and both means are over
+the whole optimiser step, so that the result does not depend on how the step is split.
 
 Shapes: B rows, T positions, D hidden size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from patching.divergence import vocabulary_loss
 
 IGNORED_LABEL = -100
+"""Label of a padding position."""
+NO_TARGET = -101
+"""Label of a real position at which a masked language model has nothing to predict."""
 SMALLEST_LENGTH = 1e-8
 """A hidden state shorter than this counts as this long."""
 
@@ -55,10 +59,21 @@ class LossTerms(NamedTuple):
     cosine: Tensor
 
 
-def count(labels_BT: Tensor) -> StepCounts:
-    """Target positions, which have a real next token, and real positions of a micro-batch."""
-    is_real_BT = labels_BT != IGNORED_LABEL
-    return StepCounts(targets=is_real_BT[:, 1:].sum(), positions=is_real_BT.sum())
+def targets_at(labels_BT: Tensor, is_masked_model: bool) -> Tensor:
+    """The token that each position is to predict, negative where there is none.
+
+    A causal model's labels are the tokens themselves, and the next one is predicted; a masked
+    model's are what the masked positions hid.
+    """
+    if is_masked_model:
+        return labels_BT
+    return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def count(labels_BT: Tensor, is_masked_model: bool = False) -> StepCounts:
+    """Target positions and real positions of a micro-batch."""
+    targets_BT = targets_at(labels_BT, is_masked_model)
+    return StepCounts(targets=(targets_BT >= 0).sum(), positions=(labels_BT != IGNORED_LABEL).sum())
 
 
 def cosine_distance(student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
@@ -95,6 +110,10 @@ class _CosineDistance(torch.autograd.Function):
         return gradient_BTD.mul_(distance_gradient), None, None
 
 
+def _as_it_is(hidden_ND: Tensor) -> Tensor:
+    return hidden_ND
+
+
 def distillation_loss(
     student_hidden_BTD: Tensor,
     teacher_hidden_BTD: Tensor,
@@ -104,23 +123,29 @@ def distillation_loss(
     cosine_distances: list[Tensor],
     weights: LossWeights,
     counts: StepCounts,
+    is_masked_model: bool = False,
+    student_transform: Callable[[Tensor], Tensor] = _as_it_is,
+    teacher_transform: Callable[[Tensor], Tensor] = _as_it_is,
 ) -> LossTerms:
     """A micro-batch's share of the loss above; the shares of a step's micro-batches add up to it.
 
-    The hidden states are those after the final norms, which feed the heads. `labels_BT` are the
-    tokens themselves, not shifted, with IGNORED_LABEL at padding. `cosine_distances` holds
-    `cosine_distance` of each aligned pair.
+    The hidden states are those after the final norms, which feed the heads; the transforms are what
+    an encoder does between the two, at its targets alone. Labels are as `targets_at` has them, not
+    shifted, with IGNORED_LABEL at padding. `cosine_distances` holds `cosine_distance` of each
+    aligned pair.
     """
     zero = labels_BT.new_zeros((), dtype=torch.float32)
     loss, cross_entropy, kl, cosine = zero, zero, zero, zero
     if weights.needs_logits:
-        targets_BT = labels_BT[:, 1:]
-        is_target_BT = targets_BT != IGNORED_LABEL
+        targets_BT = targets_at(labels_BT, is_masked_model)
+        is_target_BT = targets_BT >= 0
+        with torch.no_grad():
+            teacher_hidden_ND = teacher_transform(teacher_hidden_BTD[is_target_BT])
         terms = vocabulary_loss(
-            student_hidden_BTD[:, :-1][is_target_BT],
+            student_transform(student_hidden_BTD[is_target_BT]),
             student_head,
             targets_BT[is_target_BT],
-            teacher_hidden_BTD[:, :-1][is_target_BT],
+            teacher_hidden_ND,
             teacher_head,
             cross_entropy_weight=weights.cross_entropy,
             kl_weight=weights.kl * weights.temperature**2,

@@ -11,8 +11,9 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from patching.auto_class import auto_class
 from patching.empty_model import empty_model
 from train.training_args import DistillationArguments
 
@@ -40,7 +41,7 @@ def without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     checkpoint, such as rotary frequencies, is there.
     """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, **kwargs)
+        model = auto_class(config).from_config(config, **kwargs)
     model.tie_weights()
     return model
 
@@ -69,6 +70,14 @@ def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:
 
 def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrainedModel:
     return fsdp2_prepare_model(accelerator, teacher)
+
+
+def gather(head: nn.Module) -> None:
+    """Make a head whole whose weight is read though neither it nor a final norm before it, which
+    would gather it too, is called: an encoder's.
+    """
+    if isinstance(head, FSDPModule):
+        head.unshard()
 
 
 def release(head: nn.Module) -> None:

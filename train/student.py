@@ -3,9 +3,10 @@
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from patching.assemble import assemble
+from patching.auto_class import auto_class
 from patching.blocks import LayerMap
 from patching.families import config_for
 from patching.recipe import initial_student
@@ -25,12 +26,28 @@ def new_student(
         return with_room_for_weights(copy.deepcopy(assemble(recipe, teacher=teacher)).float())
     if random_initialization:
         config = config_for(recipe, {"teacher": teacher.config})
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config).from_config(
             config,
             dtype=torch.float32,
             attn_implementation=teacher.config._attn_implementation,
         )
     return copy.deepcopy(assemble(recipe, teacher=teacher)).float()
+
+
+def drop_second_names(model: PreTrainedModel) -> None:
+    """Leave an encoder's head one name of its bias, in place.
+
+    The other one is no part of its forward pass: sharding refuses a parameter that lies in two
+    groups, and data parallelism one without a gradient. Saved models have both again.
+    """
+    tied = dict(model._tied_weights_keys or {})
+    for name, second in list(tied.items()):
+        if name.endswith(".bias"):
+            path, _, last = second.rpartition(".")
+            delattr(model.get_submodule(path), last)
+            del tied[name]
+    model._tied_weights_keys = tied
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

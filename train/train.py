@@ -29,9 +29,11 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
+from patching.auto_class import predicts_masked_tokens
 from patching.blocks import as_layer_list
 from patching.command_line import CommandLineParser, user_errors
 from patching.divergence import check_logits_are_the_heads
+from patching.families import longest_text
 from patching.outputs import check_writable, environment, follow_umask, write_json
 from patching.pair import load_model, read_config, recommended_order
 from patching.recipe import Reference
@@ -40,6 +42,7 @@ from train.checkpoints import check_resumable, find_checkpoint
 from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
 from train.dry_run import plan
+from train.masking import Masking
 from train.model_args import ModelArguments
 from train.plot import plot_terms
 from train.sharding import check_layer_classes, reads_weights, without_weights
@@ -66,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         revision, trust = model_args.revision, model_args.trust_remote_code
         teacher_config = read_config("teacher", teacher_name, revision, trust)
         check_logits_are_the_heads(teacher_config)
+        check_row_length(teacher_config, data_args.max_length)
         layer_map = model_args.layer_map(teacher_config)
         if args.dry_run:
             print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
@@ -78,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             teacher_name, revision=revision, trust_remote_code=trust
         )
+        masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
         with args.main_process_first(desc="tokenising"):
             share = Share(args.process_index, args.world_size)
             rows = load_rows(data_args, tokenizer, args.seed, share)
@@ -98,7 +103,13 @@ def main(argv: list[str] | None = None) -> None:
     student = new_student(teacher, layer_map, model_args.random_initialization)
     cast_parameters(teacher, args.compute_dtype)
     trainer = DistillationTrainer(
-        student, teacher, layer_map, args, train_dataset=rows.train, eval_dataset=rows.held_out
+        student,
+        teacher,
+        layer_map,
+        args,
+        masking,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stop_on_sigterm.stopped:
@@ -177,6 +188,16 @@ def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
     warnings.warn(f"--fsdp_config has no effect {reason}", stacklevel=2)
     args.fsdp = args.fsdp_plugin_args = None
     args.activation_checkpointing |= args.fsdp_config.get("activation_checkpointing", False)
+
+
+def check_row_length(config: PreTrainedConfig, max_length: int) -> None:
+    """Raise ValueError where rows are longer than the model's table of positions."""
+    longest = longest_text(config)
+    if longest is not None and max_length > longest:
+        raise ValueError(
+            f"max_length={max_length}: this {config.model_type} model has positions for {longest} "
+            f"tokens, choose 2-{longest}"
+        )
 
 
 def check_schedule(args: DistillationArguments, rows: Rows) -> None:

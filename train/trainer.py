@@ -11,6 +11,7 @@ import time
 import types
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
+from patching.auto_class import auto_class, predicts_masked_tokens
 from patching.blocks import LayerMap
-from patching.hidden_states import hidden_states_at, visit_hidden_states
+from patching.hidden_states import (
+    before_output_embeddings,
+    hidden_states_at,
+    visit_hidden_states,
+)
 from patching.outputs import write_json
 from train.checkpoints import INCOMPLETE, StopOnSigterm, publish, remove_old, stream_file_name
 from train.data import Share, StreamBatches, collate
@@ -37,8 +43,10 @@ from train.losses import (
     count,
     distillation_loss,
 )
-from train.sharding import compute_in, release, shard_teacher
+from train.masking import Masking, generator_for
+from train.sharding import compute_in, gather, release, shard_teacher
 from train.speed import speed_up
+from train.student import drop_second_names
 from train.training_args import DistillationArguments
 
 GIB = 2**30
@@ -56,12 +64,19 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel,
         layer_map: LayerMap,
         args: DistillationArguments,
+        masking: Masking | None = None,
         **kwargs: Any,
     ) -> None:
+        """`masking` says how a masked language model's tokens are hidden; a causal one has none."""
+        self._masking = masking
         for model in (student, teacher):
             speed_up(model, args)
+            if masking is not None:
+                drop_second_names(model)
         args.use_liger_kernel = False  # applied; Trainer would do it with Liger's own losses
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
+        self._is_masked_model = predicts_masked_tokens(student.config)
+        assert self._is_masked_model == (masking is not None)
         self._flops = flops_per_token(student.config, teacher.config, args.loss_weights)
         if kwargs.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
@@ -119,18 +134,21 @@ class DistillationTrainer(Trainer):
             self._prefetch.submit(self._fetch, epoch_iterator, num_batches),
         )
         step = self.state.global_step
+        if self._masking is not None:
+            generator = generator_for(self.args.seed, step, self.args.process_index)
+            batches = [self._masking.hide(batch, generator) for batch in batches]
         self._stream_states = {step: self._stream_state, step + 1: state}
         self._stream_state = state
 
         totals = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batches:
             slots = torch.tensor(batch["labels"].numel())
-            totals += torch.stack([*count(batch["labels"]), slots.to(batch["labels"].device)]).to(
-                device
-            )
+            counts = count(batch["labels"], self._is_masked_model)
+            totals += torch.stack([*counts, slots.to(batch["labels"].device)]).to(device)
         targets, positions, slots = self.accelerator.reduce(totals, "sum")
         self._positions_and_slots += torch.stack((positions, slots))
-        return batches, StepCounts(targets=targets, positions=positions)
+        # A step of few tokens may have none masked.
+        return batches, StepCounts(targets=targets.clamp_min(1), positions=positions)
 
     def _fetch(self, epoch_iterator: Iterator, num_batches: int) -> tuple[list, dict | None]:
         batches = super().get_batch_samples(epoch_iterator, num_batches, self.args.device)[0]
@@ -205,9 +223,11 @@ class DistillationTrainer(Trainer):
             first = first_row + self.accelerator.process_index * batch_size
             indices = [i for i in range(first, first + batch_size) if i < len(rows)]
             batch = collate([rows[i] for i in indices] or [rows[0]])
+            if self._masking is not None:
+                batch = self._masking.hide_each(batch, self.args.seed, first)
             if not indices:
                 batch["labels"].fill_(IGNORED_LABEL)
-            counts = count(batch["labels"])
+            counts = count(batch["labels"], self._is_masked_model)
             with self.compute_loss_context_manager():
                 terms = model(**self._prepare_inputs(batch), counts=one)
             values = (terms.cross_entropy, terms.kl, terms.cosine, *counts)
@@ -218,8 +238,8 @@ class DistillationTrainer(Trainer):
             sums, "sum"
         ).tolist()
         means = {
-            "cross_entropy": cross_entropy / targets,
-            "kl": kl / targets,
+            "cross_entropy": cross_entropy / max(targets, 1),
+            "kl": kl / max(targets, 1),
             "cosine": cosine / positions,
         }
         weights = self.args.loss_weights
@@ -296,12 +316,16 @@ class DistillationTrainer(Trainer):
             return
         trained = self.accelerator.unwrap_model(self.model_wrapped)
         with torch.device("meta"):
-            student = AutoModelForCausalLM.from_config(trained.config, dtype=dtype)
-        student.generation_config = trained.generation_config
+            student = auto_class(trained.config).from_config(trained.config, dtype=dtype)
+        if trained.can_generate():
+            student.generation_config = trained.generation_config
         state = {
             name.replace("_checkpoint_wrapped_module.", ""): tensor.to(dtype)
             for name, tensor in state.items()
         }
+        for name, second in (student._tied_weights_keys or {}).items():
+            if name in state and second not in state:  # what `drop_second_names` left out
+                state[second] = state[name].clone()
         student.load_state_dict(state, assign=True)
         student.tie_weights()
         student.save_pretrained(folder)
@@ -319,6 +343,7 @@ def install_distillation_forward(
 
     With the cosine term alone no head is run, and an untied head of the student is frozen with it.
     """
+    is_masked_model = predicts_masked_tokens(student.config)
     teacher.eval().requires_grad_(False)
     pairs = layer_map.alignment_pairs if weights.cosine else layer_map.alignment_pairs[-1:]
     student_indices, teacher_indices = zip(*pairs)
@@ -350,6 +375,9 @@ def install_distillation_forward(
                 last_pair.extend((student_BTD, teacher_BTD))
 
         visit_hidden_states(self, student_indices, compare, input_ids, attention_mask)
+        if is_masked_model and weights.needs_logits:
+            gather(self.get_output_embeddings())
+            gather(teacher.get_output_embeddings())
         terms = distillation_loss(
             *last_pair,
             self.get_output_embeddings(),
@@ -358,6 +386,9 @@ def install_distillation_forward(
             distances,
             weights if self.training else weights.for_evaluation(),
             counts,
+            is_masked_model,
+            partial(before_output_embeddings, self),
+            partial(before_output_embeddings, teacher),
         )
         release(teacher.get_output_embeddings())
         return terms

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
+from patching.distilbert import as_bert_config
+from patching.empty_model import empty_model
+from patching.families import family_of
 from train.losses import LossWeights
 
 FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_STATE_DICT"}
@@ -194,19 +197,14 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict:
 
 
 def layer_classes(model_name_or_path: str) -> list[str]:
-    """Class names of a causal language model's layers, as the model declares them for sharding."""
+    """Class names of a language model's layers."""
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        config = as_bert_config(AutoConfig.from_pretrained(model_name_or_path))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"fsdp_config={model_name_or_path}: neither a .json file nor a model that can be read "
             f"here ({error})"
         ) from error
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    names = getattr(model_class, "_no_split_modules", None)
-    if not names:
-        raise ValueError(
-            f"fsdp_config={model_name_or_path}: a {config.model_type} model does not say which of "
-            "its layers to shard, name the teacher or a .json file"
-        )
-    return sorted(names)
+    path = family_of(config).layers  # or a line that says why there are none
+    layers = empty_model(config).get_submodule(path)
+    return sorted({type(layer).__name__ for layer in layers})

@@ -1,0 +1,88 @@
+"""Pseudo-perplexity of many texts at once against one text at a time.
+
+One text at a time is the straightforward way: all masked copies of a text are a batch, and the head
+runs at every position. Both sides score the same texts, lines of WikiText-2 where
+BOOMERANG_DATA names a folder that holds it, else of the standard library, with the shipped
+stand-in for BERT, in turn.
+
+    python -m benchmarks.pseudo_perplexity
+"""
+
+import argparse
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from evaluate.pseudo_perplexity import MaskedText, encode, score_texts
+from examples.stdlib.corpus import is_held_out, iter_modules
+
+TEACHER = Path(__file__).parents[1] / "examples" / "stdlib" / "standins" / "bert"
+
+
+def read_texts(num_texts: int) -> list[str]:
+    folder = os.environ.get("BOOMERANG_DATA")
+    if folder:
+        lines = Path(folder, "wikitext-2", "test.txt").read_text(encoding="utf-8").splitlines()
+    else:
+        held_out = (module for module in iter_modules() if is_held_out(module.name))
+        lines = [line for module in held_out for line in module.text.splitlines()]
+    lines = [line for line in lines if line.strip()]
+    return random.Random(0).sample(lines, num_texts)
+
+
+@torch.inference_mode()
+def one_text_at_a_time(model, mask_token_id: int, texts: list[MaskedText]) -> list[float]:
+    """The sum of each text's log-probabilities."""
+    sums = []
+    for text in texts:
+        ids_RT = torch.tensor([text.input_ids] * len(text.positions))
+        each_R, positions_R = torch.arange(len(ids_RT)), torch.tensor(text.positions)
+        targets_R = ids_RT[each_R, positions_R]
+        ids_RT[each_R, positions_R] = mask_token_id
+        log_p_RTV = model(input_ids=ids_RT).logits.log_softmax(-1)
+        sums.append(log_p_RTV[each_R, positions_R, targets_R].sum().item())
+    return sums
+
+
+def main(num_texts: int, repeats: int, tokens_per_batch: int) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    encoded = encode(read_texts(num_texts), tokenizer, model.config)
+    texts = [text for text in encoded if text.positions]
+    num_tokens = sum(len(text.positions) for text in texts)
+    lengths = sorted(len(text.input_ids) for text in texts)
+    print(
+        f"{len(texts)} texts, {num_tokens} tokens, lengths {lengths[0]} to {lengths[-1]}, "
+        f"median {lengths[len(lengths) // 2]}"
+    )
+    seconds: dict[str, list[float]] = {"ours": [], "one text at a time": []}
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        ours = score_texts(model, tokenizer, texts, tokens_per_batch, show_progress=False)
+        middle = time.perf_counter()
+        theirs = one_text_at_a_time(model, tokenizer.mask_token_id, texts)
+        if repeat:  # the first one warms up
+            seconds["ours"].append(middle - start)
+            seconds["one text at a time"].append(time.perf_counter() - middle)
+    for ours_of_text, expected in zip(ours, theirs):
+        assert abs(ours_of_text.log_likelihood - expected) < 1e-3 * abs(expected)
+    for name, values in seconds.items():
+        print(f"{name}: {num_tokens / statistics.median(values):,.0f} masked tokens/s")
+    ratios = [theirs / ours for ours, theirs in zip(*seconds.values())]
+    print(
+        f"ratio {statistics.median(ratios):.2f} (each pair: "
+        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num_texts", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens_per_batch", type=int, default=2**14)
+    main(**vars(parser.parse_args()))

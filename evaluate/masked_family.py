@@ -1,0 +1,72 @@
+"""A family of masked language models as one lm-eval model, which scores whole texts."""
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from accelerate import Accelerator
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluate.pseudo_perplexity import TOKENS_PER_BATCH, encode, score_members
+from patching.prefix_tree import PrefixTree
+from patching.recipe import Recipe
+
+REMEDY = "evaluate it on text, with --dataset or a task of type loglikelihood_rolling"
+
+
+class MaskedFamilyLM(LM):
+    """Answers rolling log-likelihoods, and only those, with pseudo-log-likelihoods: the sum of each
+    token's log-probability where that token alone is masked.
+
+    Those of all members are computed when the first of them is asked and kept until `forget`.
+    Under torchrun, pass an `accelerator`: the harness then shares out the requests among its ranks.
+    """
+
+    def __init__(
+        self,
+        recipes: Mapping[str, Recipe],
+        *,
+        teacher: PreTrainedModel | None = None,
+        student: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__()
+        if accelerator is not None:
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self.tree = PrefixTree(recipes, teacher=teacher, student=student)
+        self.tokenizer, self.tokens_per_batch = tokenizer, tokens_per_batch
+        self._scores: dict[str, dict[str, float]] = {}
+        self.activate(next(iter(recipes)))
+
+    def activate(self, name: str) -> None:
+        """Speak for one member from here on."""
+        self.name, self.model = name, self.tree.models[name]
+
+    def forget(self) -> None:
+        """Drop what was computed so far."""
+        self._scores.clear()
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        strings = [request.args[0] for request in requests]
+        missing = list(dict.fromkeys(text for text in strings if text not in self._scores))
+        if missing:
+            texts = encode(missing, self.tokenizer, self.model.config)
+            scores = score_members(
+                self.tree, self.tokenizer, texts, self.tokens_per_batch, not disable_tqdm
+            )
+            for name, of_name in scores.items():
+                for text, score in zip(missing, of_name):
+                    self._scores.setdefault(text, {})[name] = score.log_likelihood
+        return [self._scores[text][self.name] for text in strings]
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
+        raise ValueError(f"a masked language model has no likelihood of an answer: {REMEDY}")
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
+        raise ValueError(f"a masked language model does not generate: {REMEDY}")

@@ -1,0 +1,227 @@
+"""Pseudo-perplexity of masked language models (Salazar et al., arXiv 1910.14659, section 2):
+
+    PPPL = exp(-1/N sum over texts and their tokens of log P(token | its text, that token masked))
+
+Every token is masked once, in a copy of its text. Copies of all texts are sorted by length and run
+together, many in one forward pass, projected to the vocabulary at the masked positions alone. The
+members of a family share the layers that they begin with.
+
+Shapes: R copies in a batch, T positions, D hidden size, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from patching.auto_class import predicts_masked_tokens
+from patching.families import longest_text
+from patching.prefix_tree import PrefixTree
+from patching.recipe import LayerSource, Recipe
+
+TOKENS_PER_BATCH = 2**14
+METRIC = "pseudo_perplexity"
+
+
+class MaskedText(NamedTuple):
+    """A text as the model reads it."""
+
+    input_ids: list[int]
+    """With the tokenizer's special tokens around it."""
+    positions: list[int]
+    """Of the tokens that are masked one at a time: all but special ones; unknown words count."""
+    num_left_out: int
+    """Tokens cut off at its end, where the model has no more positions."""
+
+
+class TextScore(NamedTuple):
+    log_likelihood: float
+    """Sum over the text's tokens, in nats."""
+    num_tokens: int
+
+
+class Copies(NamedTuple):
+    """Copies of texts with one token masked in each."""
+
+    input_ids_RT: Tensor
+    attention_mask_RT: Tensor | None
+    """None where all are of one length."""
+    positions_R: Tensor
+    targets_R: Tensor
+    text_indices_R: Tensor
+
+
+def encode(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> list[MaskedText]:
+    """Texts as tokens. One without any has no positions; one that is too long for the model is cut.
+
+    Raises ValueError for a tokenizer without a mask token, and for a model that predicts the next
+    token.
+    """
+    if not predicts_masked_tokens(config):
+        raise ValueError(
+            f"model_type={config.model_type}: pseudo-perplexity is for masked language models; "
+            "this one predicts the next token and has a perplexity"
+        )
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no mask token")
+    longest = min(longest_text(config), tokenizer.model_max_length)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    room = longest - tokenizer.num_special_tokens_to_add()
+    encoded = []
+    for text in texts:
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        input_ids = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
+        positions = [i for i, token in enumerate(input_ids) if token not in special]
+        encoded.append(MaskedText(input_ids, positions, max(0, len(tokens) - room)))
+    return encoded
+
+
+def batches_of(
+    texts: Sequence[MaskedText], mask_token_id: int, padding_id: int, tokens_per_batch: int
+) -> Iterator[Copies]:
+    """All copies of all texts, the longest first, as many together as have `tokens_per_batch`
+    tokens with their padding.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].input_ids))
+    copies = [(i, position) for i in order for position in texts[i].positions]
+    first = 0
+    while first < len(copies):
+        longest = len(texts[copies[first][0]].input_ids)
+        chosen = copies[first : first + max(1, tokens_per_batch // longest)]
+        first += len(chosen)
+        rows = torch.tensor([i for i, _ in chosen])
+        positions_R = torch.tensor([position for _, position in chosen])
+        lengths_R = torch.tensor([len(texts[i].input_ids) for i, _ in chosen])
+        different, row_of_copy_R = rows.unique(return_inverse=True)
+        padded = [
+            texts[i].input_ids + [padding_id] * (longest - len(texts[i].input_ids))
+            for i in different.tolist()
+        ]
+        input_ids_RT = torch.tensor(padded)[row_of_copy_R]
+        each_R = torch.arange(len(chosen))
+        targets_R = input_ids_RT[each_R, positions_R]
+        input_ids_RT[each_R, positions_R] = mask_token_id
+        mask_RT = None
+        if int(lengths_R.min()) < longest:
+            mask_RT = (torch.arange(longest)[None] < lengths_R[:, None]).long()
+        yield Copies(input_ids_RT, mask_RT, positions_R, targets_R, rows)
+
+
+def score_members(
+    tree: PrefixTree,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[MaskedText],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    show_progress: bool = True,
+) -> dict[str, list[TextScore]]:
+    """Each member's pseudo-log-likelihood of each text; of one without tokens it is 0."""
+    device = tree.models[tree.names[0]].device
+    num_tokens = [len(text.positions) for text in texts]
+    sums = {name: torch.zeros(len(texts), dtype=torch.float64) for name in tree.names}
+    batches = batches_of(
+        texts, tokenizer.mask_token_id, tokenizer.pad_token_id or 0, tokens_per_batch
+    )
+    with tqdm(
+        total=sum(num_tokens),
+        desc="masked tokens",
+        unit="token",
+        leave=False,
+        disable=not show_progress,
+    ) as progress:
+        for copies in batches:
+            num_rows, row_length = copies.input_ids_RT.shape
+            inputs = {"input_ids": copies.input_ids_RT.to(device)}
+            if copies.attention_mask_RT is not None:
+                inputs["attention_mask"] = copies.attention_mask_RT.to(device)
+            positions_R = torch.arange(num_rows) * row_length + copies.positions_R
+            targets_R1 = copies.targets_R.to(device)[:, None]
+            for name, chunk, logits_RV in tree.logits(inputs, positions_R.to(device)):
+                log_p_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
+                log_p_R = log_p_RV.gather(-1, targets_R1[chunk])[:, 0]
+                sums[name].index_add_(0, copies.text_indices_R[chunk], log_p_R.double().cpu())
+            progress.update(num_rows)
+    return {
+        name: [TextScore(*pair) for pair in zip(of_name.tolist(), num_tokens)]
+        for name, of_name in sums.items()
+    }
+
+
+def score_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[MaskedText],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    show_progress: bool = True,
+) -> list[TextScore]:
+    """The same for a single model."""
+    tree = PrefixTree({"model": whole(model)}, teacher=model)
+    return score_members(tree, tokenizer, texts, tokens_per_batch, show_progress)["model"]
+
+
+def whole(model: PreTrainedModel) -> Recipe:
+    """The recipe of a model itself, as a teacher."""
+    return Recipe.of([LayerSource("teacher", i) for i in range(model.config.num_hidden_layers)])
+
+
+def pseudo_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    task: str = "text",
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Pseudo-perplexity of texts with its standard error, laid out as lm-eval's results are.
+
+    Texts without a token, such as empty lines, do not count. Raises ValueError where none has one,
+    and as `encode` does.
+    """
+    encoded = [text for text in encode(texts, tokenizer, model.config) if text.positions]
+    if not encoded:
+        raise ValueError("there is no token in the texts")
+    scores = score_texts(model, tokenizer, encoded, tokens_per_batch, show_progress)
+    value, stderr = perplexity_with_error(scores)
+    return {
+        "results": {task: {f"{METRIC},none": value, f"{METRIC}_stderr,none": stderr}},
+        "higher_is_better": {task: {METRIC: False}},
+        "n-samples": {
+            task: {
+                "texts": len(encoded),
+                "tokens": sum(score.num_tokens for score in scores),
+                "texts_cut": sum(text.num_left_out > 0 for text in encoded),
+                "tokens_left_out": sum(text.num_left_out for text in encoded),
+            }
+        },
+    }
+
+
+def perplexity_with_error(scores: Sequence[TextScore]) -> tuple[float, float | str]:
+    """exp of the mean loss of a token, and its standard error over texts; `N/A` for a single text.
+
+    The mean is a ratio of two sums over texts, so its error is that of a ratio estimator, carried
+    through exp to first order.
+    """
+    num_tokens = sum(score.num_tokens for score in scores)
+    loss = -sum(score.log_likelihood for score in scores) / num_tokens
+    if len(scores) < 2:
+        return math.exp(loss), "N/A"
+    squares = sum((-score.log_likelihood - loss * score.num_tokens) ** 2 for score in scores)
+    error = math.sqrt(squares * len(scores) / (len(scores) - 1)) / num_tokens
+    return math.exp(loss), math.exp(loss) * error
+
+
+def what_was_cut(texts: Sequence[MaskedText]) -> str | None:
+    """A line that says so where texts were too long; None where none was."""
+    cut = [text.num_left_out for text in texts if text.num_left_out]
+    if not cut:
+        return None
+    return (
+        f"{len(cut)} of {len(texts)} texts are longer than the model can read: {sum(cut)} tokens "
+        "at their ends are left out"
+    )

@@ -1,0 +1,275 @@
+"""Distilling masked language models: the loss against its definition, the trainer's promises."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_module, tiny_model
+from datasets import Dataset
+from masked_models import VOCAB_SIZE, encoder_config, texts_of, word_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from patching.assemble import count_parameters
+from patching.blocks import LayerMap
+from patching.hidden_states import before_output_embeddings
+from patching.patch import build_intermediate_model
+from train.data import collate
+from train.losses import IGNORED_LABEL, LossWeights, count
+from train.masking import Masking, generator_for
+from train.student import new_student
+from train.train import main
+from train.trainer import DistillationTrainer, install_distillation_forward
+from train.training_args import DistillationArguments
+
+LAYER_MAP = LayerMap((0, 2, 3), 4)
+MASKING = Masking.of(word_tokenizer())
+
+
+def rows(num_rows: int, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 20, (num_rows,), generator=generator).tolist()
+    return Dataset.from_list(
+        [
+            {"input_ids": torch.randint(5, VOCAB_SIZE, (n,), generator=generator).tolist()}
+            for n in lengths
+        ]
+    )
+
+
+def trainer_for(folder, model_type="bert", **changes) -> DistillationTrainer:
+    settings = {
+        "save_directory": str(folder),
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    } | changes
+    args = DistillationArguments(**settings)
+    teacher = tiny_model(encoder_config(model_type, LAYER_MAP.num_teacher_layers))
+    student = new_student(teacher, LAYER_MAP)
+    return DistillationTrainer(
+        student,
+        teacher,
+        LAYER_MAP,
+        args,
+        MASKING,
+        train_dataset=rows(64),
+        eval_dataset=rows(7, seed=1),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_what_the_projection_reads_makes_the_logits(model_type):
+    model = tiny_model(encoder_config(model_type, 2))
+    ids_BT = torch.arange(5, 15)[None]
+    states_BTD = model.base_model(ids_BT).last_hidden_state
+    names = [name for name, _ in model.named_modules()]
+    read_BTD = before_output_embeddings(model, states_BTD)
+    assert torch.equal(model.get_output_embeddings()(read_BTD), model(ids_BT).logits)
+    assert not torch.equal(read_BTD, states_BTD)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_the_loss_is_its_definition_over_masked_positions(model_type):
+    teacher = tiny_model(encoder_config(model_type, LAYER_MAP.num_teacher_layers))
+    student = tiny_model(encoder_config(model_type, len(LAYER_MAP.kept)), seed=3)
+    batch = MASKING.hide(collate(list(rows(6))), generator_for(0))
+    mask_BT = batch["labels"] != IGNORED_LABEL
+    weights = LossWeights(cross_entropy=1.0, kl=0.3, cosine=2.0, temperature=2.0)
+    with torch.no_grad():
+        ours, theirs = (
+            model(batch["input_ids"], attention_mask=mask_BT.long(), output_hidden_states=True)
+            for model in (student, teacher)
+        )
+    cross_entropy = kl = cosine = 0.0
+    num_targets = 0
+    for b, t in mask_BT.nonzero().tolist():
+        for i, j in LAYER_MAP.alignment_pairs:
+            s, u = ours.hidden_states[i][b, t].double(), theirs.hidden_states[j][b, t].double()
+            cosine += (1 - s @ u / (s.norm() * u.norm())) / len(LAYER_MAP.alignment_pairs)
+        label = int(batch["labels"][b, t])
+        if label < 0:
+            continue
+        num_targets += 1
+        z_s, z_t = ours.logits[b, t].double(), theirs.logits[b, t].double()
+        cross_entropy -= z_s.log_softmax(-1)[label]
+        q_t, q_s = (z_t / 2).softmax(-1), (z_s / 2).softmax(-1)
+        kl += (q_t * (q_t.log() - q_s.log())).sum()
+    assert num_targets > 3
+    counts = count(batch["labels"], is_masked_model=True)
+    assert counts == (num_targets, int(mask_BT.sum()))
+    sums = (cross_entropy / num_targets, kl / num_targets, cosine / int(mask_BT.sum()))
+    expected = [value.item() for value in sums]
+
+    install_distillation_forward(student, teacher, LAYER_MAP, weights)
+    terms = student.train()(**batch, counts=counts)
+    found = [term.item() for term in (terms.cross_entropy, terms.kl, terms.cosine)]
+    assert found == pytest.approx(expected, rel=1e-5)
+    loss = expected[0] + 0.3 * 4 * expected[1] + 2 * expected[2]
+    assert terms.loss.item() == pytest.approx(loss, rel=1e-5)
+    terms.loss.backward()
+    head = student.cls.predictions.transform if model_type == "bert" else student.lm_head
+    assert head.dense.weight.grad.abs().sum() > 0
+
+
+def test_accumulation_does_not_change_the_trajectory(tmp_path):
+    runs = []
+    for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
+        trainer = trainer_for(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        log = [line for line in trainer.state.log_history if "loss" in line]
+        runs.append((log, trainer.model.state_dict()))
+    (reference_log, reference_weights), *others = runs
+    assert len({line["loss"] for line in reference_log}) == 3
+    for log, weights in others:
+        for line, expected in zip(log, reference_log):
+            for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
+                assert line[term] == pytest.approx(expected[term], rel=1e-4), term
+        for name, tensor in weights.items():
+            if name.endswith("key.bias"):
+                continue  # changes no probability: its gradient is rounding, which AdamW amplifies
+            torch.testing.assert_close(tensor, reference_weights[name], rtol=1e-3, atol=1e-4)
+
+
+def test_held_out_means_do_not_depend_on_the_batch_size(tmp_path):
+    metrics = [
+        trainer_for(tmp_path, per_device_eval_batch_size=size).evaluate() for size in (1, 3, 7)
+    ]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+    assert metrics[0] == pytest.approx(metrics[2], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher and text on disk."""
+    folder = tmp_path_factory.mktemp("masked")
+    tiny_model(encoder_config("bert", 4)).save_pretrained(folder / "teacher")
+    word_tokenizer().save_pretrained(folder / "teacher")
+    texts = texts_of(range(3, 40))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "text.jsonl").write_text(lines)
+    return folder / "teacher", folder / "text.jsonl"
+
+
+def command(folders, save_directory, *flags: str) -> list[str]:
+    teacher, text = folders
+    settings = {
+        "teacher_model_name_or_path": teacher, "save_directory": save_directory, "dataset": text,
+        "max_length": 20, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "bf16": False,
+        "heldout_documents": 4, "save_steps": 2, "disable_tqdm": True, "kept_layers": "0,2,3",
+    }  # fmt: skip
+    return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_student_has_both_names_of_its_bias(tmp_path, tied):
+    args = DistillationArguments(
+        save_directory=str(tmp_path), max_steps=2, bf16=False, save_strategy="no",
+        disable_tqdm=True, gradient_accumulation_steps=1, warmup_steps=0,
+    )  # fmt: skip
+    teacher = tiny_model(encoder_config("bert", LAYER_MAP.num_teacher_layers, tied))
+    student = new_student(teacher, LAYER_MAP)
+    trainer = DistillationTrainer(
+        student, teacher, LAYER_MAP, args, MASKING, train_dataset=rows(16)
+    )
+    trainer.train()
+    names = dict(trainer.model.named_parameters())
+    assert "cls.predictions.decoder.bias" in names
+    assert "cls.predictions.bias" not in names
+    trainer.save_student(tmp_path / "student", torch.float32)
+    saved, found = AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "student", output_loading_info=True
+    )
+    assert not any(found.values())
+    bias = trainer.model.get_output_embeddings().bias
+    assert torch.equal(saved.cls.predictions.bias, bias)
+    assert torch.equal(saved.cls.predictions.decoder.bias, bias)
+    assert (saved.cls.predictions.decoder.bias is saved.cls.predictions.bias) == tied
+
+
+def test_the_command_line_distils_and_resumes(folders, tmp_path):
+    """A run that goes on from its checkpoint draws the masks the whole one drew."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main(command(folders, whole))
+    main(command(folders, parts, "--save_total_limit", "2"))
+    run = json.loads((whole / "run.json").read_text())
+    assert {"eval_cross_entropy", "eval_kl", "eval_cosine"} <= run["held_out"].keys()
+    weights = load_file(whole / "model.safetensors")
+    start = load_file(folders[0] / "model.safetensors")["bert.encoder.layer.0.output.dense.weight"]
+    assert not torch.equal(weights["bert.encoder.layer.0.output.dense.weight"], start)
+
+    again = tmp_path / "again"
+    checkpoint = parts / "checkpoints" / "checkpoint-2"
+    main(command(folders, again, "--resume_from_checkpoint", str(checkpoint)))
+    for name, tensor in load_file(again / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+
+    model, _ = build_intermediate_model(str(folders[0]), str(whole), 1)
+    assert model.config.num_hidden_layers == 4
+    student = AutoModelForMaskedLM.from_pretrained(whole)
+    assert student.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_length", "25"], "max_length=25: this bert model has positions for 24 tokens"),
+        (["--kept_layers", "0,9"], "kept layers [0, 9]"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(folders, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as exited:
+        main(command(folders, tmp_path / "student", *flags))
+    assert exited.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_dry_run_counts_an_encoder(folders, tmp_path, capsys):
+    main(command(folders, tmp_path / "student", "--dry_run"))
+    printed = capsys.readouterr().out
+    assert "student of 3 layers from 4 (bert): 0,2,3" in printed
+    counts = count_parameters(AutoConfig.from_pretrained(folders[0]))
+    assert f"{counts.stored / 1e6:,.2f} M" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_sharded_ranks_train_an_encoder(folders, tmp_path, tied):
+    """Ranks draw masks of their own, so no number is compared with one process's."""
+    teacher = tmp_path / "teacher"
+    model = tiny_model(encoder_config("bert", 4, tied))
+    model.save_pretrained(teacher)
+    word_tokenizer().save_pretrained(teacher)
+    target = tmp_path / "student"
+    words = command((teacher, folders[1]), target, "--fsdp_config", str(teacher))
+    sharded = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = run_module(*sharded, "tests/shard_on_cpu.py", *words, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [
+        json.loads((target / f"checkpoints/held_{rank}.json").read_text()) for rank in (0, 1)
+    ]
+    for name, share in reports[0]["student"].items():
+        assert share["share"][0] < share["whole"][0], name
+    student, found = AutoModelForMaskedLM.from_pretrained(target, output_loading_info=True)
+    assert not any(found.values())
+    for name in ("transform.dense.weight", "decoder.weight", "decoder.bias"):
+        path = f"cls.predictions.{name}"
+        assert not torch.equal(student.get_parameter(path), model.get_parameter(path)), name
+    log = json.loads((target / "run.json").read_text())["log"]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]

@@ -1,0 +1,132 @@
+"""Pseudo-perplexity against masking one token of one text at a time."""
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masked_models import NUM_POSITIONS, encoder_config, texts_of, word_tokenizer
+
+from evaluate.pseudo_perplexity import (
+    MaskedText,
+    TextScore,
+    batches_of,
+    encode,
+    perplexity_with_error,
+    pseudo_perplexity,
+    score_texts,
+    what_was_cut,
+)
+
+TOKENIZER = word_tokenizer()
+MASK, PADDING = TOKENIZER.mask_token_id, TOKENIZER.pad_token_id
+
+
+TEXTS = [
+    *texts_of([5, 1, 9, 0, 3, 9]),
+    "",
+    "   \n",
+    "w1 unknown w2 [SEP] w3",  # a special token inside is not scored
+    *texts_of([NUM_POSITIONS + 10, NUM_POSITIONS - 2], seed=1),
+]
+
+
+@torch.no_grad()
+def one_at_a_time(model, text) -> tuple[float, int]:
+    """Sum of log-probabilities and number of tokens of one text, cut to the model's positions."""
+    ids = TOKENIZER(text, truncation=True, max_length=NUM_POSITIONS)["input_ids"]
+    total, num_tokens = 0.0, 0
+    for position, token in enumerate(ids):
+        if token in TOKENIZER.all_special_ids and token != TOKENIZER.unk_token_id:
+            continue
+        masked = torch.tensor([ids])
+        masked[0, position] = MASK
+        logits = model(input_ids=masked).logits[0, position].double()
+        total += logits.log_softmax(-1)[token].item()
+        num_tokens += 1
+    return total, num_tokens
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 60, 10**6])
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_it_is_that_of_masking_one_token_at_a_time(model_type, tokens_per_batch):
+    model = tiny_model(encoder_config(model_type, 3))
+    encoded = encode(TEXTS, TOKENIZER, model.config)
+    scores = score_texts(model, TOKENIZER, encoded, tokens_per_batch, show_progress=False)
+    oracle = [one_at_a_time(model, text) for text in TEXTS]
+    assert [score.num_tokens for score in scores] == [num_tokens for _, num_tokens in oracle]
+    for score, (expected, _) in zip(scores, oracle):
+        assert score.log_likelihood == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    found = pseudo_perplexity(model, TOKENIZER, TEXTS, "t", tokens_per_batch, show_progress=False)
+    total, num_tokens = (sum(values) for values in zip(*oracle))
+    value = found["results"]["t"]["pseudo_perplexity,none"]
+    assert value == pytest.approx(math.exp(-total / num_tokens), rel=1e-5)
+    assert found["n-samples"]["t"] == {
+        "texts": sum(n > 0 for _, n in oracle),
+        "tokens": num_tokens,
+        "texts_cut": 1,
+        "tokens_left_out": 12,
+    }
+
+
+def test_what_is_cut_is_said():
+    config = encoder_config("bert", 1)
+    encoded = encode(TEXTS, TOKENIZER, config)
+    assert what_was_cut(encoded) == (
+        f"1 of {len(TEXTS)} texts are longer than the model can read: 12 tokens at their ends are "
+        "left out"
+    )
+    assert what_was_cut(encode(TEXTS[:5], TOKENIZER, config)) is None
+
+
+texts_strategy = st.lists(st.integers(0, 6), max_size=8).map(
+    lambda lengths: [
+        MaskedText([2, *range(5, 5 + n), 3], list(range(1, 1 + n)), 0) for n in lengths
+    ]
+)
+
+
+@settings(deadline=None)
+@given(texts_strategy, st.integers(1, 50))
+def test_every_token_is_masked_once_and_batches_keep_their_budget(texts, tokens_per_batch):
+    seen = []
+    for copies in batches_of(texts, MASK, PADDING, tokens_per_batch):
+        num_rows, length = copies.input_ids_RT.shape
+        assert num_rows * length <= max(tokens_per_batch, length)
+        for row in range(num_rows):
+            i, position = int(copies.text_indices_R[row]), int(copies.positions_R[row])
+            ids = texts[i].input_ids
+            restored = copies.input_ids_RT[row].tolist()
+            assert restored[position] == MASK
+            restored[position] = int(copies.targets_R[row])
+            assert restored == ids + [PADDING] * (length - len(ids))
+            mask = copies.attention_mask_RT
+            assert len(ids) == (length if mask is None else int(mask[row].sum()))
+            seen.append((i, position))
+    assert sorted(seen) == [(i, p) for i, text in enumerate(texts) for p in text.positions]
+
+
+def test_the_standard_error_is_that_of_resampled_texts():
+    draw = random.Random(0)
+    scores = []
+    for _ in range(200):
+        num_tokens = draw.randint(5, 60)
+        scores.append(TextScore(-num_tokens * draw.gauss(2.0, 0.5), num_tokens))
+    value, stderr = perplexity_with_error(scores)
+    resampled = [perplexity_with_error(draw.choices(scores, k=len(scores)))[0] for _ in range(2000)]
+    mean = sum(resampled) / len(resampled)
+    deviation = (sum((x - mean) ** 2 for x in resampled) / len(resampled)) ** 0.5
+    assert value == pytest.approx(mean, rel=0.01)
+    assert stderr == pytest.approx(deviation, rel=0.1)
+    assert perplexity_with_error(scores[:1])[1] == "N/A"
+
+
+def test_what_has_no_pseudo_perplexity_is_refused():
+    model = tiny_model(encoder_config("bert", 1))
+    with pytest.raises(ValueError, match="there is no token in the texts"):
+        pseudo_perplexity(model, TOKENIZER, ["", " "])
+    with pytest.raises(ValueError, match="model_type=qwen3: pseudo-perplexity is for masked"):
+        encode(["w1"], TOKENIZER, tiny_config("qwen3-tied", 2))

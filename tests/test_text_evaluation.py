@@ -1,0 +1,133 @@
+"""Families on plain text: pseudo-perplexity of masked models, perplexity of causal ones."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from conftest import byte_tokenizer, save_pair, tiny_model
+from masked_models import NUM_POSITIONS, encoder_config, texts_of, tiny_distilbert, word_tokenizer
+from transformers import AutoModelForCausalLM
+
+from evaluate.evaluate import main
+from evaluate.masked_family import MaskedFamilyLM
+from evaluate.pseudo_perplexity import pseudo_perplexity
+from evaluate.text_task import TextArguments, read_texts, text_task
+from patching.assemble import assemble
+from patching.blocks import LayerMap
+from patching.distilbert import as_bert
+from patching.recipe import intermediate_model, naively_pruned
+
+LAYER_MAP = LayerMap((0, 2, 4), 6)
+TEXTS = [*texts_of([4, 9, 2]), texts_of([4])[0], *texts_of([NUM_POSITIONS + 6], seed=2)]
+
+
+@pytest.fixture(scope="module")
+def masked_pair(tmp_path_factory):
+    """A BERT, a DistilBERT and a text file; one text stands in it twice."""
+    folder = tmp_path_factory.mktemp("masked")
+    models = (tiny_model(encoder_config("bert", 6), seed=1), tiny_distilbert(3))
+    for name, model in zip(("teacher", "student"), models):
+        model.save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    (folder / "words.txt").write_text("\n\n".join([*TEXTS, "  ", ""]))
+    return folder, *models
+
+
+def command(folder, save_directory, *flags: str) -> list[str]:
+    return [
+        *("--teacher_model_name_or_path", str(folder / "teacher")),
+        *("--student_model_name_or_path", str(folder / "student")),
+        *("--save_directory", str(save_directory), "--dtype", "float32", *flags),
+    ]
+
+
+def scores_in(folder, metric: str) -> dict[tuple[str, int], float]:
+    with (folder / "summary.csv").open() as file:
+        return {
+            (row["series"], int(row["num_layers_to_patch"])): float(row["value"])
+            for row in csv.DictReader(file)
+            if row["metric"] == metric
+        }
+
+
+def test_a_masked_family_is_swept_like_any_other(masked_pair, tmp_path, capsys):
+    folder, teacher, student = masked_pair
+    flags = ["--kept_layers", "0,2,4", "--baselines", "naive"]
+    main(command(folder, tmp_path, *flags, "--dataset", str(folder / "words.txt")))
+    assert (
+        "words: 1 of 5 texts are longer than the model can read: 8 tokens"
+        in capsys.readouterr().out
+    )
+    scores = scores_in(tmp_path, "pseudo_perplexity")
+    bert, tokenizer = as_bert(student), word_tokenizer()
+    expected = {}
+    for k in range(4):
+        recipe = intermediate_model(LAYER_MAP, k, "last")
+        expected["family", k] = assemble(recipe, teacher=teacher, student=bert)
+        if k < 3:
+            expected["naive", k] = assemble(naively_pruned(LAYER_MAP, recipe), teacher=teacher)
+    assert scores.keys() == expected.keys()
+    for name, model in expected.items():
+        found = pseudo_perplexity(model, tokenizer, TEXTS, "t", show_progress=False)
+        value = found["results"]["t"]["pseudo_perplexity,none"]
+        assert scores[name] == pytest.approx(value, rel=1e-5), name
+    for suffix in ("md", "png", "svg"):
+        assert (tmp_path / f"summary.{suffix}").stat().st_size > 0
+    assert "words (pseudo_perplexity ↓)" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_masked_pair_needs_text(masked_pair, tmp_path, capsys):
+    folder, *_ = masked_pair
+    for flags, message in (
+        ([], "a bert predicts masked tokens: name text to evaluate it on with --dataset"),
+        (["--dataset", str(folder / "no.txt")], "no.txt"),
+    ):
+        with pytest.raises(SystemExit) as exited:
+            main(command(folder, tmp_path, "--kept_layers", "0,2,4", *flags))
+        assert exited.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_masked_model_answers_nothing_but_whole_texts(masked_pair):
+    _, teacher, _ = masked_pair
+    recipes = {"teacher": intermediate_model(LAYER_MAP, 3, "last")}
+    lm = MaskedFamilyLM(recipes, teacher=teacher, tokenizer=word_tokenizer())
+    for ask in (lm.loglikelihood, lm.generate_until):
+        with pytest.raises(ValueError, match="evaluate it on text, with --dataset"):
+            ask([])
+
+
+@torch.no_grad()
+def test_a_causal_familys_perplexity_is_that_of_each_next_token(tmp_path):
+    save_pair(tmp_path, "gpt2")
+    texts = ["first text", "a second one, longer", "first text"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "t.jsonl").write_text(lines)
+    flags = ["--dataset", str(tmp_path / "t.jsonl"), "--num_layers_to_patch", "0,2"]
+    main(command(tmp_path, tmp_path / "out", *flags))
+    scores = scores_in(tmp_path / "out", "perplexity")
+    tokenizer = byte_tokenizer()
+    for k, name in ((0, "student"), (2, "teacher")):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        total, num_tokens = 0.0, 0
+        for text in texts:
+            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
+            log_p = model(ids).logits.double().log_softmax(-1)[0, :-1]
+            total += log_p.gather(-1, ids[0, 1:, None]).sum().item()
+            num_tokens += ids.shape[1] - 1
+        assert scores["family", k] == pytest.approx(math.exp(-total / num_tokens), rel=1e-4)
+
+
+def test_a_limit_takes_the_first_documents(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(f"text {i}" for i in range(10)))
+    arguments = TextArguments(dataset=str(tmp_path / "t.txt"), dataset_config="")
+    assert read_texts(arguments, None) == [f"text {i}" for i in range(10)]
+    assert read_texts(arguments, 3) == ["text 0", "text 1", "text 2"]
+    assert read_texts(arguments, 0.2) == read_texts(arguments, None)  # lm-eval takes the share
+    assert arguments.text_name == "t"
+    with pytest.raises(ValueError, match="t: there is no text in it"):
+        text_task("t", ["x"], [0], "perplexity")
