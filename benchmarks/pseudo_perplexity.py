@@ -49,7 +49,7 @@ def one_text_at_a_time(model, mask_token_id: int, texts: list[MaskedText]) -> li
     return sums
 
 
-def main(num_texts: int, repeats: int, tokens_per_batch: int) -> None:
+def main(num_texts: int, repeats: int, tokens_per_batch: int | None) -> None:
     model = AutoModelForMaskedLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     encoded = encode(read_texts(num_texts), tokenizer, model.config)
@@ -84,5 +84,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_texts", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens_per_batch", type=int, default=2**14)
+    parser.add_argument("--tokens_per_batch", type=int, help="by default as evaluate does")
     main(**vars(parser.parse_args()))

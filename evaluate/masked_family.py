@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluate.pseudo_perplexity import TOKENS_PER_BATCH, encode, score_members
+from evaluate.pseudo_perplexity import encode, score_members
 from patching.prefix_tree import PrefixTree
 from patching.recipe import Recipe
 
@@ -30,7 +30,7 @@ class MaskedFamilyLM(LM):
         teacher: PreTrainedModel | None = None,
         student: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
+        tokens_per_batch: int | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         super().__init__()

@@ -24,6 +24,8 @@ from patching.prefix_tree import PrefixTree
 from patching.recipe import LayerSource, Recipe
 
 TOKENS_PER_BATCH = 2**14
+CPU_TOKENS_PER_BATCH = 2**10
+"""Fewer on a CPU: activations should stay in its caches."""
 METRIC = "pseudo_perplexity"
 
 
@@ -117,11 +119,16 @@ def score_members(
     tree: PrefixTree,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[MaskedText],
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[TextScore]]:
-    """Each member's pseudo-log-likelihood of each text; of one without tokens it is 0."""
+    """Each member's pseudo-log-likelihood of each text; of one without tokens it is 0.
+
+    `tokens_per_batch` counts padding too; by default it depends on the device.
+    """
     device = tree.models[tree.names[0]].device
+    if tokens_per_batch is None:
+        tokens_per_batch = CPU_TOKENS_PER_BATCH if device.type == "cpu" else TOKENS_PER_BATCH
     num_tokens = [len(text.positions) for text in texts]
     sums = {name: torch.zeros(len(texts), dtype=torch.float64) for name in tree.names}
     batches = batches_of(
@@ -156,7 +163,7 @@ def score_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[MaskedText],
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     show_progress: bool = True,
 ) -> list[TextScore]:
     """The same for a single model."""
@@ -174,7 +181,7 @@ def pseudo_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     task: str = "text",
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Pseudo-perplexity of texts with its standard error, laid out as lm-eval's results are.
