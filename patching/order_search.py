@@ -51,11 +51,13 @@ def search(
     measure: Measure,
     beam: int | None = 1,
     sequence: Sequence[int] | None = None,
+    report: Callable[[int, PatchedLayers, float], None] = lambda *_: None,
 ) -> tuple[PatchedLayers, ...]:
     """The sets of sizes 1 to max - 1 of the cheapest family found.
 
     `beam` None is no bound. With a `sequence` of the patchable layers only single-layer blocks are
-    left to decide.
+    left to decide. `report` hears of each size, the last set of the cheapest family so far and its
+    KL.
     """
     families = [Family(0.0, ())]
     for k in range(1, layer_map.max_layers_to_patch):
@@ -72,6 +74,7 @@ def search(
             if bigger not in reached or longer.rank < reached[bigger].rank:
                 reached[bigger] = longer
         families = sorted(reached.values(), key=lambda family: family.rank)[:beam]
+        report(k, families[0].patched, kl[families[0].patched])
     return families[0].sets
 
 

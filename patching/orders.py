@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from patching.block_influence import block_influence
@@ -135,7 +136,8 @@ class Measurements:
         missing = sorted(
             set(sets) - self.kl.keys(), key=lambda patched: [i in patched for i in layers]
         )
-        for start in range(0, len(missing), SETS_PER_TREE):
+        starts = range(0, len(missing), SETS_PER_TREE)
+        for start in tqdm(starts, desc="trees of models", disable=len(starts) < 2):
             group = missing[start : start + SETS_PER_TREE]
             names = {patched: as_layer_list(sorted(patched)) for patched in group}
             found = self.teacher_kl.of(
@@ -198,7 +200,12 @@ def searched_sets(
     sequence = None
     if name == "block-influence":
         sequence = most_restored_first(layer_map, measure.influences)
-    return search(layer_map, measure, beam, sequence)
+
+    def report(k: int, patched: PatchedLayers, kl: float) -> None:
+        layers = as_layer_list(sorted(patched))
+        print(f"{name}, k = {k}: patched {layers}, KL {kl:.4f}", file=sys.stderr, flush=True)
+
+    return search(layer_map, measure, beam, sequence, report)
 
 
 def calibration_of(arguments: Any) -> Calibration | None:
@@ -238,9 +245,9 @@ def tried_orders(
     measure({student, *(patched for sets in tried.values() for patched in sets)})
     for name in ("block-influence", "klpatch"):
         tried[name] = searched_sets(name, measure)
-        print(f"{name}: {as_layer_list(as_order(layer_map, tried[name]))}", flush=True)
     if arguments.beam > 1:
-        tried[f"beam {arguments.beam}"] = searched_sets("beam", measure, arguments.beam)
+        name = f"beam {arguments.beam}"
+        tried[name] = searched_sets(name, measure, arguments.beam)
     if arguments.exact:
         measure(all_sets(layer_map))
         tried["exact"] = searched_sets("exact", measure, None)

@@ -41,11 +41,9 @@ class KnownStates(dict[LayerPath, Any]):
         super().__delitem__(path)
 
     def only_for(self, paths: Sequence[LayerPath]) -> None:
-        """Keep of each path's beginnings the longest that is known, and nothing else."""
-        longest = set()
-        for path in paths:
-            longest.add(next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self), None))
-        for path in self.keys() - longest:
+        """Forget what is the beginning of none of these paths."""
+        beginnings = {path[:length] for path in paths for length in range(len(path) + 1)}
+        for path in self.keys() - beginnings:
             del self[path]
 
 
