@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -66,8 +67,8 @@ PAIRS: dict[str, dict[str, Any]] = {
     },
 }
 """Of each pair its text, and what its distillation has different from the demo's."""
-NUM_CALIBRATION, NUM_HELD_OUT = 64, 40
-HELD_OUT_CHARACTERS = 2000
+NUM_CALIBRATION, NUM_HELD_OUT = 64, 64
+PASSAGE_CHARACTERS = 800
 
 
 def write_texts(kind: str, folder: Path) -> None:
@@ -76,15 +77,13 @@ def write_texts(kind: str, folder: Path) -> None:
         modules = list(iter_modules())
         train = [module.text for module in modules if not is_held_out(module.name)]
         others = [module.text for module in modules if is_held_out(module.name)]
-        # Passages from the middle of documents, for files begin alike.
-        others = [text[len(text) // 2 :] for text in others]
     else:
         data = Path(os.environ["BOOMERANG_DATA"], "wikitext-2")
         train, others = (
             [text for text in BLANK_LINES.split((data / name).read_text()) if len(text) > 200]
             for name in ("test.txt", "valid.txt")
         )
-    calibration, held_out = others[::2], others[1::2]
+    calibration, held_out = (passages(documents) for documents in (others[::2], others[1::2]))
     parts = {"train": train, "calibration": calibration, "heldout": held_out}
     if len(set(train) | set(calibration) | set(held_out)) < sum(
         len(set(texts)) for texts in parts.values()
@@ -94,6 +93,19 @@ def write_texts(kind: str, folder: Path) -> None:
     for name, texts in parts.items():
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def passages(documents: Iterable[str]) -> list[str]:
+    """Documents cut at line ends into passages of some length, in a new sequence."""
+    found = []
+    for document in documents:
+        start = 0
+        while start < len(document):
+            stop = document.find("\n", start + PASSAGE_CHARACTERS) + 1 or len(document)
+            found.append(document[start:stop])
+            start = stop
+    random.Random(0).shuffle(found)
+    return found
 
 
 def texts_of(path: Path) -> list[str]:
@@ -201,7 +213,7 @@ def bits_per_byte(
 
 def held_out_of(found: dict[str, Any], pair: Pair, folder: Path) -> dict[str, list[float]]:
     """Bits per byte of each order's sizes on text that no search has seen."""
-    texts = [text[:HELD_OUT_CHARACTERS] for text in texts_of(folder / "heldout.jsonl")]
+    texts = texts_of(folder / "heldout.jsonl")
     sets = {
         name: [frozenset(member["patched_layers"]) for member in order["members"]]
         for name, order in found["orders"].items()

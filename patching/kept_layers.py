@@ -18,19 +18,26 @@ from torch import Tensor
 from patching.blocks import LayerMap
 
 
-def most_similar_layers(similarity_JJ: Tensor, num_kept: int, longest_block: int) -> LayerMap:
+def most_similar_layers(
+    similarity_JJ: Tensor, num_kept: int, longest_block: int | None = None
+) -> LayerMap:
     """The map of `num_kept` layers with the highest mean similarity, no block longer than that.
 
-    `similarity_JJ` is that of hidden states by depth. Of equal maps the one whose last blocks are
-    the shortest. Raises ValueError where no such map exists.
+    `similarity_JJ` is that of hidden states by depth. Without a `longest_block` it is the shortest
+    with which so few layers reach the end: single layers are then few, and the sizes between
+    student and teacher many. Of equal maps the one whose last blocks are the shortest.
+
+    Raises ValueError where no such map exists.
     """
     num_layers = len(similarity_JJ) - 1
-    fewest = -(-num_layers // longest_block) if longest_block > 0 else num_layers + 1
+    fewest = 1 if longest_block is None else -(-num_layers // longest_block)
     if not fewest <= num_kept <= num_layers:
+        blocks = "" if longest_block is None else f" with blocks of at most {longest_block}"
         raise ValueError(
-            f"{num_kept} kept layers of {num_layers} with blocks of at most {longest_block}: "
-            f"choose {fewest}-{num_layers} layers, or longer blocks"
+            f"{num_kept} kept layers of {num_layers}{blocks}: choose {fewest}-{num_layers} layers"
         )
+    if longest_block is None:
+        longest_block = -(-num_layers // num_kept)
     similarities: Sequence[Sequence[float]] = similarity_JJ.tolist()
     # By teacher layers covered: the best sum and its kept layers, after 0, 1, ... blocks.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}

@@ -121,7 +121,7 @@ class PrefixTree:
                 in_front = {
                     depth for depth in range(1, len(path) - 1) if path[depth + 1][0] == "student"
                 }
-                for depth in range(len(path) - 1, shared, -1):
+                for depth in range(len(path) - 1, max(states, default=0), -1):
                     if path[: depth + 1] in known:
                         states[depth] = known[path[: depth + 1]]
                         break

@@ -36,7 +36,18 @@ def test_a_layer_unlike_the_others_stays_alone():
     assert mean_similarity(chosen, similarity) == pytest.approx((2 * 1.0 + 3 * 0.9) / 5)
 
 
-@pytest.mark.parametrize(("num_kept", "longest", "allowed"), [(3, 2, "4-8"), (9, 3, "3-8")])
+@pytest.mark.parametrize(
+    ("num_kept", "longest", "allowed"), [(3, 2, "4-8"), (9, 3, "3-8"), (0, None, "1-8")]
+)
 def test_what_cannot_be_is_refused(num_kept, longest, allowed):
-    with pytest.raises(ValueError, match=f"choose {allowed} layers"):
+    with pytest.raises(ValueError, match=f"choose {allowed} layers$"):
         most_similar_layers(torch.eye(9), num_kept, longest)
+
+
+@pytest.mark.parametrize(("num_kept", "longest"), [(8, 1), (7, 2), (4, 2), (3, 3), (1, 8)])
+def test_blocks_are_no_longer_than_they_must_be(num_kept, longest):
+    torch.manual_seed(0)
+    similarity = torch.rand(9, 9)
+    chosen = most_similar_layers(similarity, num_kept)
+    assert chosen == most_similar_layers(similarity, num_kept, longest)
+    assert max(map(len, chosen.blocks)) == longest

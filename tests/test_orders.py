@@ -171,7 +171,7 @@ def test_evaluate_searches_once(exact, flags, tmp_path, monkeypatch):
     evaluate_main(asked)
     found = read(exact)["orders"]["klpatch"]
     for k in (1, 2):
-        result = json.loads((out / f"k{k}.json").read_text())
+        result = json.loads((out / f"family_k{k}.json").read_text())
         assert result["settings"]["order"] == found["order"]
     monkeypatch.setattr(TeacherKL, "of", lambda *_, **__: pytest.fail("measured before"))
     evaluate_main(asked)

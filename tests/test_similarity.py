@@ -36,9 +36,9 @@ def test_table_and_plot(tmp_path, text_file, capsys):
     rows = [tokenizer(text)["input_ids"][:128] for text in texts]
     for row in rows:
         ids = torch.tensor([row])
-        of_teacher = teacher(ids, output_hidden_states=True).hidden_states
+        of_teacher = teacher(ids, output_hidden_states=True, use_cache=False).hidden_states
         for name, model in (("before", kept), ("after", student)):
-            states = model(ids, output_hidden_states=True).hidden_states
+            states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
             for i, (own, theirs) in enumerate(KEPT.alignment_pairs):
                 a, b = states[own][0].double(), of_teacher[theirs][0].double()
                 cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))

@@ -53,7 +53,7 @@ def fitting_map(
     model_args: ModelArguments, similarity_JJ: Tensor, config: PreTrainedConfig, default: int
 ) -> LayerMap:
     """The best map of as many layers as the flags say; `default` where they do not."""
-    longest, num_layers = model_args.longest_block, config.num_hidden_layers
+    longest = model_args.longest_block
     if model_args.target_params is None:
         num_kept = default if model_args.num_kept_layers is None else model_args.num_kept_layers
         return most_similar_layers(similarity_JJ, num_kept, longest)
@@ -64,14 +64,16 @@ def fitting_map(
         if size <= limit:
             return layer_map
     raise ValueError(
-        f"target_params={model_args.target_params}: the smallest student with blocks of at most "
-        f"{longest} of {num_layers} layers has {count_text(size)} parameters"
+        f"target_params={model_args.target_params}: the smallest student"
+        f"{'' if longest is None else f' with blocks of at most {longest} layers'} has "
+        f"{count_text(size)} parameters"
     )
 
 
-def _from_largest(similarity_JJ: Tensor, longest_block: int) -> Iterator[LayerMap]:
+def _from_largest(similarity_JJ: Tensor, longest_block: int | None) -> Iterator[LayerMap]:
     num_layers = len(similarity_JJ) - 1
-    for num_kept in range(num_layers, -(-num_layers // longest_block) - 1, -1):
+    fewest = 1 if longest_block is None else -(-num_layers // longest_block)
+    for num_kept in range(num_layers, fewest - 1, -1):
         yield most_similar_layers(similarity_JJ, num_kept, longest_block)
 
 

@@ -55,10 +55,11 @@ class ModelArguments:
             "3.1B, 350M"
         },
     )
-    longest_block: int = field(
-        default=3,
+    longest_block: int | None = field(
+        default=None,
         metadata={
-            "help": "with --kept_layers auto: most teacher layers that one layer may stand for"
+            "help": "with --kept_layers auto: most teacher layers that one layer may stand for, by "
+            "default no more than the number of layers asks for, which gives the most sizes"
         },
     )
     random_initialization: bool = field(
@@ -76,11 +77,13 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.chooses_layers and (self.num_kept_layers or self.target_params):
-            problems.append("--num_kept_layers and --target_params belong to --kept_layers auto")
+        names = ("num_kept_layers", "target_params", "longest_block")
+        given = [f"--{name}" for name in names if getattr(self, name) is not None]
+        if given and not self.chooses_layers:
+            problems.append(f"{' and '.join(given)} belongs to --kept_layers auto")
         if self.num_kept_layers is not None and self.target_params is not None:
             problems.append("--num_kept_layers and --target_params both name a size: give one")
-        if self.longest_block < 1:
+        if self.longest_block is not None and self.longest_block < 1:
             problems.append(f"longest_block={self.longest_block}: choose 1 or more")
         if self.target_params is not None:
             parse_count(self.target_params, "target_params")
