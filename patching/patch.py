@@ -40,7 +40,7 @@ from patching.outputs import (
     write_json,
     write_text,
 )
-from patching.pair import DTYPES, Pair, PairArguments, references
+from patching.pair import DTYPES, Pair, PairArguments, references, usable_device
 from patching.recipe import Parent, Recipe, patched_model
 from patching.sizes import (
     Size,
@@ -270,8 +270,9 @@ def main(argv: list[str] | None = None) -> None:
             choose(arguments, pair, layouts, dtype, max_shard_bytes)
         text = calibration_of(arguments)
         if text is not None:
+            device = usable_device(None)
             measure = Measurements(
-                pair, text, dtype, lambda: pair.load(["teacher", "student"], dtype)
+                pair, text, dtype, lambda: pair.load(["teacher", "student"], dtype, device)
             )
     if text is not None:
         pair = dataclasses.replace(pair, order=searched_order(measure))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from patching import orders
 from patching.blocks import LayerMap
 from patching.orders import Measurements, most_restored_first
 from patching.pair import Pair, PairArguments
+from patching.patch import build_intermediate_model
 from patching.patch import main as patch_main
 from patching.recipe import patched_model
 from patching.teacher_kl import TeacherKL
@@ -188,6 +190,22 @@ def test_a_search_needs_text(pair_folders, tmp_path, capsys):
             ]
         )
     assert "measured on text: name some with --calibration" in capsys.readouterr().err
+
+
+def test_an_order_of_ones_own_is_measured_too(exact, flags, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text("[1, 0, 2]")
+    shutil.copy(exact / "order_kl.json", tmp_path)
+    orders.main([*flags, "--save_directory", str(tmp_path), "--order", str(own)])
+    found = read(tmp_path)["orders"]["given"]
+    assert found["order"] == [1, 0, 3, 4, 2]
+    assert found["members"][2]["patched_layers"] == [0, 1]
+    assert "regret" not in found
+
+
+def test_in_python_an_order_is_searched_beforehand(pair_folders):
+    with pytest.raises(ValueError, match="order=klpatch: choose last or first"):
+        build_intermediate_model(*map(str, pair_folders), 1, order="klpatch")
 
 
 def test_influence_of_what_is_put_back():
