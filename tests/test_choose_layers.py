@@ -1,6 +1,7 @@
 """`--kept_layers auto`, through train.train."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
