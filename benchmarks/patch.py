@@ -138,6 +138,8 @@ def child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> None:
     logging.disable_progress_bar()
     arguments = PairArguments(str(folder / "teacher"), str(folder / "student"))
     empty_model(Qwen3Config(num_hidden_layers=1))  # imports the architecture
+    warm(folder / "teacher", folder / "student")
+    settle(out)  # right before the clock starts, as for `cp`: a system takes freed memory away
     before = peak_bytes()
     start = time.perf_counter()
     WAYS[way](arguments, num_layers_to_patch, out)
@@ -154,6 +156,8 @@ def run_child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> di
 
 def cp(source: Path, out: Path) -> float:
     """Seconds that `cp` takes for a folder."""
+    warm(source)
+    settle(out)
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, out], check=True)
     return time.perf_counter() - start
@@ -166,12 +170,14 @@ def settle(*folders: Path) -> None:
     os.sync()
 
 
-def warm(folder: Path) -> None:
-    """Read a folder's files once, so that all ways find them in the page cache."""
-    for path in folder.glob("*/*.safetensors"):
-        with path.open("rb") as file:
-            while file.read(2**24):
-                pass
+def warm(*folders: Path) -> None:
+    """Read weights, so that they are found in the page cache: a system may clear it any time."""
+    piece = bytearray(2**20)
+    for folder in folders:
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(piece):
+                    pass
 
 
 def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
@@ -183,19 +189,14 @@ def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
     num_bytes = sum(path.stat().st_size for path in reference.glob("*.safetensors"))
     rounds = []
     for i in range(repeats):
-        settle(out)
         if i % 2:  # whoever comes first finds the disk busier or less busy: take turns
             copied = cp(reference, out)
-            settle(out)
             spliced = run_child(*splice_once, out)
         else:
             spliced = run_child(*splice_once, out)
-            settle(out)
             copied = cp(reference, out)
         rounds.append((spliced, copied))
-        if i == repeats // 2:  # it takes ten times as long as both together
-            settle(out)
-            loaded = run_child("straightforward", folder, num_layers_to_patch, out)
+    loaded = run_child("straightforward", folder, num_layers_to_patch, out)  # ten times as long
     settle(out, reference)
     splice_seconds = statistics.median(spliced["seconds"] for spliced, _ in rounds)
     cp_seconds = statistics.median(copied for _, copied in rounds)
@@ -244,7 +245,7 @@ def main() -> None:
         "--folder", type=Path, help="for 12 GB of models (default: a temporary one)"
     )
     parser.add_argument("--sizes", default="1,6,12", help="sizes k to measure")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds per size")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds per size")
     parser.add_argument("--way", choices=WAYS, help="one save of this kind; used by the benchmark")
     parser.add_argument("--num_layers_to_patch", type=int, help="with --way")
     parser.add_argument("--out", type=Path, help="with --way")
@@ -256,7 +257,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="patch-benchmark-") as name:
         folder = Path(name)
         make_pair(folder)
-        warm(folder)
         sizes = [int(k) for k in arguments.sizes.split(",")]
         columns = "k | weights | splice | cp | straightforward | splice / cp | splice / straight"
         columns += " | peak memory | of it behind imports | straightforward's"

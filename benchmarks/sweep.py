@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import io
 import json
+import logging
+import multiprocessing
 import os
 import random
 import statistics
@@ -24,19 +26,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from evaluate.family import FamilyLM
+from evaluate.sweep import Harness, Member
 from evaluate.tasks import load_tasks
 from examples.stdlib.corpus import is_held_out, iter_modules
 from examples.stdlib.tasks import write_tasks
 from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.pair import Pair, PairArguments
-from patching.recipe import Recipe, initial_student
+from patching.recipe import initial_student
 from patching.student_config import StudentConfig
 
 ROOT = Path(__file__).parents[1]
@@ -137,29 +140,24 @@ def in_one_process(
     name: str, pair: Pair, include_path: Path, tasks: list[str], settings: argparse.Namespace
 ) -> None:
     """Ours against one stock harness after another, parents loaded once for each."""
-    recipes = recipes_of(pair)
+    members = members_of(pair)
     parents = pair.load(["teacher", "student"], torch.bfloat16, torch.device("cpu"))
     options = {"tokenizer": pair.tokenizer, "batch_size": settings.batch_size}
-    ours = FamilyLM(recipes, **parents, **options)
-    stock = [assemble(recipe, **parents) for recipe in recipes.values()]
+    ours = family_lm(members, **parents, **options)
+    stock = [assemble(member.recipe, **parents) for member in members]
     calls = LayerCalls(ours.tree.models.values()), LayerCalls(stock)
 
     def run_ours(task: str) -> None:
-        for member in recipes:
-            ours.activate(member)
-            evaluate(ours, task)
+        for member in members:
+            Harness().score(ours, member, loaded[task])
         ours.forget()
 
     def run_stock(task: str) -> None:
-        for model in stock:
-            evaluate(HFLM(pretrained=model, **options), task)
+        for member, model in zip(members, stock):
+            Harness().score(HFLM(pretrained=model, **options), member, loaded[task])
 
-    def evaluate(lm: HFLM, task: str) -> None:
-        simple_evaluate(lm, tasks=loaded[task], log_samples=False, bootstrap_iters=0)
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        loaded = {task: load_tasks([task], str(include_path))[0][task] for task in tasks}
-    depths = sum(recipe.depth for recipe in recipes.values())
+    loaded, _ = load_tasks(tasks, str(include_path))
+    depths = sum(member.recipe.depth for member in members)
     for task in tasks:
         times = []
         for count in calls:
@@ -178,8 +176,13 @@ def in_one_process(
         )
 
 
-def recipes_of(pair: Pair) -> dict[str, Recipe]:
-    return {f"k{k}": pair.recipe(k) for k in range(pair.layer_map.max_layers_to_patch + 1)}
+def members_of(pair: Pair) -> list[Member]:
+    sizes = range(pair.layer_map.max_layers_to_patch + 1)
+    return [Member("family", k, pair.recipe(k)) for k in sizes]
+
+
+def family_lm(members: list[Member], **options) -> FamilyLM:
+    return FamilyLM({member.name: member.recipe for member in members}, **options)
 
 
 def one_process_a_size(
@@ -196,16 +199,16 @@ def one_process_a_size(
         *("--teacher_model_name_or_path", arguments.teacher_model_name_or_path),
         *("--student_model_name_or_path", arguments.student_model_name_or_path),
     ]
-    saved = {k: folder / f"{name}_{pair.order}_{k}" for k in recipes_of(pair)}
-    for k, path in saved.items():
-        number = ["--num_layers_to_patch", k.removeprefix("k"), "--dtype", "bfloat16"]
+    saved = [folder / name / member.name for member in members_of(pair)]
+    for k, path in enumerate(saved):
+        number = ["--num_layers_to_patch", k, "--dtype", "bfloat16"]
         run("patching.patch", *parents, *number, "--save_directory", path, cwd=ROOT)
     what = [
         *("--tasks", ",".join(tasks), "--include_path", include_path.resolve()),
     ]
     size = str(settings.batch_size)
     theirs = 0.0
-    for path in saved.values():
+    for path in saved:
         theirs += run(
             *("lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", size, *what),
             *("--model_args", f"pretrained={path},dtype=bfloat16", "--output_path", folder / "out"),
@@ -240,6 +243,7 @@ def run(*command: object, cwd: Path) -> float:
 
 def report_memory(arguments: PairArguments, include_path: Path, batch_size: int) -> None:
     """What all members hold together beyond their two parents, and the most of a whole run."""
+    hush()
     pair = Pair.from_pretrained(arguments)
     tokenizer = pair.tokenizer
     before = status_bytes("VmRSS")
@@ -253,12 +257,14 @@ def report_memory(arguments: PairArguments, include_path: Path, batch_size: int)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     loaded = status_bytes("VmRSS")
-    lm = FamilyLM(recipes_of(pair), **parents, tokenizer=tokenizer, batch_size=batch_size)
+    members = members_of(pair)
+    lm = family_lm(members, **parents, tokenizer=tokenizer, batch_size=batch_size)
     with_members = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
     with contextlib.redirect_stderr(io.StringIO()):
         for task in load_tasks(["rolling", "choice"], str(include_path))[0].values():
-            simple_evaluate(lm, tasks=task, log_samples=False, bootstrap_iters=0)
+            for member in members:
+                Harness().score(lm, member, task)
     peak = status_bytes("VmHWM")
     print(
         f"memory: teacher and student {weights / MIB:,.0f} MiB of weights "
@@ -267,6 +273,12 @@ def report_memory(arguments: PairArguments, include_path: Path, batch_size: int)
         f"activations, requests and results at most {(peak - with_members) / MIB:,.0f} MiB",
         flush=True,
     )
+
+
+def hush() -> None:
+    """No progress bars and advice between the figures."""
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def status_bytes(name: str) -> int:
@@ -280,7 +292,8 @@ def main(settings: argparse.Namespace) -> None:
         teacher, student = random_pair(folder)
         write_random_pairs_tasks(folder / "tasks", settings.num_documents)
         arguments = PairArguments(str(teacher), str(student))
-        report_memory(arguments, folder / "tasks", settings.batch_size)
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # where nothing was freed yet
+            fresh.apply(report_memory, (arguments, folder / "tasks", settings.batch_size))
         for order in ("last", "first"):
             pair = Pair.from_pretrained(PairArguments(str(teacher), str(student), order=order))
             in_one_process("24 layers", pair, folder / "tasks", ["rolling", "choice"], settings)
@@ -303,7 +316,8 @@ def main(settings: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", type=Path, help="the demo's, for its family too")
-    parser.add_argument("--num_documents", type=int, default=48, help="of the random pair's tasks")
+    parser.add_argument("--num_documents", type=int, default=12, help="of the random pair's tasks")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    hush()
     main(parser.parse_args())

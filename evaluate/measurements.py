@@ -20,7 +20,7 @@ from patching.hidden_states import hidden_states_at
 
 TIMED_SHAPE = (4, 128)
 """Rows and tokens of the forward passes whose speed and memory are measured."""
-TIMED_PASSES = 3
+TIMED_PASSES = 9
 
 
 def weights_bytes(model: PreTrainedModel) -> int:

@@ -18,8 +18,9 @@ from patching.command_line import CommandLineParser, user_errors
 from patching.outputs import check_writable, write_json, write_text
 from patching.sizes import bytes_text, count_text
 
-DIP_MARKS = {True: " ▼", False: " ▽", None: " ▽"}
-"""Behind a score in the table, by whether the dip is significant."""
+DIP_MARKS = {True: " ▼", False: " ▽", None: " ▼"}
+"""Behind a score in the table, by whether the dip is significant; without a standard error, as
+perplexities are, nothing excuses it."""
 
 
 def write_report(
@@ -47,7 +48,7 @@ def _position(result: Result) -> tuple:
     """By sweep and size, the family before what is set beside it."""
     k = result["num_layers_to_patch"]
     is_lone = k is None
-    order = ("family", "random_student", "naive", "block_influence")
+    order = ("family", "naive", "block_influence", "random_student")
     series = result["series"]
     rank = order.index(series) if series in order else len(order)
     return (result.get("sweep") or "", is_lone, 0 if is_lone else k, rank, series)
@@ -74,7 +75,7 @@ def markdown_report(results: Sequence[Result], failures: Mapping[str, str]) -> s
         "# Scores by size",
         "![Scores against parameters](summary.png)",
         markdown_table(results),
-        f"{_dip_list(dips(results))}",
+        _dip_list(dips(results)),
         "## Averages",
         "Each task counts once; classification, perplexity and generation apart.",
         _averages_table(results),
@@ -101,7 +102,7 @@ def markdown_table(results: Sequence[Result]) -> str:
     """
     columns: dict[str, Score] = {}
     for result in results:
-        columns = main_scores(result) | columns
+        columns |= {task: s for task, s in main_scores(result).items() if task not in columns}
     header = ["model", "layers", "parameters", "stored"] + [
         f"{task} ({score.metric} {_arrow(score)})" for task, score in columns.items()
     ]
@@ -205,8 +206,8 @@ def _dip_list(found: Sequence[Dip]) -> str:
     if not found:
         return "No size is worse than the next smaller one on any task."
     lines = [
-        "Sizes that are worse than the next smaller one (▼ by more than the combined standard "
-        "error of the two scores, ▽ by less, or where there is none):",
+        "Sizes that are worse than the next smaller one (▽ by less than the two scores' combined "
+        "standard error, ▼ by more, or where there is none):",
         "",
     ]
     for dip in found:
@@ -317,7 +318,11 @@ def read_sweeps(folders: Sequence[Path]) -> Iterator[Result]:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        parser = CommandLineParser(prog="evaluate.report", description=__doc__)
+        parser = CommandLineParser(
+            prog="evaluate.report",
+            usage="%(prog)s DIR... [--save_directory OUT]",
+            description=__doc__,
+        )
         parser.add_argument("directories", nargs="+", type=Path, help="folders with results")
         parser.add_argument(
             "--save_directory",

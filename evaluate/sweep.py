@@ -48,8 +48,6 @@ def text_of_tasks(tasks: Tasks) -> Calibration | None:
     """What the first documents of the first task that can be read ask of a model."""
     for name, of_name in tasks.items():
         task = leaves(of_name)[0]
-        if task.config.num_fewshot is None:
-            task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         try:
             task.build_all_requests(limit=NUM_DOCUMENTS, rank=0, world_size=1)

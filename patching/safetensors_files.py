@@ -5,13 +5,11 @@ bytes without holes. Nothing here knows a tensor's numbers.
 """
 
 import errno
-import fcntl
 import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,75 +144,48 @@ NOT_OFFERED = {
 }
 """What a kernel or file system answers that does not copy this way between these two files."""
 
-PIECE_BYTES = 2**18
-"""What is copied at once where the kernel does not copy a whole range by itself."""
-
-
-def _copy_file_range(source: int, target: int, num_bytes: int, offset: int) -> int:
-    return os.copy_file_range(source, target, num_bytes, offset_src=offset)
-
-
-def _through_pipe(source: int, target: int, num_bytes: int, offset: int) -> int:
-    outlet, inlet = os.pipe()
-    try:
-        with suppress(OSError):  # a smaller pipe does too
-            fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, PIECE_BYTES)
-        done = 0
-        while done < num_bytes:
-            piece = min(PIECE_BYTES, num_bytes - done)
-            waiting = os.splice(source, inlet, piece, offset_src=offset + done)
-            if waiting == 0:
-                break
-            done += waiting
-            while waiting:
-                waiting -= os.splice(outlet, target, waiting)
-        return done
-    finally:
-        os.close(outlet)
-        os.close(inlet)
-
-
-def _sendfile(source: int, target: int, num_bytes: int, offset: int) -> int:
-    return os.sendfile(target, source, offset, num_bytes)
-
-
-def _read_and_write(source: int, target: int, num_bytes: int, offset: int) -> int:
-    return os.write(target, os.pread(source, min(num_bytes, PIECE_BYTES), offset))
-
-
-COPIES: tuple[Callable[[int, int, int, int], int], ...] = (
-    _copy_file_range,
-    _through_pipe,
-    _sendfile,
-    _read_and_write,
-)
-"""Ways to copy. Each returns how many bytes it managed.
-
-The first lets a file system share blocks instead of copying them. Where pages of source and target
-do not lie alike it takes a third longer than the second: every few pages it writes one in halves.
-"""
+PIECE_BYTES = 2**20
+"""What is read and written at once: it should stay in a processor's cache."""
 
 
 def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
-    """Append bytes start..stop of one open file to another, in the kernel where it can.
+    """Append bytes start..stop of one open file to another, both given by their descriptors.
 
-    The files are given by their descriptors. Raises OSError where the source ends early or the
-    target takes no more.
+    Where pages of both lie alike the kernel copies, and a file system that can shares blocks
+    instead. Elsewhere the kernel takes half as long again as a small buffer: it writes every few
+    pages in halves.
+
+    Raises OSError where the source ends early or the target takes no more.
     """
-    pages_lie_alike = (start - os.lseek(target, 0, os.SEEK_CUR)) % mmap.PAGESIZE == 0
-    copies = iter(COPIES if pages_lie_alike else COPIES[1:])
-    copy = next(copies)
+    if (start - os.lseek(target, 0, os.SEEK_CUR)) % mmap.PAGESIZE == 0:
+        start = _copy_in_kernel(source, target, start, stop)
+    buffer = memoryview(bytearray(min(PIECE_BYTES, stop - start)))
     while start < stop:
-        try:
-            num_bytes = copy(source, target, stop - start, start)
-        except AttributeError:  # this operating system lacks the call
-            copy = next(copies)
-            continue
-        except OSError as error:
-            if error.errno not in NOT_OFFERED or copy is COPIES[-1]:
-                raise
-            copy = next(copies)
-            continue
+        num_bytes = os.preadv(source, [buffer[: stop - start]], start)
         if num_bytes == 0:
             raise OSError("a weights file became shorter while it was copied")
+        write_all(target, buffer[:num_bytes])
         start += num_bytes
+
+
+def _copy_in_kernel(source: int, target: int, start: int, stop: int) -> int:
+    """Copy as far as the kernel offers to; where it stopped."""
+    copied = 1
+    while start < stop and copied:
+        try:
+            copied = os.copy_file_range(source, target, stop - start, offset_src=start)
+        except AttributeError:  # this operating system lacks the call
+            break
+        except OSError as error:
+            if error.errno not in NOT_OFFERED:
+                raise
+            break
+        start += copied
+    return start
+
+
+def write_all(file: int, data: bytes | memoryview) -> None:
+    """Write all of it, however little the system takes at once."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]

@@ -32,6 +32,7 @@ from patching.safetensors_files import (
     copy_bytes,
     header_of,
     read_header,
+    write_all,
 )
 
 CAST_BYTES = 2**24
@@ -76,7 +77,7 @@ class Splice:
         for shard in self.shards:
             target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                _write_all(target, header_of(shard.tensors))
+                write_all(target, header_of(shard.tensors))
                 _write_tensors(target, shard)
             finally:
                 os.close(target)
@@ -310,7 +311,7 @@ def _cast(
     while start < stop:
         piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
         numbers = torch.frombuffer(piece, dtype=stored).to(dtype)
-        _write_all(target, memoryview(numbers.view(torch.uint8).numpy()))
+        write_all(target, memoryview(numbers.view(torch.uint8).numpy()))
         start += len(piece)
 
 
@@ -322,12 +323,6 @@ def _read_exactly(source: int, start: int, num_bytes: int) -> bytearray:
             raise OSError("a weights file became shorter while it was copied")
         piece += read
     return piece
-
-
-def _write_all(target: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view) :]
 
 
 def _equal(one: TensorOnDisk, other: TensorOnDisk) -> bool:
