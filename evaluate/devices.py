@@ -10,22 +10,6 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def usable_device(name: str | None) -> torch.device:
-    """The named device, by default the accelerator where there is one. Raises ValueError if it is
-    not there.
-    """
-    if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # torch raises either for a device it has not got
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used here: {reason}") from error
-
-
 def ranks_of(device: torch.device) -> Accelerator | None:
     """torchrun's ranks, None for a single process. Each rank has the device of its number.
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -32,23 +32,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from evaluate.devices import ranks_of, stock_lm, usable_device
+from evaluate.devices import ranks_of, stock_lm
 from evaluate.family import FamilyLM
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.pseudo_perplexity import whole
 from evaluate.report import short_names, write_report
-from evaluate.stored import check_settings, fingerprint, read_results
+from evaluate.stored import check_settings, read_results
 from evaluate.sweep import Harness, Kin, Loaded, Member, Sweep, text_of_tasks
 from evaluate.tasks import PAPER_SUITE, LoadedTasks, load_tasks
 from evaluate.text_task import TextArguments, read_texts, task_of_texts
 from patching.assemble import count_parameters
 from patching.auto_class import predicts_masked_tokens
 from patching.block_influence import block_influence, most_influential
-from patching.blocks import parse_sizes
+from patching.blocks import Order, parse_sizes
 from patching.command_line import CommandLineParser, user_errors
 from patching.distilbert import as_bert_config
+from patching.named_orders import SEARCHED_ORDERS
+from patching.orders import MEASURED_FILE_NAME, Measurements, calibration_of, searched_order
 from patching.outputs import check_writable, environment, write_json
-from patching.pair import DTYPES, Pair, PairArguments, load_model
+from patching.pair import DTYPES, Pair, PairArguments, fingerprint, load_model, usable_device
 from patching.recipe import Parent, Reference
 from patching.texts import Calibration, CalibrationArguments
 
@@ -317,10 +319,27 @@ class Plan:
             second_pair(pair, arguments) if arguments.random_student else None,
             compared,
             configs,
-            Calibration.read(arguments) if arguments.calibration else None,
+            calibration_of(arguments)
+            or (Calibration.read(arguments) if arguments.calibration else None),
             read_texts(arguments, arguments.limit) if arguments.dataset else [],
             pair.dtype(arguments.dtype),
         )
+
+    def measurements(self, weights: Weights) -> Measurements:
+        """What `--order` is searched by, kept in the folder so that a further run has it."""
+        path = self.arguments.save_directory / MEASURED_FILE_NAME
+        pair, is_kept = self.pair, is_writer(weights.ranks)
+        return Measurements(
+            pair, self.calibration, self.dtype, lambda: weights.of(pair), path if is_kept else None
+        )
+
+    def follow(self, order: Order, ranks: Accelerator | None) -> None:
+        """Take the order that was searched, the first rank's on all of them."""
+        if ranks is not None:
+            (order,) = broadcast_object_list([order])
+        self.pair = dataclasses.replace(self.pair, order=order)
+        if self.second is not None and self.second.layer_map == self.pair.layer_map:
+            self.second = dataclasses.replace(self.second, order=order)
 
     @cached_property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -429,7 +448,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = arguments.save_directory
         check_writable(folder)
         plan = Plan.of(arguments)
-        check_settings(folder, read_results(folder), plan.settings, SHARED_SETTINGS)
+        if arguments.order not in SEARCHED_ORDERS:
+            check_settings(folder, read_results(folder), plan.settings, SHARED_SETTINGS)
         device = usable_device(arguments.device)
         tasks, failures = plan.tasks()
         ranks = ranks_of(device)
@@ -438,6 +458,13 @@ def main(argv: list[str] | None = None) -> None:
         for of_rank in gather_object([failures]):  # what one rank has not got none evaluates
             failures |= of_rank
         tasks = {name: of_name for name, of_name in tasks.items() if name not in failures}
+    weights = Weights(arguments, plan.dtype, device, ranks)
+    if arguments.order in SEARCHED_ORDERS:
+        with user_errors():
+            measure = plan.measurements(weights)
+        plan.follow(searched_order(measure), ranks)
+        with user_errors():
+            check_settings(folder, read_results(folder), plan.settings, SHARED_SETTINGS)
     sweep = Sweep(
         folder,
         arguments.harness,
@@ -448,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
         failures=failures,
     )
     if tasks:
-        sweep.run(plan.kin(Weights(arguments, plan.dtype, device, ranks)))
+        sweep.run(plan.kin(weights))
     if sweep.is_writer:
         results = [*read_results(folder).values()]
         if results:

@@ -4,14 +4,12 @@ A file is whole at any time. A sweep that was killed goes on with what its files
 were made under settings that change numbers are never mixed.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lm_eval.utils import handle_non_serializable, sanitize_list
-from transformers import PreTrainedConfig
 
 from patching.outputs import write_json, write_text
 
@@ -26,8 +24,6 @@ SCORES = (
     "configs",
 )
 """Of what lm-eval finds, each a dictionary by task."""
-
-SAMPLED_BYTES = 2**20
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -103,21 +99,3 @@ def check_settings(
                     f"{folder / name}.json was made with {key}={before[key]} and {wanted[key]} is "
                     "asked for now: choose another --save_directory, or the same settings"
                 )
-
-
-def fingerprint(name_or_path: str, config: PreTrainedConfig) -> str:
-    """Tells a model's weights from others that lay at the same place: the commit of a hub
-    repository, of a folder a hash over the config and parts of the weights.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return f"{name_or_path}@{config._commit_hash}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(0, size - SAMPLED_BYTES)):
-                file.seek(start)
-                digest.update(file.read(SAMPLED_BYTES))
-    return f"{folder.name} {digest.hexdigest()[:16]}"

@@ -123,6 +123,8 @@ class LayerMap:
             return tuple(
                 i for group in groups for i in sorted(group, key=self.patchable.__contains__)
             )
+        if isinstance(order, str):
+            raise ValueError(f"order={order}: choose last or first, or name the student layers")
         problems = []
         if len(set(order)) != len(order):
             problems.append("a layer stands in it twice")

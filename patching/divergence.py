@@ -7,7 +7,7 @@ logits, and only what it adds to the gradients of states and head is kept.
 Shapes: N tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,34 @@ def vocabulary_loss(
             student_head.bias,
         )
     )
+
+
+@torch.no_grad()
+def kl_sums(
+    teacher_hidden_ND: Tensor,
+    teacher_head: nn.Linear,
+    models: Sequence[tuple[Tensor, nn.Linear]],
+) -> Tensor:
+    """Sums over tokens of KL(teacher || model) in nats, for several models, each as the states
+    (N, D) its head reads and the head; float64 of shape (models,).
+
+    The teacher's probabilities are formed once for all of them. Softmaxes are taken in fp32.
+    """
+    num_tokens, device = teacher_hidden_ND.shape[0], teacher_hidden_ND.device
+    vocab_size = len(teacher_head.weight)
+    at_once = CPU_SOFTMAX_LOGITS if device.type == "cpu" else CHUNK_LOGITS
+    sums = torch.zeros(len(models), dtype=torch.float64, device=device)
+    for chunk in _slices(num_tokens, CHUNK_LOGITS // vocab_size):
+        teacher_logits_NV = teacher_head(teacher_hidden_ND[chunk])
+        log_q_NV = teacher_logits_NV.log_softmax(-1, dtype=torch.float32)
+        q_NV = log_q_NV.exp()
+        for i, (hidden_ND, head) in enumerate(models):
+            logits_NV = head(hidden_ND[chunk])
+            for rows in _slices(len(logits_NV), at_once // vocab_size):
+                log_p_NV = logits_NV[rows].log_softmax(-1, dtype=torch.float32)
+                difference_NV = torch.sub(log_q_NV[rows], log_p_NV, out=log_p_NV)
+                sums[i] += difference_NV.mul_(q_NV[rows]).sum()
+    return sums
 
 
 def _at(temperature: float, logits_NV: Tensor) -> Tensor:

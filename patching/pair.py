@@ -2,10 +2,12 @@
 when asked for.
 """
 
+import hashlib
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,11 +24,13 @@ from patching.auto_class import auto_class, predicts_masked_tokens
 from patching.blocks import LayerMap, Order, parse_ranges
 from patching.distilbert import as_bert, as_bert_config
 from patching.families import check_parents_match, config_for, family_of
-from patching.orders import parse_order
+from patching.named_orders import SEARCHED_ORDERS, parse_order
 from patching.recipe import Parent, Recipe, Reference, intermediate_model, naively_pruned
 from patching.student_config import FILE_NAME, StudentConfig, read_student_config
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+SAMPLED_BYTES = 2**20
 
 
 @dataclass
@@ -61,8 +65,9 @@ class PairArguments:
     order: str | None = field(
         default=None,
         metadata={
-            "help": "which layers are patched as k grows: last, first, or a JSON file with a "
-            "list of student layers "
+            "help": "which layers are patched as k grows: last, first, klpatch or block-influence "
+            "(searched on --calibration), or a JSON file with a list of student layers, such as "
+            "the order.json of patching.orders "
             "(by default what student_config.json records, else `first` for a llama and `last` "
             "for any other "
             "model_type)"
@@ -85,7 +90,8 @@ class PairArguments:
         return FILE_NAME if self.kept_layers is None else f"--kept_layers {self.kept_layers}"
 
     def requested_order(self) -> Order | None:
-        """The order the flags ask for, None where they leave it to the student.
+        """The order the flags ask for, None where they leave it to the student or to a search
+        (`searched_order`).
 
         Raises ValueError for two orders, and for one that is no name and no readable file.
         """
@@ -98,7 +104,7 @@ class PairArguments:
             return "first"
         if self.override_llama_patching:
             return "last"
-        return None if self.order is None else parse_order(self.order)
+        return None if self.order in (None, *SEARCHED_ORDERS) else parse_order(self.order)
 
 
 @dataclass(frozen=True)
@@ -243,6 +249,22 @@ def _student_config(arguments: PairArguments, num_teacher_layers: int) -> Studen
     return read_student_config(*references(arguments)["student"])
 
 
+def usable_device(name: str | None) -> torch.device:
+    """The named device, by default the accelerator where there is one. Raises ValueError if it is
+    not there.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch raises either for a device it has not got
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used here: {reason}") from error
+
+
 def load_model(
     reference: Reference,
     dtype: torch.dtype | Literal["auto"],
@@ -316,3 +338,21 @@ def recommended_order(teacher: PreTrainedConfig) -> Order:
     from the last.
     """
     return "first" if teacher.model_type == "llama" else "last"
+
+
+def fingerprint(name_or_path: str, config: PreTrainedConfig) -> str:
+    """Tells a model's weights from others that lay at the same place: the commit of a hub
+    repository, of a folder a hash over the config and parts of the weights.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return f"{name_or_path}@{config._commit_hash}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - SAMPLED_BYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLED_BYTES))
+    return f"{folder.name} {digest.hexdigest()[:16]}"

@@ -8,11 +8,13 @@ possible:
         --student_model_name_or_path STUDENT --num_layers_to_patch 4 --save_directory DIR
 
 The size may also be named by a limit (`--target_params 3.1B`, `--target_bytes 6GB`) or layer by
-layer (`--patched_layers 3,5,16-18`); `--list` shows every size and builds nothing.
+layer (`--patched_layers 3,5,16-18`); `--list` shows every size and builds nothing. `--order klpatch
+--calibration TEXT` searches the order first; patching.orders does so once for all sizes.
 """
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from patching.hub import check_can_push, push
 from patching.layout import Layout, layout_of
 from patching.model_card import FILE_NAME as CARD_FILE_NAME
 from patching.model_card import model_card, origin_of
+from patching.orders import Measurements, calibration_of, searched_order
 from patching.outputs import (
     check_new_folder,
     check_space,
@@ -38,7 +41,7 @@ from patching.outputs import (
     write_json,
     write_text,
 )
-from patching.pair import DTYPES, Pair, PairArguments, references
+from patching.pair import DTYPES, Pair, PairArguments, references, usable_device
 from patching.recipe import Parent, Recipe, patched_model
 from patching.sizes import (
     Size,
@@ -52,6 +55,7 @@ from patching.sizes import (
 )
 from patching.splice import OtherLayout, Splice, generation_config_of, plan_splice
 from patching.student_config import StudentConfig
+from patching.texts import CalibrationArguments
 
 PROVENANCE_FILE_NAME = "provenance.json"
 
@@ -59,7 +63,7 @@ WAYS_TO_NAME_A_SIZE = ("num_layers_to_patch", "target_params", "target_bytes", "
 
 
 @dataclass
-class PatchArguments(PairArguments):
+class PatchArguments(CalibrationArguments, PairArguments):
     num_layers_to_patch: int | None = field(
         default=None, metadata={"help": "how many patchable student layers become teacher blocks"}
     )
@@ -99,7 +103,7 @@ class PatchArguments(PairArguments):
     def __post_init__(self) -> None:
         named = [name for name in WAYS_TO_NAME_A_SIZE if getattr(self, name) is not None]
         flags = " or ".join(f"--{name}" for name in WAYS_TO_NAME_A_SIZE)
-        problems = []
+        problems = self.check_calibration()
         if self.list and named:
             problems.append(f"--list shows every size: leave out --{' and --'.join(named)}")
         elif not self.list and len(named) != 1:
@@ -275,6 +279,18 @@ def main(argv: list[str] | None = None) -> None:
             parent: layout_of(config, dtype, arguments.trust_remote_code)
             for parent, config in pair.configs.items()
         }
+        if not arguments.list:  # a size that is not there is noticed before any search
+            choose(arguments, pair, layouts, dtype, max_shard_bytes)
+        text = calibration_of(arguments)
+        if text is not None:
+            device = usable_device(None)
+            measure = Measurements(
+                pair, text, dtype, lambda: pair.load(["teacher", "student"], dtype, device)
+            )
+    if text is not None:
+        pair = dataclasses.replace(pair, order=searched_order(measure))
+        print(f"{arguments.order}: {as_layer_list(pair.order)}", file=sys.stderr)
+    with user_errors():
         if not arguments.list:
             choice = choose(arguments, pair, layouts, dtype, max_shard_bytes)
             if arguments.push_to_hub:

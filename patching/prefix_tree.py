@@ -8,7 +8,7 @@ scaled embeddings and capped logits stay the architecture's affair.
 Shapes: B rows, T positions, N selected positions, D hidden size, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,10 @@ from patching.assemble import assemble
 from patching.divergence import CHUNK_LOGITS
 from patching.families import family_of
 from patching.recipe import Recipe
+
+LayerPath = tuple[Any, ...]
+"""What hidden states depend on, the embedding's parent and layer by layer: equal paths, equal
+states."""
 
 
 class PrefixTree:
@@ -38,7 +42,7 @@ class PrefixTree:
         }
         # Depth first: neighbours in this sequence share the longest prefixes.
         self.names = sorted(recipes, key=lambda name: _path(recipes[name]))
-        paths = [_path(recipes[name]) for name in self.names]
+        self.paths = paths = [_path(recipes[name]) for name in self.names]
         self._resume_at = [
             0 if i == 0 else _shared_depth(paths[i - 1], path) for i, path in enumerate(paths)
         ]
@@ -50,6 +54,8 @@ class PrefixTree:
             }
             for i, path in enumerate(paths)
         ]
+        self.num_layers_run = 0
+        """Layers that batches have gone through so far."""
 
     @property
     def num_layer_forwards(self) -> int:
@@ -67,10 +73,8 @@ class PrefixTree:
         `inputs` go to the models' forward pass, `input_ids` of shape (B, T) among them;
         `positions_N` count through its rows. Members come in the tree's sequence.
         """
-        states: dict[int, Any] = {}
-        for name, resume_at, keep in zip(self.names, self._resume_at, self._keep):
+        for name, states, resume_at, keep in self._walk():
             model = self.models[name]
-            states = {depth: output for depth, output in states.items() if depth <= resume_at}
             end = model.config.num_hidden_layers
             step = max(1, CHUNK_LOGITS // model.config.vocab_size)
             for start in range(0, len(positions_N), step):
@@ -79,9 +83,56 @@ class PrefixTree:
                 yield name, chunk, logits_NV
                 resume_at = end
 
+    @torch.no_grad()
+    def head_inputs(
+        self,
+        inputs: Mapping[str, Tensor],
+        positions_N: Tensor,
+        known: MutableMapping[LayerPath, Any] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each member's name and what its head reads at those positions, (N, D); otherwise like
+        `logits`.
 
-def _path(recipe: Recipe) -> tuple:
-    """What a member's hidden states depend on, layer by layer: equal prefixes, equal states."""
+        `known` are states of this batch by the path that leads to them, from other trees of the
+        same parents. Those of this tree's members are added in front of each student layer, where
+        the members of a next tree may part from them.
+        """
+        for name, states, resume_at, keep in self._walk(known):
+            model = self.models[name]
+            head, read = model.get_output_embeddings(), []
+            head.forward = lambda hidden, read=read: read.append(hidden) or hidden
+            try:
+                _run(model, inputs, positions_N, states, resume_at, keep)
+            finally:
+                del head.forward
+            yield name, read[0].flatten(0, 1)[: len(positions_N)]
+
+    def _walk(
+        self, known: MutableMapping[LayerPath, Any] | None = None
+    ) -> Iterator[tuple[str, dict[int, Any], int, set[int]]]:
+        """Members in the tree's sequence: name, states of its prefix by depth, the deepest of
+        these, depths to add to them.
+        """
+        states: dict[int, Any] = {}
+        for name, path, shared, keep in zip(self.names, self.paths, self._resume_at, self._keep):
+            states = {depth: output for depth, output in states.items() if depth <= shared}
+            in_front = set()
+            if known is not None:
+                in_front = {
+                    depth for depth in range(1, len(path) - 1) if path[depth + 1][0] == "student"
+                }
+                for depth in range(len(path) - 1, max(states, default=0), -1):
+                    if path[: depth + 1] in known:
+                        states[depth] = known[path[: depth + 1]]
+                        break
+            resume_at = max(states, default=0)
+            self.num_layers_run += len(path) - 1 - resume_at
+            yield name, states, resume_at, keep | in_front
+            for depth in in_front & states.keys():
+                known[path[: depth + 1]] = states[depth]
+
+
+def _path(recipe: Recipe) -> LayerPath:
     return (recipe.embedding, *recipe.layers)
 
 
@@ -99,7 +150,8 @@ def _run(
     resume_at: int,
     keep: Collection[int],
 ) -> Tensor:
-    """Logits (N, V) at some positions, by the model's own forward pass from layer `resume_at` on.
+    """Logits (N, V) at some positions, by the model's own forward pass from layer `resume_at` on,
+    the head as it is at the moment.
 
     `states[j]` is what the first j layers give, as the last of them returns it; those of `keep` are
     added.

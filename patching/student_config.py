@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from patching.blocks import LayerMap, Order
-from patching.orders import as_order
+from patching.named_orders import as_order
 from patching.outputs import write_text
 
 FILE_NAME = "student_config.json"

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -43,6 +44,9 @@ class CalibrationArguments:
     calibration_texts: int = field(
         default=64, metadata={"help": "documents of the calibration text, its first ones"}
     )
+    calibration_skip: int = field(
+        default=0, metadata={"help": "documents passed over before those, for another sample"}
+    )
     calibration_length: int = field(
         default=256, metadata={"help": "tokens of each calibration document, its first ones"}
     )
@@ -53,6 +57,7 @@ class CalibrationArguments:
             f"{name}={value}: choose {least} or more"
             for name, value, least in (
                 ("calibration_texts", self.calibration_texts, 1),
+                ("calibration_skip", self.calibration_skip, 0),
                 ("calibration_length", self.calibration_length, 2),
             )
             if value < least
@@ -78,16 +83,19 @@ class Calibration:
             dataset_config=arguments.calibration_config,
             dataset_split=arguments.calibration_split,
         )
-        texts = []
-        for document in documents:
-            if document["text"] and document["text"].strip():
-                texts.append(document["text"])
-            if len(texts) == arguments.calibration_texts:
-                break
+        skip = arguments.calibration_skip
+        with_text = (
+            document["text"]
+            for document in documents
+            if document["text"] and document["text"].strip()
+        )
+        texts = list(islice(with_text, skip, skip + arguments.calibration_texts))
         if not texts:
-            raise ValueError(f"calibration={name}: there is no text in it")
+            behind = f" behind its first {skip}" if skip else ""
+            raise ValueError(f"calibration={name}: there is no text in it{behind}")
+        which = f"texts {skip + 1}-{skip + len(texts)}" if skip else f"the first {len(texts)} texts"
         return cls(
-            f"the first {len(texts)} texts of {Path(name).name}",
+            f"{which} of {Path(name).name}",
             texts,
             arguments.calibration_length,
         )

@@ -14,7 +14,7 @@ from patching.auto_class import MASKED_LANGUAGE_MODELS
 from patching.blocks import LayerMap, default_kept_layers
 from patching.families import config_for
 from patching.layout import layout_of
-from patching.orders import parse_order
+from patching.named_orders import parse_order
 from patching.pair import Pair, PairArguments
 from patching.patch import PatchArguments, build_intermediate_model, iter_family, main
 from patching.recipe import initial_student, intermediate_model, patched_model

@@ -26,6 +26,12 @@ def test_the_first_texts_are_read_and_blank_ones_passed_over(tmp_path):
         assert batch["input_ids"].shape == (2, length)
     other = Calibration.read(CalibrationArguments(**settings, calibration_texts=3))
     assert other.sha256 != text.sha256
+    behind = Calibration.read(
+        CalibrationArguments(**settings, calibration_texts=2, calibration_skip=1)
+    )
+    assert (behind.texts, behind.name) == (["beta", "gamma"], "texts 2-3 of texts.jsonl")
+    with pytest.raises(ValueError, match="no text in it behind its first 3"):
+        Calibration.read(CalibrationArguments(**settings, calibration_skip=3))
     with pytest.raises(ValueError, match="text_column=text: .* has the columns body"):
         Calibration.read(CalibrationArguments(calibration=str(path)))
 
@@ -44,8 +50,11 @@ def test_rows_are_padded_on_the_right():
 
 
 def test_numbers_out_of_range_are_named():
-    problems = CalibrationArguments(calibration_texts=0, calibration_length=1).check_calibration()
+    problems = CalibrationArguments(
+        calibration_texts=0, calibration_length=1, calibration_skip=-1
+    ).check_calibration()
     assert problems == [
         "calibration_texts=0: choose 1 or more",
+        "calibration_skip=-1: choose 0 or more",
         "calibration_length=1: choose 2 or more",
     ]

@@ -6,7 +6,8 @@
 
 One process needs no torchrun: `python -m train.train ...`. The student lies directly in DIR, with
 student_config.json (its kept layers), run.json (what made it) and loss.png beside the weights.
---dry_run says what a run would take; --resume_from_checkpoint last goes on with one that stopped.
+--dry_run says what a run would take; --resume_from_checkpoint last goes on with one that stopped;
+--kept_layers auto --calibration TEXT chooses the kept layers by looking at the teacher.
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ from patching.outputs import check_writable, environment, follow_umask, write_js
 from patching.pair import load_model, read_config, recommended_order
 from patching.recipe import Reference
 from patching.student_config import StudentConfig
+from patching.texts import Calibration, CalibrationArguments
 from train.checkpoints import check_resumable, find_checkpoint
+from train.choose_layers import choose_layers
 from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
 from train.dry_run import plan
@@ -58,11 +61,11 @@ PLOT_FILE_NAME = "loss.png"
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
         parser = CommandLineParser(
-            (ModelArguments, DataArguments, DistillationArguments),
+            (ModelArguments, DataArguments, DistillationArguments, CalibrationArguments),
             prog="train.train",
             description=__doc__,
         )
-        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+        model_args, data_args, args, text_args = parser.parse_args_into_dataclasses(argv)
         save_directory = Path(args.save_directory)
         check_save_directory(save_directory)
         teacher_name = model_args.teacher_model_name_or_path
@@ -71,6 +74,22 @@ def main(argv: list[str] | None = None) -> None:
         check_logits_are_the_heads(teacher_config)
         check_row_length(teacher_config, data_args.max_length)
         layer_map = model_args.layer_map(teacher_config)
+        if model_args.chooses_layers:
+            problems = text_args.check_calibration()
+            if text_args.calibration is None:
+                problems.append("--kept_layers auto looks at text: name some with --calibration")
+            if problems:
+                raise ValueError("; ".join(problems))
+            layer_map, reasons = choose_layers(
+                model_args,
+                Calibration.read(text_args),
+                args,
+                teacher_config,
+                AutoTokenizer.from_pretrained(
+                    teacher_name, revision=revision, trust_remote_code=trust
+                ),
+            )
+            print_on_main_process(args, reasons)
         if args.dry_run:
             print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
             return
@@ -127,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             **dataclasses.asdict(model_args),
             **dataclasses.asdict(data_args),
             **args.to_dict(),
+            **dataclasses.asdict(text_args),
         },
         "student": student_config.to_dict(),
         "held_out": metrics,

@@ -1,0 +1,40 @@
+"""Small plots of families, readable without colours, and files of figures that appear whole."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+LOOKS = (
+    ("#08306b", "-", "o"),
+    ("#d95f02", "--", "^"),
+    ("#3f8f3f", ":", "v"),
+    ("#8856a7", "-.", "D"),
+    ("#a50f15", (0, (6, 2, 1, 2, 1, 2)), "p"),
+    ("#555555", (0, (1, 3)), "X"),
+)
+"""Colour, line and marker."""
+
+
+def plot_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
+) -> Figure:
+    """Lines of points by their names."""
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), (color, line, marker) in zip(lines.items(), cycle(LOOKS)):
+        axes.plot(
+            *zip(*points), color=color, linestyle=line, marker=marker, markersize=5, label=name
+        )
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure beside `path` and rename it; the suffix says the format."""
+    staged = path.with_name(f".{path.name}")
+    figure.savefig(staged, format=path.suffix.removeprefix("."), dpi=150)
+    staged.replace(path)

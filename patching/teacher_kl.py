@@ -1,0 +1,112 @@
+"""How far models are from their teacher: mean KL(teacher || model) per token of some text.
+
+Models that are measured together share their prefixes of layers, and with those measured just
+before what of their states is kept. Of the teacher only its last hidden states are kept, and its
+probabilities are formed once for each chunk of tokens.
+
+Shapes: B rows, T positions, N tokens that are no padding, D hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from patching.divergence import check_logits_are_the_heads, kl_sums
+from patching.prefix_tree import LayerPath, PrefixTree
+from patching.recipe import LayerSource, Recipe
+
+MOST_KNOWN_BYTES = 2**32
+"""Of hidden states that are kept from one call to the next, over all batches."""
+
+
+class KnownStates(dict[LayerPath, Any]):
+    """States of one batch by the path that leads to them, as many as there is room for."""
+
+    def __init__(self, room_bytes: int) -> None:
+        super().__init__()
+        self.room_bytes = room_bytes
+
+    def __setitem__(self, path: LayerPath, output: Any) -> None:
+        num_bytes = sum(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))
+        if path not in self and num_bytes <= self.room_bytes:
+            self.room_bytes -= num_bytes
+            super().__setitem__(path, output)
+
+    def __delitem__(self, path: LayerPath) -> None:
+        self.room_bytes += sum(t.nbytes for t in tree_leaves(self[path]) if isinstance(t, Tensor))
+        super().__delitem__(path)
+
+    def only_for(self, paths: Sequence[LayerPath]) -> None:
+        """Forget what is the beginning of none of these paths."""
+        beginnings = {path[:length] for path in paths for length in range(len(path) + 1)}
+        for path in self.keys() - beginnings:
+            del self[path]
+
+
+class TeacherKL:
+    """Measures recipes of one pair on batches of `input_ids` and `attention_mask`, each (B, T).
+
+    Raises ValueError where there is no token, and for models that cap or scale their logits.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        batches: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        self.teacher, self.student = teacher, student
+        for model in (teacher, student):
+            check_logits_are_the_heads(model.config)
+        self.batches = [
+            {name: tensor.to(teacher.device) for name, tensor in batch.items()} for batch in batches
+        ]
+        self.positions = [
+            batch["attention_mask"].flatten().nonzero().squeeze(1) for batch in self.batches
+        ]
+        self.num_tokens = sum(map(len, self.positions))
+        if self.num_tokens == 0:
+            raise ValueError("there is no text to measure models on")
+        self._known = [KnownStates(MOST_KNOWN_BYTES // len(self.batches)) for _ in self.batches]
+        self.num_layer_forwards = 0
+        """Layers that batches went through, each with its rows together."""
+        self.num_layer_forwards_alone = 0
+        """The same had each model been run by itself."""
+        num_layers = teacher.config.num_hidden_layers
+        whole = Recipe.of([LayerSource("teacher", layer) for layer in range(num_layers)])
+        tree = PrefixTree({"teacher": whole}, teacher=teacher)
+        self._teacher_states = [
+            next(tree.head_inputs(batch, positions_N))[1]
+            for batch, positions_N in zip(self.batches, self.positions)
+        ]
+
+    def of(self, recipes: Mapping[str, Recipe], remember: bool = False) -> dict[str, float]:
+        """Each recipe's KL in nats, by its name, all in one tree.
+
+        `remember` keeps states for a next call whose models differ from these by more patched
+        layers, as the next step of a search does.
+        """
+        tree = PrefixTree(recipes, teacher=self.teacher, student=self.student)
+        heads = {name: model.get_output_embeddings() for name, model in tree.models.items()}
+        totals = dict.fromkeys(recipes, 0.0)
+        parts = list(zip(self.batches, self.positions, self._teacher_states, self._known))
+        for batch, positions_N, teacher_ND, known in tqdm(
+            parts, desc=f"KL of {len(recipes)} models", leave=False
+        ):
+            known.only_for(tree.paths)
+            states = dict(tree.head_inputs(batch, positions_N, known if remember else None))
+            sums = kl_sums(
+                teacher_ND,
+                self.teacher.get_output_embeddings(),
+                [(states[name], heads[name]) for name in recipes],
+            )
+            for name, total in zip(recipes, sums.tolist()):
+                totals[name] += total
+        self.num_layer_forwards += tree.num_layers_run
+        self.num_layer_forwards_alone += sum(r.depth for r in recipes.values()) * len(parts)
+        return {name: total / self.num_tokens for name, total in totals.items()}

@@ -1,0 +1,228 @@
+"""Orders from the command line: measured, stored, resumed, used."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import run_module, save_pair
+from local_tasks import ROLLING, TEXTS, write_task
+
+from evaluate.evaluate import main as evaluate_main
+from patching import orders
+from patching.blocks import LayerMap
+from patching.orders import Measurements, most_restored_first
+from patching.pair import Pair, PairArguments
+from patching.patch import build_intermediate_model
+from patching.patch import main as patch_main
+from patching.recipe import patched_model
+from patching.teacher_kl import TeacherKL
+from patching.texts import Calibration, CalibrationArguments
+
+LAYERS = LayerMap((0, 2, 4, 6, 7), 8)  # patchable 0, 1 and 2, single 3 and 4
+
+
+@pytest.fixture(scope="module")
+def pair_folders(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("orders"), "llama", LAYERS.kept, 8)
+
+
+@pytest.fixture(scope="module")
+def flags(pair_folders, text_file) -> list[str]:
+    teacher, student = map(str, pair_folders)
+    return [
+        *("--teacher_model_name_or_path", teacher, "--student_model_name_or_path", student),
+        *("--calibration", str(text_file), "--calibration_texts", "6"),
+        *("--calibration_length", "12"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def exact(flags, tmp_path_factory):
+    """What a search for everything leaves behind."""
+    folder = tmp_path_factory.mktemp("exact")
+    orders.main([*flags, "--save_directory", str(folder), "--exact", "--beam", "2"])
+    return folder
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "order.json").read_text())
+
+
+def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
+    found = read(exact)
+    names = ["last", "first", "block-influence", "klpatch", "beam 2", "exact"]
+    assert list(found["orders"]) == names
+    assert (exact / "kl.png").stat().st_size > 10_000
+    kl = {}
+    for order in found["orders"].values():
+        members = order["members"]
+        assert [m["num_layers_to_patch"] for m in members] == [0, 1, 2, 3]
+        for member in members:
+            patched = LAYERS.patched_layers(member["num_layers_to_patch"], tuple(order["order"]))
+            assert member["patched_layers"] == sorted(patched)
+            kl[patched] = member["kl"]
+        assert members[-1]["kl"] == 0 and members[0]["layers"] == 5
+        assert order["mean_kl"] == pytest.approx((members[1]["kl"] + members[2]["kl"]) / 2)
+        assert order["regret_of_best_sets"] >= order["regret"] >= 0
+    best = found["orders"]["exact"]
+    assert best["regret"] == 0
+    assert found["order"] == found["orders"][found["name"]]["order"]
+    assert found["orders"][found["name"]]["mean_kl"] == best["mean_kl"]
+    for k, member in enumerate(found["best_sets"], start=1):
+        assert member["kl"] <= min(order["members"][k]["kl"] for order in found["orders"].values())
+    first = [sorted(LAYERS.patched_layers(k, "first")) for k in range(4)]
+    assert [m["patched_layers"] for m in found["orders"]["first"]["members"]] == first
+
+    # The same numbers from a tree of its own.
+    pair = Pair.from_pretrained(PairArguments(*map(str, pair_folders)))
+    text = Calibration.read(
+        CalibrationArguments(str(text_file), calibration_texts=6, calibration_length=12)
+    )
+    measure = TeacherKL(
+        **pair.load(["teacher", "student"], torch.float32),
+        batches=text.batches(pair.tokenizer, pair.configs["teacher"]),
+    )
+    patched = LAYERS.patched_layers(2, "last")
+    assert measure.of({"it": patched_model(LAYERS, patched)})["it"] == kl[patched]
+
+
+def test_the_area_is_the_mean_along_parameters():
+    points = [(0, 4.0), (10, 2.0), (40, 0.0)]
+    members = [{"parameters": {"both_counted": p}, "kl": kl} for p, kl in points]
+    assert orders._area(members) == pytest.approx((30 + 30) / 40)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_after):
+    of, num_trees = TeacherKL.of, 0
+
+    def stopping(self, recipes, **settings):
+        nonlocal num_trees
+        num_trees += 1
+        if num_trees > stop_after:
+            raise KeyboardInterrupt
+        return of(self, recipes, **settings)
+
+    monkeypatch.setattr(orders, "SETS_PER_TREE", 5)
+    asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TeacherKL, "of", stopping)
+        orders.main(asked)
+    assert not (tmp_path / "order.json").exists()
+    kept = json.loads((tmp_path / "order_kl.json").read_text())["kl"]
+    assert 0 < len(kept) <= 5 * stop_after
+    measured = []
+    monkeypatch.setattr(
+        TeacherKL,
+        "of",
+        lambda self, recipes, **settings: measured.extend(recipes) or of(self, recipes, **settings),
+    )
+    orders.main(asked)
+    assert not set(measured) & set(kept)
+    again, whole = read(tmp_path), read(exact)
+    for name in ("order", "orders", "best_sets", "settings"):
+        assert again[name] == whole[name]
+
+    monkeypatch.setattr(Pair, "load", lambda *_: pytest.fail("everything is measured"))
+    orders.main(asked)
+
+
+def test_other_settings_are_refused(exact, flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        orders.main([*flags, "--save_directory", str(exact), "--calibration_skip", "1"])
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*order_kl.json was measured with text=.*\n", line)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--beam", "0"], "beam=0: choose 1 or more"),
+        (["--order", "klpatch"], "searched here in any case"),
+        (["--calibration_skip", "40"], "no text in it behind its first 40"),
+        (["--order", "middle"], "choose last, first, klpatch, block-influence, or a JSON file"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, tmp_path, capsys, extra, message):
+    with pytest.raises(SystemExit, match="2"):
+        orders.main([*flags, "--save_directory", str(tmp_path), *extra])
+    assert message in capsys.readouterr().err
+
+
+def test_patch_takes_the_file_and_searches_alike(exact, flags, tmp_path):
+    size = ["--num_layers_to_patch", "1", "--dtype", "float32"]
+    path = exact / "order.json"
+    patch_main([*flags, *size, "--order", str(path), "--save_directory", str(tmp_path / "file")])
+    patch_main([*flags, *size, "--order", "klpatch", "--save_directory", str(tmp_path / "search")])
+    found = read(exact)
+    for name, order in (("file", found["order"]), ("search", found["orders"]["klpatch"]["order"])):
+        made = json.loads((tmp_path / name / "provenance.json").read_text())
+        assert made["order"] == order
+        assert made["patched_layers"] == sorted(LAYERS.patched_layers(1, tuple(order)))
+
+
+def test_evaluate_searches_once(exact, flags, tmp_path, monkeypatch):
+    write_task(tmp_path, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    out = tmp_path / "out"
+    asked = [
+        *(*flags, "--order", "klpatch", "--save_directory", str(out), "--tasks", "rolling"),
+        *("--include_path", str(tmp_path), "--dtype", "float32", "--num_layers_to_patch", "1,2"),
+    ]
+    evaluate_main(asked)
+    found = read(exact)["orders"]["klpatch"]
+    for k in (1, 2):
+        result = json.loads((out / f"family_k{k}.json").read_text())
+        assert result["settings"]["order"] == found["order"]
+    monkeypatch.setattr(TeacherKL, "of", lambda *_, **__: pytest.fail("measured before"))
+    evaluate_main(asked)
+
+
+def test_a_search_needs_text(pair_folders, tmp_path, capsys):
+    teacher, student = map(str, pair_folders)
+    with pytest.raises(SystemExit, match="2"):
+        patch_main(
+            [
+                *("--teacher_model_name_or_path", teacher),
+                *("--student_model_name_or_path", student, "--order", "block-influence"),
+                *("--num_layers_to_patch", "1", "--save_directory", str(tmp_path / "out")),
+            ]
+        )
+    assert "measured on text: name some with --calibration" in capsys.readouterr().err
+
+
+def test_an_order_of_ones_own_is_measured_too(exact, flags, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text("[1, 0, 2]")
+    shutil.copy(exact / "order_kl.json", tmp_path)
+    orders.main([*flags, "--save_directory", str(tmp_path), "--order", str(own)])
+    found = read(tmp_path)["orders"]["given"]
+    assert found["order"] == [1, 0, 3, 4, 2]
+    assert found["members"][2]["patched_layers"] == [0, 1]
+    assert "regret" not in found
+
+
+def test_in_python_an_order_is_searched_beforehand(pair_folders):
+    with pytest.raises(ValueError, match="order=klpatch: choose last or first"):
+        build_intermediate_model(*map(str, pair_folders), 1, order="klpatch")
+
+
+def test_influence_of_what_is_put_back():
+    influences = [9.0, 0.1, 9.0, 0.3, 9.0, 0.2, 9.0, 9.0]
+    assert most_restored_first(LAYERS, influences) == [1, 2, 0]
+
+
+def test_a_damaged_file_is_named(exact, pair_folders, text_file, tmp_path):
+    (tmp_path / "order_kl.json").write_text('{"settings": 1}')
+    pair = Pair.from_pretrained(PairArguments(*map(str, pair_folders)))
+    text = Calibration("x", ["abc"], 8)
+    with pytest.raises(ValueError, match="order_kl.json is damaged"):
+        Measurements(pair, text, torch.float32, dict, tmp_path / "order_kl.json")
+
+
+@pytest.mark.slow
+def test_as_a_user_runs_it(flags, tmp_path):
+    done = run_module("patching.orders", *flags, "--save_directory", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "klpatch" in done.stdout and (tmp_path / "order.json").is_file()
