@@ -95,9 +95,11 @@ def test_tasks_are_files_lm_eval_takes(tmp_path):
 
     modules = [Module(f"module_{i}", MODULE.text) for i in range(4)]
     write_tasks(modules, tmp_path)
-    tasks = load_tasks(TASK_NAMES, str(tmp_path))
-    assert [task.task_name for task in tasks] == list(TASK_NAMES)
-    assert all(len(list(task.eval_docs)) for task in tasks)
+    by_name, failures = load_tasks(TASK_NAMES, str(tmp_path))
+    assert list(by_name) == list(TASK_NAMES) and not failures
+    for name, (task,) in by_name.items():
+        assert task.task_name == name
+        assert len(list(task.eval_docs))
 
 
 def test_the_shipped_teacher_is_small_and_plain():
