@@ -159,13 +159,17 @@ def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
     """
     if (start - os.lseek(target, 0, os.SEEK_CUR)) % mmap.PAGESIZE == 0:
         start = _copy_in_kernel(source, target, start, stop)
-    buffer = memoryview(bytearray(min(PIECE_BYTES, stop - start)))
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    position = os.lseek(target, 0, os.SEEK_CUR)
     while start < stop:
-        num_bytes = os.preadv(source, [buffer[: stop - start]], start)
+        # Pieces end where pages of the target do: to write a page in parts takes longer.
+        wanted = min(stop - start, PIECE_BYTES - position % PIECE_BYTES)
+        num_bytes = os.preadv(source, [buffer[:wanted]], start)
         if num_bytes == 0:
             raise OSError("a weights file became shorter while it was copied")
         write_all(target, buffer[:num_bytes])
         start += num_bytes
+        position += num_bytes
 
 
 def _copy_in_kernel(source: int, target: int, start: int, stop: int) -> int:
