@@ -144,8 +144,10 @@ NOT_OFFERED = {
 }
 """What a kernel or file system answers that does not copy this way between these two files."""
 
-PIECE_BYTES = 2**20
-"""What is read and written at once: it should stay in a processor's cache."""
+PIECE_BYTES = 2**16
+"""What is read and written at once. Larger pieces make the system look for larger stretches of free
+memory to cache them in, which takes longer than it saves.
+"""
 
 
 def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
