@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +36,12 @@ def stock_lm(
 ) -> HFLM:
     """One model as lm-eval has it; the harness shares out the requests among the ranks."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    share_out(lm, ranks)
+    return lm
+
+
+def share_out(lm: LM, ranks: Accelerator | None) -> None:
+    """Let the harness share out a model's requests among the ranks, if there are any."""
     if ranks is not None:
         lm.accelerator = ranks
         lm._rank, lm._world_size = ranks.process_index, ranks.num_processes
-    return lm

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluate.devices import share_out
 from patching.families import family_of
 from patching.prefix_tree import PrefixTree
 from patching.recipe import Recipe
@@ -64,15 +65,14 @@ class FamilyLM(HFLM):
     ) -> None:
         self.tree = PrefixTree(recipes, teacher=teacher, student=student)
         self._scores: dict[tuple[str, ...], dict[str, Score]] = {}
+        self._detected_batch_size: int | None = None
         super().__init__(
             pretrained=self.tree.models[next(iter(recipes))],
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=max_length,
         )
-        if accelerator is not None and accelerator.num_processes > 1:
-            self.accelerator = accelerator
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        share_out(self, accelerator)
         self.activate(next(iter(recipes)))
 
     def activate(self, name: str) -> None:
@@ -127,9 +127,9 @@ class FamilyLM(HFLM):
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
         """The harness's, once for all members."""
-        if not hasattr(self, "_detected"):
-            self._detected = super()._detect_batch_size(requests, pos)
-        return self._detected
+        if self._detected_batch_size is None:
+            self._detected_batch_size = super()._detect_batch_size(requests, pos)
+        return self._detected_batch_size
 
     def _loglikelihood_tokens(
         self,

@@ -8,6 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluate.devices import share_out
 from evaluate.pseudo_perplexity import encode, score_members
 from patching.prefix_tree import PrefixTree
 from patching.recipe import Recipe
@@ -34,9 +35,7 @@ class MaskedFamilyLM(LM):
         accelerator: Accelerator | None = None,
     ) -> None:
         super().__init__()
-        if accelerator is not None:
-            self.accelerator = accelerator
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        share_out(self, accelerator)
         self.tree = PrefixTree(recipes, teacher=teacher, student=student)
         self.tokenizer, self.tokens_per_batch = tokenizer, tokens_per_batch
         self._scores: dict[str, dict[str, float]] = {}

@@ -36,6 +36,9 @@ NO_TASKS = TaskManager(include_defaults=False)
 # It also asks pip what is installed, each time.
 collect_env.get_pretty_env_info = cache(collect_env.get_pretty_env_info)
 
+MANY_MEMBERS = (FamilyLM, MaskedFamilyLM)
+"""lm-eval models that speak for one member at a time."""
+
 Tasks = Mapping[str, Sequence[Task | Group]]
 """What each requested name stands for: one task or group, or the tasks of a tag."""
 
@@ -115,7 +118,7 @@ class Harness:
         """What lm-eval finds for one member on one task (or group); None on all ranks but the
         first.
         """
-        if isinstance(lm, FamilyLM | MaskedFamilyLM):
+        if isinstance(lm, MANY_MEMBERS):
             lm.activate(member.name)
         limit = self.limit
         return simple_evaluate(
@@ -200,7 +203,7 @@ class Sweep:
             batches = self.text.batches(lm.tokenizer, teacher.config)
             teacher_states = last_states(teacher, batches)
         for member in tqdm(members, desc="measuring", unit="model", leave=False):
-            if isinstance(lm, FamilyLM | MaskedFamilyLM):
+            if isinstance(lm, MANY_MEMBERS):
                 lm.activate(member.name)
             result = stored.get(member.name, {"results": {}, "tasks": {}})
             result |= kin.facts(member) | {"cost": speed_and_memory(lm.model)}
@@ -238,7 +241,7 @@ class Sweep:
             if found is not None:
                 self._store(member, task, found, time.perf_counter() - start, stored)
             progress.update()
-        if isinstance(lm, FamilyLM | MaskedFamilyLM):
+        if isinstance(lm, MANY_MEMBERS):
             lm.forget()
 
     def _store(
