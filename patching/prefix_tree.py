@@ -40,6 +40,7 @@ class PrefixTree:
             name: assemble(recipe, teacher=teacher, student=student)
             for name, recipe in recipes.items()
         }
+        self._parts = {name: _parts_of(model) for name, model in self.models.items()}
         # Depth first: neighbours in this sequence share the longest prefixes.
         self.names = sorted(recipes, key=lambda name: _path(recipes[name]))
         self.paths = paths = [_path(recipes[name]) for name in self.names]
@@ -79,7 +80,15 @@ class PrefixTree:
             step = max(1, CHUNK_LOGITS // model.config.vocab_size)
             for start in range(0, len(positions_N), step):
                 chunk = slice(start, min(start + step, len(positions_N)))
-                logits_NV = _run(model, inputs, positions_N[chunk], states, resume_at, keep | {end})
+                logits_NV = _run(
+                    model,
+                    inputs,
+                    positions_N[chunk],
+                    states,
+                    resume_at,
+                    keep | {end},
+                    self._parts[name],
+                )
                 yield name, chunk, logits_NV
                 resume_at = end
 
@@ -102,7 +111,7 @@ class PrefixTree:
             head, read = model.get_output_embeddings(), []
             head.forward = lambda hidden, read=read: read.append(hidden) or hidden
             try:
-                _run(model, inputs, positions_N, states, resume_at, keep)
+                _run(model, inputs, positions_N, states, resume_at, keep, self._parts[name])
             finally:
                 del head.forward
             yield name, read[0].flatten(0, 1)[: len(positions_N)]
@@ -142,6 +151,15 @@ def _shared_depth(a: tuple, b: tuple) -> int:
     return max(0, shared - 1)
 
 
+def _parts_of(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
+    """The layers, and what reads the state behind them: the head in the few models without a final
+    norm.
+    """
+    family = family_of(model.config)
+    modules = dict(model.named_modules())
+    return modules[family.layers], modules.get(family.norm, model.get_output_embeddings())
+
+
 def _run(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
@@ -149,15 +167,15 @@ def _run(
     states: dict[int, Any],
     resume_at: int,
     keep: Collection[int],
+    parts: tuple[nn.ModuleList, nn.Module],
 ) -> Tensor:
     """Logits (N, V) at some positions, by the model's own forward pass from layer `resume_at` on,
     the head as it is at the moment.
 
     `states[j]` is what the first j layers give, as the last of them returns it; those of `keep` are
-    added.
+    added. `parts` are those of `_parts_of`, found once and not for every batch.
     """
-    family = family_of(model.config)
-    layers = model.get_submodule(family.layers)
+    layers, behind_layers = parts
     num_positions, row_length = len(positions_N), inputs["input_ids"].shape[1]
     # Whole rows again, for some architectures restore the shape of their input behind the norm.
     filled = nn.functional.pad(positions_N, (0, -num_positions % row_length))
@@ -174,9 +192,6 @@ def _run(
                 lambda _layer, _args, output, depth=depth: states.__setitem__(depth, output)
             )
             undo.callback(hook.remove)
-        modules = dict(model.named_modules())
-        # A few models have no final norm.
-        behind_layers = modules.get(family.norm, model.get_output_embeddings())
         undo.callback(behind_layers.register_forward_pre_hook(select).remove)
         logits = model(**inputs, use_cache=False).logits
     return logits.flatten(0, 1)[:num_positions]
