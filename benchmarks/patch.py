@@ -3,9 +3,10 @@
     python -m benchmarks.patch --folder /somewhere/with/20GB
 
 The models have Qwen3-1.7B's shape and random weights, made here. Each save runs in a process of its
-own, its imports done before the clock starts; inputs lie in the page cache for all three. Rounds
-are interleaved, and the medians of each way and of splice / cp within a round are reported; the
-straightforward way runs once per size. A whole command, imports included, is timed at the end.
+own, its imports done before the clock starts; for all three, inputs lie in the page cache and
+memory for the output was just freed. Rounds are interleaved, and the medians of each way and of
+splice / cp within a round are reported; the straightforward way runs once per size. A whole
+command, imports included, is timed at the end.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from transformers.utils import logging
 
 from patching.blocks import LayerMap, default_kept_layers
-from patching.empty_model import empty_model
 from patching.families import config_for
 from patching.layout import layout_of, tensors_of
 from patching.outputs import new_folder
@@ -137,9 +137,8 @@ def child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     arguments = PairArguments(str(folder / "teacher"), str(folder / "student"))
-    empty_model(Qwen3Config(num_hidden_layers=1))  # imports the architecture
-    warm(folder / "teacher", folder / "student")
-    settle(out)  # right before the clock starts, as for `cp`: a system takes freed memory away
+    layout_of(Qwen3Config(num_hidden_layers=1), torch.bfloat16)  # imports the architecture
+    prepare(folder, out)
     before = peak_bytes()
     start = time.perf_counter()
     WAYS[way](arguments, num_layers_to_patch, out)
@@ -154,50 +153,54 @@ def run_child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def cp(source: Path, out: Path) -> float:
-    """Seconds that `cp` takes for a folder."""
-    warm(source)
-    settle(out)
+def cp(folder: Path, out: Path) -> float:
+    """Seconds that `cp` takes for as many bytes."""
+    prepare(folder, out)
     start = time.perf_counter()
-    subprocess.run(["cp", "-r", source, out], check=True)
+    subprocess.run(["cp", "-r", folder / "reference", out], check=True)
     return time.perf_counter() - start
 
 
-def settle(*folders: Path) -> None:
-    """Remove outputs and let the disk finish what it was given."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    os.sync()
-
-
-def warm(*folders: Path) -> None:
-    """Read weights, so that they are found in the page cache: a system may clear it any time."""
-    piece = bytearray(2**20)
-    for folder in folders:
-        for path in folder.glob("*.safetensors"):
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(piece):
+def prepare(folder: Path, out: Path) -> None:
+    """The same beginning for all: inputs in the page cache, and as much memory just freed as the
+    output takes. A system may clear its cache any time, and take memory away that lies idle.
+    """
+    for name in ("teacher", "student", "reference"):
+        for path in (folder / name).glob("*.safetensors"):
+            with path.open("rb") as file:
+                while file.read(2**20):
                     pass
+    remove(out)
+    if (folder / "reference").exists():
+        shutil.copytree(folder / "reference", out)
+        remove(out)
+
+
+def remove(folder: Path) -> None:
+    """Remove an output and let the disk finish what it was given."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
 
 
 def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
     """Print one table row for a size."""
     out, reference = folder / "out", folder / "reference"
     splice_once = ("splice", folder, num_layers_to_patch)
-    settle(reference)
+    remove(reference)
     run_child(*splice_once, reference)
     num_bytes = sum(path.stat().st_size for path in reference.glob("*.safetensors"))
     rounds = []
     for i in range(repeats):
         if i % 2:  # whoever comes first finds the disk busier or less busy: take turns
-            copied = cp(reference, out)
+            copied = cp(folder, out)
             spliced = run_child(*splice_once, out)
         else:
             spliced = run_child(*splice_once, out)
-            copied = cp(reference, out)
+            copied = cp(folder, out)
         rounds.append((spliced, copied))
     loaded = run_child("straightforward", folder, num_layers_to_patch, out)  # ten times as long
-    settle(out, reference)
+    remove(out)
+    remove(reference)
     splice_seconds = statistics.median(spliced["seconds"] for spliced, _ in rounds)
     cp_seconds = statistics.median(copied for _, copied in rounds)
     ratio = statistics.median(spliced["seconds"] / copied for spliced, copied in rounds)
@@ -219,7 +222,7 @@ def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
 def measure_command(folder: Path, num_layers_to_patch: int) -> None:
     """Print what the whole command line takes, imports included."""
     out = folder / "out"
-    settle(out)
+    remove(out)
     command = [sys.executable, "-m", "patching.patch", "--save_directory", str(out)]
     command += ["--teacher_model_name_or_path", str(folder / "teacher")]
     command += ["--student_model_name_or_path", str(folder / "student")]
@@ -232,7 +235,7 @@ def measure_command(folder: Path, num_layers_to_patch: int) -> None:
         time.sleep(0.01)
     seconds = time.perf_counter() - start
     assert process.returncode == 0
-    settle(out)
+    remove(out)
     print(
         f"\nThe whole command at k = {num_layers_to_patch}: {seconds:.1f} s, at most "
         f"{peak / 1e6:.0f} MB resident, mapped libraries included."

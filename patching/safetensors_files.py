@@ -7,7 +7,6 @@ bytes without holes. Nothing here knows a tensor's numbers.
 import errno
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,34 +143,24 @@ NOT_OFFERED = {
 }
 """What a kernel or file system answers that does not copy this way between these two files."""
 
-PIECE_BYTES = 2**16
-"""What is read and written at once. Larger pieces make the system look for larger stretches of free
-memory to cache them in, which takes longer than it saves.
-"""
+PIECE_BYTES = 2**20
+"""What passes through memory at once where the kernel does not copy."""
 
 
 def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
     """Append bytes start..stop of one open file to another, both given by their descriptors.
 
-    Where pages of both lie alike the kernel copies, and a file system that can shares blocks
-    instead. Elsewhere the kernel takes half as long again as a small buffer: it writes every few
-    pages in halves.
+    The kernel copies, and a file system that can shares blocks instead.
 
     Raises OSError where the source ends early or the target takes no more.
     """
-    if (start - os.lseek(target, 0, os.SEEK_CUR)) % mmap.PAGESIZE == 0:
-        start = _copy_in_kernel(source, target, start, stop)
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    position = os.lseek(target, 0, os.SEEK_CUR)
+    start = _copy_in_kernel(source, target, start, stop)
     while start < stop:
-        # Pieces end where pages of the target do: to write a page in parts takes longer.
-        wanted = min(stop - start, PIECE_BYTES - position % PIECE_BYTES)
-        num_bytes = os.preadv(source, [buffer[:wanted]], start)
-        if num_bytes == 0:
+        piece = os.pread(source, min(stop - start, PIECE_BYTES), start)
+        if not piece:
             raise OSError("a weights file became shorter while it was copied")
-        write_all(target, buffer[:num_bytes])
-        start += num_bytes
-        position += num_bytes
+        write_all(target, piece)
+        start += len(piece)
 
 
 def _copy_in_kernel(source: int, target: int, start: int, stop: int) -> int:

@@ -330,9 +330,8 @@ def test_any_subset_by_the_command_line(qwen3, tmp_path):
     assert provenance["num_layers_to_patch"] == 2
 
 
-@pytest.mark.parametrize("start", [5, 17])  # the first lies in its page as the target's end does
 @pytest.mark.parametrize("kernel", ["copies", "refuses", "stops", "lacks the call"])
-def test_every_way_to_copy_gives_the_same_bytes(kernel, start, tmp_path, monkeypatch):
+def test_every_way_to_copy_gives_the_same_bytes(kernel, tmp_path, monkeypatch):
     asked, copy_file_range = [], os.copy_file_range
 
     def watched(source, target, count, offset_src):
@@ -351,15 +350,15 @@ def test_every_way_to_copy_gives_the_same_bytes(kernel, start, tmp_path, monkeyp
     source = os.open(tmp_path / "source", os.O_RDONLY)
     target = os.open(tmp_path / "target", os.O_WRONLY | os.O_CREAT)
     os.write(target, b"begin")
-    copy_bytes(source, target, start, 4321)
+    copy_bytes(source, target, 17, 4321)
     expected_calls = {"copies": 5, "stops": 2, "refuses": 1, "lacks the call": 0}
-    assert len(asked) == (expected_calls[kernel] if start == 5 else 0)
+    assert len(asked) == expected_calls[kernel]
     copy_bytes(source, target, 0, 3)
     with pytest.raises(OSError, match="became shorter while it was copied"):
         copy_bytes(source, target, 4990, 5001)
     os.close(source)
     os.close(target)
-    expected = b"begin" + data[start:4321] + data[:3]
+    expected = b"begin" + data[17:4321] + data[:3]
     assert (tmp_path / "target").read_bytes()[: len(expected)] == expected
 
 
