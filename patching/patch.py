@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patching.assemble import assemble
 from patching.auto_class import predicts_masked_tokens
 from patching.blocks import Order, as_layer_list, parse_ranges
-from patching.command_line import CommandLineParser, user_errors
+from patching.command_line import CommandLineParser, check_one_process, user_errors
 from patching.hub import check_can_push, push
 from patching.layout import Layout, layout_of
 from patching.model_card import FILE_NAME as CARD_FILE_NAME
@@ -268,6 +268,7 @@ class Choice(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
+        check_one_process()
         parser = CommandLineParser(PatchArguments, prog="patching.patch", description=__doc__)
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         max_shard_bytes = parse_bytes(arguments.max_shard_size, "max_shard_size")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -177,6 +178,89 @@ def test_evaluate_searches_once(exact, flags, tmp_path, monkeypatch):
         assert result["settings"]["order"] == found["order"]
     monkeypatch.setattr(TeacherKL, "of", lambda *_, **__: pytest.fail("measured before"))
     evaluate_main(asked)
+
+
+@pytest.mark.parametrize("command", [patch_main, evaluate_main])
+@pytest.mark.parametrize(
+    ("kind", "kept", "num_layers", "message"),
+    [
+        ("llama", (0, 1, 3, 5, 7), 8, "kept_layers=[0, 2, 4, 6, 7] and this pair has [0, 1, 3, 5"),
+        ("llama", (0, 2, 4, 6, 7), 9, "num_teacher_layers=8 and this pair has 9"),
+        ("mistral", LAYERS.kept, 8, "model_type=llama and this pair has mistral"),
+    ],
+)
+def test_an_order_of_other_layers_is_refused(
+    exact, tmp_path, capsys, monkeypatch, command, kind, kept, num_layers, message
+):
+    teacher, student = save_pair(tmp_path, kind, kept, num_layers)
+    monkeypatch.setattr(Pair, "load", lambda *_: pytest.fail("weights load"))
+    with pytest.raises(SystemExit, match="2"):
+        command(
+            [
+                *("--teacher_model_name_or_path", str(teacher)),
+                *("--student_model_name_or_path", str(student), "--num_layers_to_patch", "1"),
+                *("--save_directory", str(tmp_path / "out")),
+                *("--order", str(exact / "order.json")),
+            ]
+        )
+    found = f"error: --order {exact / 'order.json'} was found for {message}"
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(found) and line.endswith("search one for it with patching.orders")
+
+
+def test_an_order_of_other_weights_is_taken_with_a_warning(exact, pair_folders, tmp_path):
+    renamed = tmp_path / "renamed"
+    shutil.copytree(pair_folders[1], renamed)
+    arguments = PairArguments(str(pair_folders[0]), str(renamed), order=str(exact / "order.json"))
+    with warnings.catch_warnings(action="error"):
+        order = Pair.from_pretrained(arguments).order
+    assert list(order) == read(exact)["order"]
+    values = read(exact)
+    values["settings"]["student"] = "student 0123456789abcdef"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(values))
+    arguments.order = str(other)
+    with pytest.warns(UserWarning, match="was found for student=student 0123456789abcdef, and"):
+        assert Pair.from_pretrained(arguments).order == order
+
+
+@pytest.mark.slow
+def test_two_ranks_search_once_and_agree(exact, flags, tmp_path):
+    write_task(tmp_path, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    out = tmp_path / "out"
+    done = run_module(
+        *(*launcher, "evaluate.evaluate", *flags, "--order", "klpatch", "--save_directory", out),
+        *("--tasks", "rolling", "--include_path", tmp_path, "--dtype", "float32"),
+        *("--num_layers_to_patch", "0-1", "--device", "cpu"),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("klpatch, k = 1: patched") == 1
+    for k in (0, 1):
+        result = json.loads((out / f"family_k{k}.json").read_text())
+        assert result["settings"]["order"] == read(exact)["orders"]["klpatch"]["order"]
+    done = run_module(*launcher, "patching.orders", *flags, "--save_directory", tmp_path / "two")
+    assert done.returncode != 0 and not (tmp_path / "two").exists()
+    assert "2 processes were started and this command runs as one" in done.stderr
+
+
+def test_calibration_text_that_is_evaluated_on_is_told(flags, tmp_path):
+    calibration = tmp_path / "calibration.jsonl"
+    texts = ["another text", *TEXTS[:2]]
+    calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_task(tmp_path, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    write_task(tmp_path, "others", [{"text": text} for text in TEXTS[2:]], **ROLLING)
+    with pytest.warns(UserWarning, match="2 of the 3 calibration texts stand in rolling") as told:
+        evaluate_main(
+            [
+                *(*flags, "--calibration", str(calibration), "--order", "klpatch"),
+                *("--save_directory", str(tmp_path / "out"), "--tasks", "rolling,others"),
+                *("--include_path", str(tmp_path), "--dtype", "float32"),
+                *("--num_layers_to_patch", "1"),
+            ]
+        )
+    assert not any("stand in others" in str(warning.message) for warning in told)
 
 
 def test_a_search_needs_text(pair_folders, tmp_path, capsys):
