@@ -87,6 +87,7 @@ def test_the_student_has_the_chosen_layers(teacher_folder, text_file, tmp_path, 
         (["--longest_block", "0"], "longest_block=0"),
         (["--calibration_texts", "0"], "calibration_texts=0: choose 1 or more"),
         (["--kept_layers", "0,2", "--num_kept_layers", "3"], "belongs to --kept_layers auto"),
+        (["--kept_layers", "0,2"], "--calibration belongs to --kept_layers auto"),
     ],
 )
 def test_bad_flags_end_in_one_line_before_weights_load(

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
-from conftest import run_module, save_pair
+from conftest import ROOT, run_module, save_pair
 from local_tasks import ROLLING, TEXTS, write_task
 
 from evaluate.evaluate import main as evaluate_main
@@ -130,6 +133,38 @@ def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_aft
     orders.main(asked)
 
 
+KILLED_IN_A_SEARCH = """
+import os, signal, sys
+from patching import orders
+
+of, num_trees = orders.TeacherKL.of, 0
+
+def killing(*arguments, **settings):
+    global num_trees
+    num_trees += 1
+    if num_trees == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return of(*arguments, **settings)
+
+orders.TeacherKL.of = killing
+orders.SETS_PER_TREE = 5
+orders.main(sys.argv[1:])
+"""
+
+
+def test_killed_and_rerun_it_finds_the_same(exact, flags, tmp_path):
+    asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
+    words = [sys.executable, "-c", KILLED_IN_A_SEARCH, *asked]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["order_kl.json"]
+    assert 5 < len(json.loads((tmp_path / "order_kl.json").read_text())["kl"]) <= 10
+    orders.main(asked)
+    again, whole = read(tmp_path), read(exact)
+    for name in ("order", "name", "orders", "best_sets", "settings"):
+        assert again[name] == whole[name]
+
+
 def test_other_settings_are_refused(exact, flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         orders.main([*flags, "--save_directory", str(exact), "--calibration_skip", "1"])
@@ -155,7 +190,8 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, capsys, extra, message):
 def test_patch_takes_the_file_and_searches_alike(exact, flags, tmp_path):
     size = ["--num_layers_to_patch", "1", "--dtype", "float32"]
     path = exact / "order.json"
-    patch_main([*flags, *size, "--order", str(path), "--save_directory", str(tmp_path / "file")])
+    pair = flags[:4]
+    patch_main([*pair, *size, "--order", str(path), "--save_directory", str(tmp_path / "file")])
     patch_main([*flags, *size, "--order", "klpatch", "--save_directory", str(tmp_path / "search")])
     found = read(exact)
     for name, order in (("file", found["order"]), ("search", found["orders"]["klpatch"]["order"])):
@@ -243,6 +279,19 @@ def test_two_ranks_search_once_and_agree(exact, flags, tmp_path):
     done = run_module(*launcher, "patching.orders", *flags, "--save_directory", tmp_path / "two")
     assert done.returncode != 0 and not (tmp_path / "two").exists()
     assert "2 processes were started and this command runs as one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--num_layers_to_patch", "1"], "--calibration belongs to --order klpatch or block-infl"),
+        (["--patched_layers", "1", "--order", "klpatch"], "leave out --order klpatch"),
+    ],
+)
+def test_patch_refuses_text_and_searches_for_nothing(flags, tmp_path, capsys, extra, message):
+    with pytest.raises(SystemExit, match="2"):
+        patch_main([*flags, *extra, "--save_directory", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
 
 
 def test_calibration_text_that_is_evaluated_on_is_told(flags, tmp_path):

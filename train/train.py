@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
                 ),
             )
             print_on_main_process(args, reasons)
+        elif text_args.calibration is not None:
+            raise ValueError("--calibration belongs to --kept_layers auto")
         if args.dry_run:
             print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
             return
