@@ -7,9 +7,9 @@ All sides measure the same sets of a KLPatch search, of a beam and of all sets, 
 with the same KL. They differ in what they run for it: `shared`, as patching.orders does, each
 distinct prefix of layers once; `alone`, each candidate from its embedding on; `beside`, the teacher
 again beside each candidate, as where its logits are too large to keep. Without a pair of your own
-it is a random one of 16 layers. Prints layer forwards, those of the teacher among them, and seconds
-of all, and that they choose the same sets. --count says of published layer maps, from integers
-alone, what a KLPatch search takes, by the order that it finds.
+it is a random one of 16 layers. Prints layer forwards of candidates and of the teacher and seconds,
+and that all sides choose the same sets. --count says of published layer maps, from integers alone,
+what a KLPatch search takes, by the order that it finds.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -58,20 +59,35 @@ def random_models() -> tuple[LayerMap, dict[str, Qwen3ForCausalLM]]:
 SIDES = ("shared", "alone", "beside")
 
 
+class Forwards(NamedTuple):
+    """Layers that are run, over all batches or for one of them."""
+
+    candidates: int
+    teacher: int
+
+    def times(self, other: "Forwards") -> str:
+        """How many times as many as another side's: candidates' alone, and all."""
+        return f"{self.candidates / other.candidates:.2f} x, {sum(self) / sum(other):.2f} x in all"
+
+
 class Side:
     """Measures sets in one of the three ways, and remembers what was measured."""
 
     def __init__(self, name: str, layer_map: LayerMap, teacher_kl: Callable[[], TeacherKL]) -> None:
         self.name, self.layer_map, self.teacher_kl = name, layer_map, teacher_kl
         self.found: dict[PatchedLayers, float] = {}
-        self.num_layer_forwards = 0
-        self.kl = self._begin()
+        self.forwards = Forwards(0, 0)
+        self._begin()
 
-    def _begin(self) -> TeacherKL:
+    def _begin(self) -> None:
         """Runs the teacher."""
-        kl = self.teacher_kl()
-        self.num_layer_forwards += self.layer_map.num_teacher_layers * len(kl.batches)
-        return kl
+        self.kl = self.teacher_kl()
+        self._add(0, self.layer_map.num_teacher_layers * len(self.kl.batches))
+
+    def _add(self, candidates: int, teacher: int) -> None:
+        self.forwards = Forwards(
+            self.forwards.candidates + candidates, self.forwards.teacher + teacher
+        )
 
     def __call__(self, sets: Collection[PatchedLayers]) -> Mapping[PatchedLayers, float]:
         layers = range(len(self.layer_map.kept))
@@ -84,11 +100,11 @@ class Side:
             }
             recipes = {name: patched_model(self.layer_map, s) for name, s in group.items()}
             if self.name == "beside" and self.found:
-                self.kl = self._begin()
+                self._begin()
             before = self.kl.num_layer_forwards
             remember = self.name == "shared" and len(missing) <= SETS_PER_TREE
             found = self.kl.of(recipes, remember=remember)
-            self.num_layer_forwards += self.kl.num_layer_forwards - before
+            self._add(self.kl.num_layer_forwards - before, 0)
             self.found |= {patched: found[name] for name, patched in group.items()}
         return self.found
 
@@ -101,7 +117,7 @@ PUBLISHED = {
 }
 
 
-def forwards_of_search(layer_map: LayerMap, found: str | int) -> dict[str, int]:
+def forwards_of_search(layer_map: LayerMap, found: str | int) -> dict[str, Forwards]:
     """Layers that a batch goes through on each side, in a KLPatch search that finds the order
     `last` or `first`, or one that is random (by its seed).
     """
@@ -122,9 +138,9 @@ def forwards_of_search(layer_map: LayerMap, found: str | int) -> dict[str, int]:
     }
     teacher, alone = layer_map.num_teacher_layers, sum(recipe.depth for recipe in recipes)
     return {
-        "shared": teacher + len(prefixes),
-        "alone": teacher + alone,
-        "beside": teacher * len(recipes) + alone,
+        "shared": Forwards(len(prefixes), teacher),
+        "alone": Forwards(alone, teacher),
+        "beside": Forwards(alone, teacher * len(recipes)),
     }
 
 
@@ -133,11 +149,16 @@ def print_counts() -> None:
         for found in ("last", "first", "random"):
             seeds = range(20) if found == "random" else [found]
             counts = [forwards_of_search(layer_map, seed) for seed in seeds]
-            shared, alone, beside = (sum(c[side] for c in counts) / len(counts) for side in SIDES)
-            print(
-                f"| {name} | {found} | {shared:,.0f} | {alone:,.0f} ({alone / shared:.2f} x) | "
-                f"{beside:,.0f} ({beside / shared:.2f} x) |"
-            )
+            cells = [name, found]
+            for side in SIDES:
+                sums = Forwards(*(sum(numbers) for numbers in zip(*(c[side] for c in counts))))
+                candidates, teacher = (round(number / len(counts)) for number in sums)
+                cells.append(f"{candidates:,} + {teacher:,}")
+                if side == "shared":
+                    shared = sums
+                else:
+                    cells[-1] += f" ({sums.times(shared)})"
+            print(f"| {' | '.join(cells)} |")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -184,12 +205,12 @@ def main(arguments: argparse.Namespace) -> None:
         same = "the same sets" if len(set(found.values())) == 1 else f"other sets, {found}"
         order = as_layer_list(as_order(layer_map, found["shared"]))
         print(f"{title}: {len(sides['shared'].found)} models; order {order}, {same}")
-        ours = sides["shared"].num_layer_forwards
         for name, side in sides.items():
-            forwards = side.num_layer_forwards
             print(
-                f"  {name:6} {forwards:7,} layer forwards ({forwards / ours:.2f} x), "
-                f"{seconds[name]:6.1f} s ({seconds[name] / seconds['shared']:.2f} x)",
+                f"  {name:6} {side.forwards.candidates:6,} layer forwards of candidates, "
+                f"{side.forwards.teacher:5,} of the teacher "
+                f"({side.forwards.times(sides['shared'].forwards)}), "
+                f"{seconds[name]:5.1f} s ({seconds[name] / seconds['shared']:.2f} x)",
                 flush=True,
             )
 

@@ -96,18 +96,19 @@ def test_layers_of_a_search_are_counted_as_they_run(name, monkeypatch):
     recipes = [patched_model(layer_map, patched) for patched in side.found]
     paths = {(r.embedding, *r.layers[:depth]) for r in recipes for depth in range(1, r.depth + 1)}
     expected = {
-        "shared": 10 + len(paths),
-        "alone": 10 + sum(recipe.depth for recipe in recipes),
-        "beside": sum(10 + recipe.depth for recipe in recipes),
+        "shared": (len(paths), 10),
+        "alone": (sum(recipe.depth for recipe in recipes), 10),
+        "beside": (sum(recipe.depth for recipe in recipes), 10 * len(recipes)),
     }
-    assert num_calls == side.num_layer_forwards == len(batches) * expected[name]
+    assert side.forwards == tuple(len(batches) * number for number in expected[name])
+    assert num_calls == sum(side.forwards)
 
 
 def test_layers_of_a_search_counted_by_hand():
     layer_map = LayerMap((0, 2, 4), 6)
     # Found is {2}, then {1, 2}; 4 + 4 + 4 and 5 + 5 layers, of which these are new: 4 + 4 + 3 for
     # {0}, {1} and {2}, then the last two of {0, 2} and of {1, 2}.
-    counts = {"shared": 6 + 15, "alone": 6 + 22, "beside": 5 * 6 + 22}
+    counts = {"shared": (15, 6), "alone": (22, 6), "beside": (22, 5 * 6)}
     assert forwards_of_search(layer_map, "last") == counts
 
 
