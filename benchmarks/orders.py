@@ -76,18 +76,13 @@ class Side:
     def __init__(self, name: str, layer_map: LayerMap, teacher_kl: Callable[[], TeacherKL]) -> None:
         self.name, self.layer_map, self.teacher_kl = name, layer_map, teacher_kl
         self.found: dict[PatchedLayers, float] = {}
-        self.forwards = Forwards(0, 0)
-        self._begin()
+        self.kls = [teacher_kl()]
+        """Each has run the teacher."""
 
-    def _begin(self) -> None:
-        """Runs the teacher."""
-        self.kl = self.teacher_kl()
-        self._add(0, self.layer_map.num_teacher_layers * len(self.kl.batches))
-
-    def _add(self, candidates: int, teacher: int) -> None:
-        self.forwards = Forwards(
-            self.forwards.candidates + candidates, self.forwards.teacher + teacher
-        )
+    @property
+    def forwards(self) -> Forwards:
+        teacher = self.layer_map.num_teacher_layers * sum(len(kl.batches) for kl in self.kls)
+        return Forwards(sum(kl.num_layer_forwards for kl in self.kls), teacher)
 
     def __call__(self, sets: Collection[PatchedLayers]) -> Mapping[PatchedLayers, float]:
         layers = range(len(self.layer_map.kept))
@@ -100,11 +95,9 @@ class Side:
             }
             recipes = {name: patched_model(self.layer_map, s) for name, s in group.items()}
             if self.name == "beside" and self.found:
-                self._begin()
-            before = self.kl.num_layer_forwards
+                self.kls.append(self.teacher_kl())
             remember = self.name == "shared" and len(missing) <= SETS_PER_TREE
-            found = self.kl.of(recipes, remember=remember)
-            self._add(self.kl.num_layer_forwards - before, 0)
+            found = self.kls[-1].of(recipes, remember=remember)
             self.found |= {patched: found[name] for name, patched in group.items()}
         return self.found
 

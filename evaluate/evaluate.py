@@ -48,7 +48,7 @@ from patching.block_influence import block_influence, most_influential
 from patching.blocks import Order, parse_sizes
 from patching.command_line import CommandLineParser, user_errors
 from patching.distilbert import as_bert_config
-from patching.named_orders import SEARCHED_ORDERS
+from patching.named_orders import NAMED_ORDERS, SEARCHED_ORDERS
 from patching.orders import MEASURED_FILE_NAME, Measurements, calibration_of, searched_order
 from patching.outputs import check_writable, environment, write_json
 from patching.pair import (
@@ -204,11 +204,14 @@ def read_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
 
 
 def second_pair(pair: Pair, arguments: EvaluationArguments) -> Pair:
-    """The teacher and `--random_student`, patched in the same order where its layers allow it."""
+    """The teacher and `--random_student`, patched in the same order where its layers allow it: one
+    from a file or a search belongs to the layers it was found for.
+    """
     other = dataclasses.replace(
         arguments,
         student_model_name_or_path=arguments.random_student,
         student_revision=None,
+        order=arguments.order if arguments.order in NAMED_ORDERS else None,
     )
     second = Pair.from_pretrained(other)
     if second.layer_map == pair.layer_map:
