@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, run_module, save_pair
 from local_tasks import ROLLING, TEXTS, write_task
 
+from evaluate.evaluate import EvaluationArguments, second_pair
 from evaluate.evaluate import main as evaluate_main
 from patching import orders
 from patching.blocks import LayerMap
@@ -258,6 +259,21 @@ def test_an_order_of_other_weights_is_taken_with_a_warning(exact, pair_folders, 
     arguments.order = str(other)
     with pytest.warns(UserWarning, match="was found for student=student 0123456789abcdef, and"):
         assert Pair.from_pretrained(arguments).order == order
+
+
+@pytest.mark.parametrize(("kept", "is_taken"), [(LAYERS.kept, True), ((0, 1, 3, 5, 7), False)])
+def test_a_random_student_takes_the_order_where_its_layers_are_the_same(
+    exact, pair_folders, tmp_path, kept, is_taken
+):
+    arguments = EvaluationArguments(
+        *map(str, pair_folders),
+        order=str(exact / "order.json"),
+        random_student=str(save_pair(tmp_path, "llama", kept, 8)[1]),
+        save_directory=tmp_path,
+    )
+    pair = Pair.from_pretrained(arguments)
+    second = second_pair(pair, arguments)
+    assert second.order == (pair.order if is_taken else "first")  # else what suits a llama
 
 
 @pytest.mark.slow
