@@ -257,13 +257,14 @@ def orders_table(found: dict[str, Any], held_out: dict[str, list[float]]) -> str
     sizes = [f"k = {k}" for k in range(1, len(best) + 1)]
     sums = ["mean KL", "area", "regret", "to best sets"]
     header = ["order", "layers", *sizes, *sums, *(f"bits, {size}" for size in sizes)]
-    student, bits = found["orders"]["last"]["members"][0], held_out["last"]
+    student, ends = found["orders"]["last"]["members"][0], held_out["last"]
     areas = {order: result["area"] for order, result in found["orders"].items()}
-    cells = ([" = ".join(of_row), *numbers] for numbers, of_row in rows.items())
+    named = ([" = ".join(of_row), *cells] for cells, of_row in rows.items())
     return (
-        f"{markdown(header, cells)}\n\nThe student has KL {student['kl']:.4f} and {bits[0]:.4f} "
-        f"bits per byte, the teacher {bits[-1]:.4f}. Area of klpatch at most that of the better of "
-        f"first and last: {areas['klpatch'] <= min(areas['first'], areas['last'])}."
+        f"{markdown(header, named, num_words=2)}\n\n"
+        f"The student has KL {student['kl']:.4f} and {ends[0]:.4f} bits per byte, the teacher "
+        f"{ends[-1]:.4f}. Area of klpatch at most that of the better of first and last: "
+        f"{areas['klpatch'] <= min(areas['first'], areas['last'])}."
     )
 
 
@@ -279,11 +280,12 @@ def samples_table(samples: Sequence[dict[str, Any]], measured: dict[str, float])
         layers = [as_layer_list(result["order"]) for result in (first, second)]
         rows.append([order, *layers, f"{first['mean_kl']:.4f}", f"{there:.4f}"])
     header = ["order", "found on the first sample", "on the second", "mean KL on the first"]
-    return markdown([*header, "there, of the second's"], rows)
+    return markdown([*header, "there, of the second's"], rows, num_words=3)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], num_words: int) -> str:
+    """A table whose columns behind the first ones are numbers."""
+    lines = [header, ["---"] * num_words + ["---:"] * (len(header) - num_words), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
