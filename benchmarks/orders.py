@@ -1,17 +1,25 @@
 """Searching an order: candidates that share their layers against each as a model of its own.
 
     python -m benchmarks.orders [--teacher DIR --student DIR --calibration TEXT]
+    python -m benchmarks.orders --count
 
-Both sides measure the same sets of a KLPatch search, of a beam and of all sets, on the same text
-and with the same KL; only the layers are shared or not. Without a pair of your own it is a random
-one of 16 layers. Prints layer forwards and seconds of both, and that they choose the same sets.
+All sides measure the same sets of a KLPatch search, of a beam and of all sets, on the same text and
+with the same KL. They differ in what they run for it: `shared`, as patching.orders does, each
+distinct prefix of layers once; `alone`, each candidate from its embedding on; `beside`, the teacher
+again beside each candidate, as where its logits are too large to keep. Without a pair of your own
+it is a random one of 16 layers. Prints layer forwards of candidates and of the teacher and seconds,
+and that all sides choose the same sets. --count says of published layer maps, from integers alone,
+what a KLPatch search takes, by the order that it finds.
 """
 
 import argparse
 import copy
+import random
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -48,30 +56,108 @@ def random_models() -> tuple[LayerMap, dict[str, Qwen3ForCausalLM]]:
     return layer_map, {"teacher": teacher, "student": student}
 
 
-class Side:
-    """Measures sets, shared or each by itself, and remembers what was measured."""
+SIDES = ("shared", "alone", "beside")
 
-    def __init__(self, layer_map: LayerMap, kl: TeacherKL, is_shared: bool) -> None:
-        self.layer_map, self.kl, self.is_shared = layer_map, kl, is_shared
+
+class Forwards(NamedTuple):
+    """Layers that are run, over all batches or for one of them."""
+
+    candidates: int
+    teacher: int
+
+    def times(self, other: "Forwards") -> str:
+        """How many times as many as another side's: candidates' alone, and all."""
+        return f"{self.candidates / other.candidates:.2f} x, {sum(self) / sum(other):.2f} x in all"
+
+
+class Side:
+    """Measures sets in one of the three ways, and remembers what was measured."""
+
+    def __init__(self, name: str, layer_map: LayerMap, teacher_kl: Callable[[], TeacherKL]) -> None:
+        self.name, self.layer_map, self.teacher_kl = name, layer_map, teacher_kl
         self.found: dict[PatchedLayers, float] = {}
+        self.kls = [teacher_kl()]
+        """Each has run the teacher."""
+
+    @property
+    def forwards(self) -> Forwards:
+        teacher = self.layer_map.num_teacher_layers * sum(len(kl.batches) for kl in self.kls)
+        return Forwards(sum(kl.num_layer_forwards for kl in self.kls), teacher)
 
     def __call__(self, sets: Collection[PatchedLayers]) -> Mapping[PatchedLayers, float]:
         layers = range(len(self.layer_map.kept))
         missing = sorted(set(sets) - self.found.keys(), key=lambda s: [i in s for i in layers])
-        at_once = SETS_PER_TREE if self.is_shared else 1
+        at_once = SETS_PER_TREE if self.name == "shared" else 1
         for start in range(0, len(missing), at_once):
             group = {
                 as_layer_list(sorted(patched)): patched
                 for patched in missing[start : start + at_once]
             }
             recipes = {name: patched_model(self.layer_map, s) for name, s in group.items()}
-            remember = self.is_shared and len(missing) <= SETS_PER_TREE
-            found = self.kl.of(recipes, remember=remember)
+            if self.name == "beside" and self.found:
+                self.kls.append(self.teacher_kl())
+            remember = self.name == "shared" and len(missing) <= SETS_PER_TREE
+            found = self.kls[-1].of(recipes, remember=remember)
             self.found |= {patched: found[name] for name, patched in group.items()}
         return self.found
 
 
+PUBLISHED = {
+    "Qwen3-4B, Qwen3-8B": LayerMap(default_kept_layers(36, 2, 1, 2), 36),
+    "Pythia-2.8B, Pythia-6.9B": LayerMap(default_kept_layers(32, 2, 1, 2), 32),
+    "Llama-3.2-3B": LayerMap(default_kept_layers(28, 2, 2, 1), 28),
+    "the demo": LayerMap(default_kept_layers(12, 2, 1, 2), 12),
+}
+
+
+def forwards_of_search(layer_map: LayerMap, found: str | int) -> dict[str, Forwards]:
+    """Layers that a batch goes through on each side, in a KLPatch search that finds the order
+    `last` or `first`, or one that is random (by its seed).
+    """
+    asked: set[PatchedLayers] = set()
+    draw = random.Random(found)
+
+    def measure(sets: Collection[PatchedLayers]) -> Mapping[PatchedLayers, float]:
+        asked.update(sets)
+        if isinstance(found, int):
+            return {patched: draw.random() for patched in sorted(sets, key=sorted)}
+        wanted = layer_map.patched_layers(layer_map.num_patched(next(iter(sets))), found)
+        return {patched: float(patched != wanted) for patched in sets}
+
+    search(layer_map, measure)
+    recipes = [patched_model(layer_map, patched) for patched in asked]
+    prefixes = {
+        (r.embedding, *r.layers[:depth]) for r in recipes for depth in range(1, r.depth + 1)
+    }
+    teacher, alone = layer_map.num_teacher_layers, sum(recipe.depth for recipe in recipes)
+    return {
+        "shared": Forwards(len(prefixes), teacher),
+        "alone": Forwards(alone, teacher),
+        "beside": Forwards(alone, teacher * len(recipes)),
+    }
+
+
+def print_counts() -> None:
+    for name, layer_map in PUBLISHED.items():
+        for found in ("last", "first", "random"):
+            seeds = range(20) if found == "random" else [found]
+            counts = [forwards_of_search(layer_map, seed) for seed in seeds]
+            cells = [name, found]
+            for side in SIDES:
+                sums = Forwards(*(sum(numbers) for numbers in zip(*(c[side] for c in counts))))
+                candidates, teacher = (round(number / len(counts)) for number in sums)
+                cells.append(f"{candidates:,} + {teacher:,}")
+                if side == "shared":
+                    shared = sums
+                else:
+                    cells[-1] += f" ({sums.times(shared)})"
+            print(f"| {' | '.join(cells)} |")
+
+
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.count:
+        print_counts()
+        return
     if arguments.teacher is None:
         layer_map, models = random_models()
         torch.manual_seed(1)
@@ -103,22 +189,23 @@ def main(arguments: argparse.Namespace) -> None:
     for title, find in searches.items():
         if title in arguments.skip:
             continue
-        results = []
-        for is_shared in (True, False):
-            kl = TeacherKL(**models, batches=batches)
+        sides, seconds, found = {}, {}, {}
+        for name in SIDES:
             start = time.perf_counter()
-            side = Side(layer_map, kl, is_shared)
-            sets = find(side)
-            results.append((time.perf_counter() - start, kl.num_layer_forwards, sets, side.found))
-        (own, forwards, sets, _), (alone, forwards_alone, sets_alone, found) = results
-        same = "the same sets" if sets == sets_alone else f"other sets, {sets_alone}"
-        print(
-            f"{title}: {len(found)} models; layer forwards {forwards:,} instead of "
-            f"{forwards_alone:,} ({forwards_alone / forwards:.2f} x fewer); {own:.1f} s instead of "
-            f"{alone:.1f} s ({alone / own:.2f} x faster); order "
-            f"{as_layer_list(as_order(layer_map, sets))}, {same}",
-            flush=True,
-        )
+            sides[name] = Side(name, layer_map, partial(TeacherKL, **models, batches=batches))
+            found[name] = find(sides[name])
+            seconds[name] = time.perf_counter() - start
+        same = "the same sets" if len(set(found.values())) == 1 else f"other sets, {found}"
+        order = as_layer_list(as_order(layer_map, found["shared"]))
+        print(f"{title}: {len(sides['shared'].found)} models; order {order}, {same}")
+        for name, side in sides.items():
+            print(
+                f"  {name:6} {side.forwards.candidates:6,} layer forwards of candidates, "
+                f"{side.forwards.teacher:5,} of the teacher "
+                f"({side.forwards.times(sides['shared'].forwards)}), "
+                f"{seconds[name]:5.1f} s ({seconds[name] / seconds['shared']:.2f} x)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
@@ -129,4 +216,5 @@ if __name__ == "__main__":
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--skip", nargs="*", default=[], help="searches to leave out")
+    parser.add_argument("--count", action="store_true", help="count layers, run none")
     main(parser.parse_args())

@@ -231,28 +231,62 @@ def compare(name: str, folder: Path) -> None:
         search(name, folder, "student", "orders_2", "--calibration_skip", NUM_CALIBRATION),
     ]
     held_out = held_out_of(samples[0], pair, folder)
-    print(f"\n{name}: held-out bits per byte by size")
-    for order, values in held_out.items():
-        print(f"| {order} | {' | '.join(f'{value:.4f}' for value in values)} |")
-    print(f"\n{name}: orders found on another {NUM_CALIBRATION} texts")
-    for order in samples[0]["orders"]:
-        first, second = (sample["orders"][order] for sample in samples)
-        print(
-            f"| {order} | {as_layer_list(first['order'])} | {as_layer_list(second['order'])} | "
-            f"{first['mean_kl']:.4f} | {second['mean_kl']:.4f} |"
-        )
     measured = json.loads((folder / "orders" / "order_kl.json").read_text())["kl"]
-    for order in ("klpatch", "exact"):
-        sets = [
-            as_layer_list(member["patched_layers"])
-            for member in samples[1]["orders"][order]["members"][1:-1]
-        ]
-        mean = sum(measured[patched] for patched in sets) / len(sets)
-        own = samples[0]["orders"][order]["mean_kl"]
-        print(f"{order} of the second sample on the first: mean KL {mean:.4f} instead of {own:.4f}")
+    print(f"\n{name}\n\n{orders_table(samples[0], held_out)}\n")
+    print(samples_table(samples, measured))
     (folder / "compared.json").write_text(
         json.dumps({"samples": samples, "held_out_bits_per_byte": held_out}, indent=1) + "\n"
     )
+
+
+def orders_table(found: dict[str, Any], held_out: dict[str, list[float]]) -> str:
+    """KL and held-out bits per byte of the sizes between student and teacher, orders of the same
+    models in one row.
+    """
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for order, result in found["orders"].items():
+        kl = [member["kl"] for member in result["members"]]
+        sums = [result[key] for key in ("mean_kl", "area", "regret", "regret_of_best_sets")]
+        numbers = [*kl[1:-1], *sums, *held_out[order][1:-1]]
+        cells = (as_layer_list(result["order"]), *(f"{number:.4f}" for number in numbers))
+        rows.setdefault(cells, []).append(order)
+    best = [f"{member['kl']:.4f}" for member in found["best_sets"]]
+    mean = sum(member["kl"] for member in found["best_sets"]) / len(best)
+    bits = [f"{value:.4f}" for value in held_out["best sets"]]
+    rows["", *best, f"{mean:.4f}", "", "", "", *bits] = ["best set of each size"]
+    sizes = [f"k = {k}" for k in range(1, len(best) + 1)]
+    sums = ["mean KL", "area", "regret", "to best sets"]
+    header = ["order", "layers", *sizes, *sums, *(f"bits, {size}" for size in sizes)]
+    student, ends = found["orders"]["last"]["members"][0], held_out["last"]
+    areas = {order: result["area"] for order, result in found["orders"].items()}
+    named = ([" = ".join(of_row), *cells] for cells, of_row in rows.items())
+    return (
+        f"{markdown(header, named, num_words=2)}\n\n"
+        f"The student has KL {student['kl']:.4f} and {ends[0]:.4f} bits per byte, the teacher "
+        f"{ends[-1]:.4f}. Area of klpatch at most that of the better of first and last: "
+        f"{areas['klpatch'] <= min(areas['first'], areas['last'])}."
+    )
+
+
+def samples_table(samples: Sequence[dict[str, Any]], measured: dict[str, float]) -> str:
+    """Orders found on each sample of texts; those of the second also with the mean KL that they
+    have on the first, by what was `measured` there.
+    """
+    rows = []
+    for order in samples[0]["orders"]:
+        first, second = (sample["orders"][order] for sample in samples)
+        sets = [as_layer_list(member["patched_layers"]) for member in second["members"][1:-1]]
+        there = sum(measured[patched] for patched in sets) / len(sets)
+        layers = [as_layer_list(result["order"]) for result in (first, second)]
+        rows.append([order, *layers, f"{first['mean_kl']:.4f}", f"{there:.4f}"])
+    header = ["order", "found on the first sample", "on the second", "mean KL on the first"]
+    return markdown([*header, "there, of the second's"], rows, num_words=3)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], num_words: int) -> str:
+    """A table whose columns behind the first ones are numbers."""
+    lines = [header, ["---"] * num_words + ["---:"] * (len(header) - num_words), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def kept(name: str, folder: Path) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -38,8 +39,8 @@ from evaluate.masked_family import MaskedFamilyLM
 from evaluate.pseudo_perplexity import whole
 from evaluate.report import short_names, write_report
 from evaluate.stored import check_settings, read_results
-from evaluate.sweep import Harness, Kin, Loaded, Member, Sweep, text_of_tasks
-from evaluate.tasks import PAPER_SUITE, LoadedTasks, load_tasks
+from evaluate.sweep import Harness, Kin, Loaded, Member, Sweep, Tasks, text_of_tasks
+from evaluate.tasks import PAPER_SUITE, LoadedTasks, leaves, load_tasks, texts_of
 from evaluate.text_task import TextArguments, read_texts, task_of_texts
 from patching.assemble import count_parameters
 from patching.auto_class import predicts_masked_tokens
@@ -47,18 +48,25 @@ from patching.block_influence import block_influence, most_influential
 from patching.blocks import Order, parse_sizes
 from patching.command_line import CommandLineParser, user_errors
 from patching.distilbert import as_bert_config
-from patching.named_orders import SEARCHED_ORDERS
+from patching.named_orders import NAMED_ORDERS, SEARCHED_ORDERS
 from patching.orders import MEASURED_FILE_NAME, Measurements, calibration_of, searched_order
 from patching.outputs import check_writable, environment, write_json
-from patching.pair import DTYPES, Pair, PairArguments, fingerprint, load_model, usable_device
+from patching.pair import (
+    DTYPES,
+    MeasuringArguments,
+    Pair,
+    fingerprint,
+    load_model,
+    usable_device,
+)
 from patching.recipe import Parent, Reference
-from patching.texts import Calibration, CalibrationArguments
+from patching.texts import Calibration, CalibrationArguments, num_found_in
 
 BASELINES = ("naive", "block_influence")
 
 
 @dataclass
-class EvaluationArguments(TextArguments, CalibrationArguments, PairArguments):
+class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArguments):
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for results"})
     num_layers_to_patch: str = field(
         default="all", metadata={"help": "sizes to evaluate: 4, or 1,3,5, or 0-5, or all"}
@@ -108,13 +116,12 @@ class EvaluationArguments(TextArguments, CalibrationArguments, PairArguments):
     dtype: str = field(
         default="bfloat16", metadata={"help": "dtype of the weights", "choices": DTYPES}
     )
-    device: str | None = field(
-        default=None,
-        metadata={"help": "cuda, cuda:1, mps or cpu; by default a GPU where there is one"},
-    )
 
     def __post_init__(self) -> None:
-        problems = self.check_calibration()
+        takes_influence = "block_influence" in self.baseline_names
+        problems = self.check_calibration(
+            "block influence is measured on text" if takes_influence else None
+        )
         if self.limit is not None and self.limit <= 0:
             problems.append(f"limit={self.limit}: choose a number above 0")
         if self.num_fewshot is not None and self.num_fewshot < 0:
@@ -124,11 +131,6 @@ class EvaluationArguments(TextArguments, CalibrationArguments, PairArguments):
             problems.append(f"eval_batch_size={batch_size}: choose 1 or more, or auto")
         if set(self.baseline_names) - set(BASELINES):
             problems.append(f"baselines={self.baselines}: choose from {', '.join(BASELINES)}")
-        if "block_influence" in self.baseline_names and self.calibration is None:
-            problems.append(
-                f"baselines={self.baselines}: block influence is measured on text, name some with "
-                "--calibration"
-            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -202,11 +204,14 @@ def read_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
 
 
 def second_pair(pair: Pair, arguments: EvaluationArguments) -> Pair:
-    """The teacher and `--random_student`, patched in the same order where its layers allow it."""
+    """The teacher and `--random_student`, patched in the same order where its layers allow it: one
+    from a file or a search belongs to the layers it was found for.
+    """
     other = dataclasses.replace(
         arguments,
         student_model_name_or_path=arguments.random_student,
         student_revision=None,
+        order=arguments.order if arguments.order in NAMED_ORDERS else None,
     )
     second = Pair.from_pretrained(other)
     if second.layer_map == pair.layer_map:
@@ -328,13 +333,11 @@ class Plan:
     def measurements(self, weights: Weights) -> Measurements:
         """What `--order` is searched by, kept in the folder so that a further run has it."""
         path = self.arguments.save_directory / MEASURED_FILE_NAME
-        pair, is_kept = self.pair, is_writer(weights.ranks)
-        return Measurements(
-            pair, self.calibration, self.dtype, lambda: weights.of(pair), path if is_kept else None
-        )
+        pair = self.pair
+        return Measurements(pair, self.calibration, self.dtype, lambda: weights.of(pair), path)
 
     def follow(self, order: Order, ranks: Accelerator | None) -> None:
-        """Take the order that was searched, the first rank's on all of them."""
+        """Take the order that was searched, the first rank's on all of them: it alone searches."""
         if ranks is not None:
             (order,) = broadcast_object_list([order])
         self.pair = dataclasses.replace(self.pair, order=order)
@@ -439,6 +442,17 @@ class Plan:
         return count_parameters(config, self.arguments.trust_remote_code)._asdict()
 
 
+def warn_of_shared_texts(calibration: Calibration, tasks: Tasks, limit: float | None) -> None:
+    """Say of each task how many of the texts that models are chosen by are evaluated on, too."""
+    for task in leaves([task for of_name in tasks.values() for task in of_name]):
+        if num_shared := num_found_in(calibration.texts, texts_of(task, limit)):
+            warnings.warn(
+                f"{num_shared} of the {len(calibration.texts)} calibration texts stand in "
+                f"{task.task_name} too: it is no unseen text for what is chosen by them",
+                stacklevel=2,
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
         parser = CommandLineParser(
@@ -458,11 +472,14 @@ def main(argv: list[str] | None = None) -> None:
         for of_rank in gather_object([failures]):  # what one rank has not got none evaluates
             failures |= of_rank
         tasks = {name: of_name for name, of_name in tasks.items() if name not in failures}
+    if plan.calibration is not None and is_writer(ranks):
+        warn_of_shared_texts(plan.calibration, tasks, arguments.limit)
     weights = Weights(arguments, plan.dtype, device, ranks)
     if arguments.order in SEARCHED_ORDERS:
         with user_errors():
             measure = plan.measurements(weights)
-        plan.follow(searched_order(measure), ranks)
+        order = searched_order(measure) if is_writer(ranks) else plan.pair.order
+        plan.follow(order, ranks)
         with user_errors():
             check_settings(folder, read_results(folder), plan.settings, SHARED_SETTINGS)
     sweep = Sweep(

@@ -2,13 +2,17 @@
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from torch.utils._pytree import tree_leaves
+
+logger = logging.getLogger(__name__)
 
 PAPER_SUITE = (
     "arc_easy",
@@ -102,6 +106,18 @@ def leaves(tasks: Sequence[Task | Group]) -> list[Task]:
         for task in tasks
         for leaf in (task.get_all_tasks() if isinstance(task, Group) else [task])
     ]
+
+
+def texts_of(task: Task, limit: float | None) -> Iterator[str]:
+    """Whatever is text in the documents a task is evaluated on; nothing where they cannot be read,
+    which is said when the task is run.
+    """
+    num_documents = int(limit) if limit is not None and limit >= 1 else None
+    try:
+        for document in islice(task.eval_docs, num_documents):
+            yield from (leaf for leaf in tree_leaves(document) if isinstance(leaf, str))
+    except Exception as error:  # tasks are code
+        logger.info("%s: its documents cannot be read (%s)", task.task_name, error)
 
 
 def refuse_metric_downloads() -> None:

@@ -1,5 +1,6 @@
 """How the command lines meet their user: one line and exit code 2 for what the user can mend."""
 
+import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
@@ -35,6 +36,14 @@ class CommandLineParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; --help lists every flag\n")
+
+
+def check_one_process() -> None:
+    """Raise ValueError under torchrun, for a command that has nothing to share out among ranks."""
+    if (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"{num_ranks} processes were started and this command runs as one: leave out torchrun"
+        )
 
 
 @contextmanager

@@ -3,7 +3,9 @@ of a search.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from patching.blocks import Order
 
@@ -35,6 +37,17 @@ def parse_order(text: str) -> Order:
         raise ValueError(f"--order {text}: the file is not JSON ({error})") from error
     order = values.get("order") if isinstance(values, dict) else values
     return as_order(order, f"order in {text}")
+
+
+def found_for(text: str) -> Mapping[str, Any]:
+    """What the file of a searched order says of the pair it was found for; nothing of an order that
+    is no such file.
+    """
+    if text in (*NAMED_ORDERS, *SEARCHED_ORDERS):
+        return {}
+    values = json.loads(Path(text).read_text(encoding="utf-8"))
+    settings = values.get("settings") if isinstance(values, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def as_order(value: object, where: str) -> Order:

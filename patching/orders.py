@@ -28,13 +28,13 @@ from transformers import PreTrainedModel
 from patching.auto_class import predicts_masked_tokens
 from patching.block_influence import block_influence
 from patching.blocks import LayerMap, as_layer_list
-from patching.command_line import CommandLineParser, user_errors
+from patching.command_line import CommandLineParser, check_one_process, user_errors
 from patching.divergence import check_logits_are_the_heads
 from patching.layout import layout_of
 from patching.named_orders import SEARCHED_ORDERS
 from patching.order_search import PatchedLayers, all_sets, as_order, search
 from patching.outputs import check_writable, environment, write_json
-from patching.pair import DTYPES, Pair, PairArguments, fingerprint, usable_device
+from patching.pair import MeasuringArguments, Pair, usable_device
 from patching.plot import plot_lines, save_figure
 from patching.recipe import Parent, patched_model
 from patching.sizes import size_of
@@ -50,7 +50,7 @@ SETS_PER_TREE = 64
 
 
 @dataclass
-class OrdersArguments(CalibrationArguments, PairArguments):
+class OrdersArguments(CalibrationArguments, MeasuringArguments):
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for what is found"})
     beam: int = field(
         default=1,
@@ -59,19 +59,9 @@ class OrdersArguments(CalibrationArguments, PairArguments):
     exact: bool = field(
         default=False, metadata={"help": "measure every set, for up to 12 patchable layers"}
     )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "dtype of the weights, auto: the teacher's", "choices": DTYPES},
-    )
-    device: str | None = field(
-        default=None,
-        metadata={"help": "cuda, cuda:1, mps or cpu; by default a GPU where there is one"},
-    )
 
     def __post_init__(self) -> None:
-        problems = self.check_calibration()
-        if self.calibration is None:
-            problems.append("orders are measured on text: name some with --calibration")
+        problems = self.check_calibration("orders are measured on text")
         if self.order in SEARCHED_ORDERS:
             problems.append(f"--order {self.order} is searched here in any case: leave it out")
         if self.beam < 1:
@@ -111,11 +101,7 @@ class Measurements:
                     f"orders are searched for models that predict the next token, not for "
                     f"{config.model_type}: choose --order last, first or a file"
                 )
-        arguments = pair.arguments
-        self.settings = {
-            "teacher": fingerprint(arguments.teacher_model_name_or_path, pair.configs["teacher"]),
-            "student": fingerprint(arguments.student_model_name_or_path, pair.configs["student"]),
-            "kept_layers": list(pair.layer_map.kept),
+        self.settings = pair.identity | {
             "dtype": str(dtype).removeprefix("torch."),
             "text": text.name,
             "text_sha256": text.sha256,
@@ -221,10 +207,8 @@ def calibration_of(arguments: Any) -> Calibration | None:
     """
     if arguments.order not in SEARCHED_ORDERS:
         return None
-    if arguments.calibration is None:
-        raise ValueError(
-            f"--order {arguments.order} is measured on text: name some with --calibration"
-        )
+    if problems := arguments.check_calibration(f"--order {arguments.order} is measured on text"):
+        raise ValueError("; ".join(problems))
     return Calibration.read(arguments)
 
 
@@ -351,6 +335,7 @@ def kl_figure(found: Mapping[str, Any]):
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
+        check_one_process()
         parser = CommandLineParser(OrdersArguments, prog="patching.orders", description=__doc__)
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         folder = arguments.save_directory

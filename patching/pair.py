@@ -4,11 +4,12 @@ when asked for.
 
 import hashlib
 import pickle
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from patching.auto_class import auto_class, predicts_masked_tokens
 from patching.blocks import LayerMap, Order, parse_ranges
 from patching.distilbert import as_bert, as_bert_config
 from patching.families import check_parents_match, config_for, family_of
-from patching.named_orders import SEARCHED_ORDERS, parse_order
+from patching.named_orders import SEARCHED_ORDERS, found_for, parse_order
 from patching.recipe import Parent, Recipe, Reference, intermediate_model, naively_pruned
 from patching.student_config import FILE_NAME, StudentConfig, read_student_config
 
@@ -107,6 +108,20 @@ class PairArguments:
         return None if self.order in (None, *SEARCHED_ORDERS) else parse_order(self.order)
 
 
+@dataclass
+class MeasuringArguments(PairArguments):
+    """And how their weights are run, for command lines that measure them."""
+
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "dtype of the weights, auto: the teacher's", "choices": DTYPES},
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "cuda, cuda:1, mps or cpu; by default a GPU where there is one"},
+    )
+
+
 @dataclass(frozen=True)
 class Pair:
     """A checked teacher and student, their layer map and the order of patching."""
@@ -167,8 +182,39 @@ class Pair:
                     "from this teacher"
                 )
         order = order or student_config.patch_order or recommended_order(configs["teacher"])
+        pair = cls(arguments, configs, layer_map, order, models)
+        if arguments.order is not None and (before := found_for(arguments.order)):
+            pair._check_order_was_found_for_it(before)
         layer_map.sequence(order)
-        return cls(arguments, configs, layer_map, order, models)
+        return pair
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an order found for a pair belongs to: layers, and by `teacher` and `student` whose
+        weights.
+        """
+        names = references(self.arguments)
+        return {
+            "model_type": self.configs["teacher"].model_type,
+            "num_teacher_layers": self.layer_map.num_teacher_layers,
+            "kept_layers": list(self.layer_map.kept),
+            **{p: fingerprint(names[p].name_or_path, self.configs[p]) for p in sorted(names)},
+        }
+
+    def _check_order_was_found_for_it(self, before: Mapping[str, Any]) -> None:
+        """Raise ValueError where the order's file names other layers; warn where other weights, for
+        which it is an order as well, if not the one that a search would find.
+        """
+        for name, own in self.identity.items():
+            other = before.get(name, own)
+            found = f"--order {self.arguments.order} was found for {name}={other}"
+            if name not in ("teacher", "student"):
+                if other != own:
+                    raise ValueError(
+                        f"{found} and this pair has {own}: search one for it with patching.orders"
+                    )
+            elif str(other).split()[-1:] != own.split()[-1:]:  # a folder's name may change
+                warnings.warn(f"{found}, and this one is {own}", stacklevel=2)
 
     def recipe(self, num_layers_to_patch: int) -> Recipe:
         """The family's member of size k. Raises ValueError for a k out of range."""

@@ -27,11 +27,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patching.assemble import assemble
 from patching.auto_class import predicts_masked_tokens
 from patching.blocks import Order, as_layer_list, parse_ranges
-from patching.command_line import CommandLineParser, user_errors
+from patching.command_line import CommandLineParser, check_one_process, user_errors
 from patching.hub import check_can_push, push
 from patching.layout import Layout, layout_of
 from patching.model_card import FILE_NAME as CARD_FILE_NAME
 from patching.model_card import model_card, origin_of
+from patching.named_orders import SEARCHED_ORDERS
 from patching.orders import Measurements, calibration_of, searched_order
 from patching.outputs import (
     check_new_folder,
@@ -109,6 +110,10 @@ class PatchArguments(CalibrationArguments, PairArguments):
         elif not self.list and len(named) != 1:
             given = f", not both --{' and --'.join(named)}" if named else ""
             problems.append(f"name one size with {flags}{given}")
+        if self.order in SEARCHED_ORDERS and self.patched_layers is not None:
+            problems.append(f"--patched_layers names every layer: leave out --order {self.order}")
+        if self.order not in SEARCHED_ORDERS and self.calibration is not None:
+            problems.append(f"--calibration belongs to --order {' or '.join(SEARCHED_ORDERS)}")
         if self.list and self.push_to_hub:
             problems.append("--list builds nothing: leave out --push_to_hub")
         if not self.list and self.save_directory is None:
@@ -268,6 +273,7 @@ class Choice(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
+        check_one_process()
         parser = CommandLineParser(PatchArguments, prog="patching.patch", description=__doc__)
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         max_shard_bytes = parse_bytes(arguments.max_shard_size, "max_shard_size")

@@ -20,12 +20,16 @@ LOOKS = (
 def plot_lines(
     lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
 ) -> Figure:
-    """Lines of points by their names."""
+    """Lines of points by their names; those that coincide are one, with all their names."""
+    names: dict[tuple[tuple[float, float], ...], list[str]] = {}
+    for name, points in lines.items():
+        names.setdefault(tuple(points), []).append(name)
     figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (name, points), (color, line, marker) in zip(lines.items(), cycle(LOOKS)):
+    for (points, of_line), (color, line, marker) in zip(names.items(), cycle(LOOKS)):
+        label = " = ".join(of_line)
         axes.plot(
-            *zip(*points), color=color, linestyle=line, marker=marker, markersize=5, label=name
+            *zip(*points), color=color, linestyle=line, marker=marker, markersize=5, label=label
         )
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.25)

@@ -16,9 +16,9 @@ from typing import Any
 
 from patching.assemble import assemble
 from patching.blocks import LayerMap
-from patching.command_line import CommandLineParser, user_errors
+from patching.command_line import CommandLineParser, check_one_process, user_errors
 from patching.outputs import check_writable, environment, write_json, write_text
-from patching.pair import DTYPES, Pair, PairArguments, usable_device
+from patching.pair import MeasuringArguments, Pair, usable_device
 from patching.plot import plot_lines, save_figure
 from patching.recipe import initial_student
 from patching.state_similarity import similarity_to_teacher
@@ -28,22 +28,11 @@ FILE_NAME = "similarity"
 
 
 @dataclass
-class SimilarityArguments(CalibrationArguments, PairArguments):
+class SimilarityArguments(CalibrationArguments, MeasuringArguments):
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for table and plot"})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "dtype of the weights, auto: the teacher's", "choices": DTYPES},
-    )
-    device: str | None = field(
-        default=None,
-        metadata={"help": "cuda, cuda:1, mps or cpu; by default a GPU where there is one"},
-    )
 
     def __post_init__(self) -> None:
-        problems = self.check_calibration()
-        if self.calibration is None:
-            problems.append("hidden states are compared on text: name some with --calibration")
-        if problems:
+        if problems := self.check_calibration("hidden states are compared on text"):
             raise ValueError("; ".join(problems))
 
 
@@ -78,6 +67,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
+        check_one_process()
         parser = CommandLineParser(
             SimilarityArguments, prog="patching.similarity", description=__doc__
         )

@@ -75,8 +75,6 @@ class TeacherKL:
         self._known = [KnownStates(MOST_KNOWN_BYTES // len(self.batches)) for _ in self.batches]
         self.num_layer_forwards = 0
         """Layers that batches went through, each with its rows together."""
-        self.num_layer_forwards_alone = 0
-        """The same had each model been run by itself."""
         num_layers = teacher.config.num_hidden_layers
         whole = Recipe.of([LayerSource("teacher", layer) for layer in range(num_layers)])
         tree = PrefixTree({"teacher": whole}, teacher=teacher)
@@ -108,5 +106,4 @@ class TeacherKL:
             for name, total in zip(recipes, sums.tolist()):
                 totals[name] += total
         self.num_layer_forwards += tree.num_layers_run
-        self.num_layer_forwards_alone += sum(r.depth for r in recipes.values()) * len(parts)
         return {name: total / self.num_tokens for name, total in totals.items()}

@@ -5,7 +5,7 @@ Shapes: B rows, T positions.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 ROWS_PER_BATCH = 4
+LONG_LINE = 40
+"""Characters of a line that hardly stands in two documents by chance."""
 
 
 @dataclass
@@ -51,9 +53,11 @@ class CalibrationArguments:
         default=256, metadata={"help": "tokens of each calibration document, its first ones"}
     )
 
-    def check_calibration(self) -> list[str]:
-        """What is wrong with these flags."""
-        return [
+    def check_calibration(self, needed_since: str | None = None) -> list[str]:
+        """What is wrong with these flags; that no text is named too, where there is a reason to
+        need some.
+        """
+        problems = [
             f"{name}={value}: choose {least} or more"
             for name, value, least in (
                 ("calibration_texts", self.calibration_texts, 1),
@@ -62,6 +66,9 @@ class CalibrationArguments:
             )
             if value < least
         ]
+        if needed_since and self.calibration is None:
+            problems.append(f"{needed_since}: name some with --calibration")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,20 @@ class Calibration:
         length = min(self.length, getattr(config, "max_position_embeddings", self.length))
         rows = tokenizer(self.texts, truncation=True, max_length=length)["input_ids"]
         return padded_batches([row for row in rows if row])
+
+
+def num_found_in(texts: Iterable[str], others: Iterable[str]) -> int:
+    """How many texts stand in the others, however either are cut into documents: half of their
+    lines, those of a few words aside, or the whole text where it has only such.
+    """
+    known = {line for other in others for line in _long_lines(other)}
+    lines = [_long_lines(text) for text in texts]
+    return sum(2 * len(of_text & known) >= len(of_text) for of_text in lines)
+
+
+def _long_lines(text: str) -> set[str]:
+    lines = {line.strip() for line in text.splitlines()}
+    return {line for line in lines if len(line) >= LONG_LINE} or {text.strip()}
 
 
 def padded_batches(rows: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:

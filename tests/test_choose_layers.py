@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_config, tiny_model
+from conftest import byte_tokenizer, run_module, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
+from patching.blocks import LayerMap
 from patching.kept_layers import most_similar_layers
 from patching.state_similarity import similarity_by_depth
 from patching.student_config import read_student_config
@@ -58,15 +59,32 @@ def test_similarity_is_the_mean_cosine_of_states_as_transformers_returns_them(te
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def best_map(teacher_folder, text_file, num_kept: int) -> LayerMap:
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    text = Calibration.read(CalibrationArguments(str(text_file)))
+    similarity = similarity_by_depth(model, text.batches(byte_tokenizer(), model.config))
+    return most_similar_layers(similarity, num_kept)
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_chooses_for_both(teacher_folder, text_file, tmp_path):
+    done = run_module(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "train.train"),
+        *flags(teacher_folder, tmp_path, text_file, "--bf16", "False"),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("kept layers by similarity") == 1
+    expected = best_map(teacher_folder, text_file, 5)
+    assert read_student_config(str(tmp_path)).layer_map == expected
+
+
 def test_the_student_has_the_chosen_layers(teacher_folder, text_file, tmp_path, capsys):
     main(flags(teacher_folder, tmp_path, text_file))
     layer_map = read_student_config(str(tmp_path)).layer_map
     kept = layer_map.kept
     assert len(kept) == 5  # as many as a llama keeps of eight
-    model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
-    text = Calibration.read(CalibrationArguments(str(text_file)))
-    similarity = similarity_by_depth(model, text.batches(byte_tokenizer(), model.config))
-    assert layer_map == most_similar_layers(similarity, 5)
+    assert layer_map == best_map(teacher_folder, text_file, 5)
     assert 4 in kept  # no block runs across layer 4
     out = capsys.readouterr().out
     numbers = ",".join(map(str, kept))
@@ -87,6 +105,7 @@ def test_the_student_has_the_chosen_layers(teacher_folder, text_file, tmp_path, 
         (["--longest_block", "0"], "longest_block=0"),
         (["--calibration_texts", "0"], "calibration_texts=0: choose 1 or more"),
         (["--kept_layers", "0,2", "--num_kept_layers", "3"], "belongs to --kept_layers auto"),
+        (["--kept_layers", "0,2"], "--calibration belongs to --kept_layers auto"),
     ],
 )
 def test_bad_flags_end_in_one_line_before_weights_load(

@@ -3,12 +3,17 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
-from conftest import run_module, save_pair
+from conftest import ROOT, run_module, save_pair
 from local_tasks import ROLLING, TEXTS, write_task
 
+from evaluate.evaluate import EvaluationArguments, second_pair
 from evaluate.evaluate import main as evaluate_main
 from patching import orders
 from patching.blocks import LayerMap
@@ -129,6 +134,38 @@ def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_aft
     orders.main(asked)
 
 
+KILLED_IN_A_SEARCH = """
+import os, signal, sys
+from patching import orders
+
+of, num_trees = orders.TeacherKL.of, 0
+
+def killing(*arguments, **settings):
+    global num_trees
+    num_trees += 1
+    if num_trees == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return of(*arguments, **settings)
+
+orders.TeacherKL.of = killing
+orders.SETS_PER_TREE = 5
+orders.main(sys.argv[1:])
+"""
+
+
+def test_killed_and_rerun_it_finds_the_same(exact, flags, tmp_path):
+    asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
+    words = [sys.executable, "-c", KILLED_IN_A_SEARCH, *asked]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["order_kl.json"]
+    assert 5 < len(json.loads((tmp_path / "order_kl.json").read_text())["kl"]) <= 10
+    orders.main(asked)
+    again, whole = read(tmp_path), read(exact)
+    for name in ("order", "name", "orders", "best_sets", "settings"):
+        assert again[name] == whole[name]
+
+
 def test_other_settings_are_refused(exact, flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         orders.main([*flags, "--save_directory", str(exact), "--calibration_skip", "1"])
@@ -154,7 +191,8 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, capsys, extra, message):
 def test_patch_takes_the_file_and_searches_alike(exact, flags, tmp_path):
     size = ["--num_layers_to_patch", "1", "--dtype", "float32"]
     path = exact / "order.json"
-    patch_main([*flags, *size, "--order", str(path), "--save_directory", str(tmp_path / "file")])
+    pair = flags[:4]
+    patch_main([*pair, *size, "--order", str(path), "--save_directory", str(tmp_path / "file")])
     patch_main([*flags, *size, "--order", "klpatch", "--save_directory", str(tmp_path / "search")])
     found = read(exact)
     for name, order in (("file", found["order"]), ("search", found["orders"]["klpatch"]["order"])):
@@ -177,6 +215,121 @@ def test_evaluate_searches_once(exact, flags, tmp_path, monkeypatch):
         assert result["settings"]["order"] == found["order"]
     monkeypatch.setattr(TeacherKL, "of", lambda *_, **__: pytest.fail("measured before"))
     evaluate_main(asked)
+
+
+@pytest.mark.parametrize("command", [patch_main, evaluate_main])
+@pytest.mark.parametrize(
+    ("kind", "kept", "num_layers", "message"),
+    [
+        ("llama", (0, 1, 3, 5, 7), 8, "kept_layers=[0, 2, 4, 6, 7] and this pair has [0, 1, 3, 5"),
+        ("llama", (0, 2, 4, 6, 7), 9, "num_teacher_layers=8 and this pair has 9"),
+        ("mistral", LAYERS.kept, 8, "model_type=llama and this pair has mistral"),
+    ],
+)
+def test_an_order_of_other_layers_is_refused(
+    exact, tmp_path, capsys, monkeypatch, command, kind, kept, num_layers, message
+):
+    teacher, student = save_pair(tmp_path, kind, kept, num_layers)
+    monkeypatch.setattr(Pair, "load", lambda *_: pytest.fail("weights load"))
+    with pytest.raises(SystemExit, match="2"):
+        command(
+            [
+                *("--teacher_model_name_or_path", str(teacher)),
+                *("--student_model_name_or_path", str(student), "--num_layers_to_patch", "1"),
+                *("--save_directory", str(tmp_path / "out")),
+                *("--order", str(exact / "order.json")),
+            ]
+        )
+    found = f"error: --order {exact / 'order.json'} was found for {message}"
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(found) and line.endswith("search one for it with patching.orders")
+
+
+def test_an_order_of_other_weights_is_taken_with_a_warning(exact, pair_folders, tmp_path):
+    renamed = tmp_path / "renamed"
+    shutil.copytree(pair_folders[1], renamed)
+    arguments = PairArguments(str(pair_folders[0]), str(renamed), order=str(exact / "order.json"))
+    with warnings.catch_warnings(action="error"):
+        order = Pair.from_pretrained(arguments).order
+    assert list(order) == read(exact)["order"]
+    values = read(exact)
+    values["settings"]["student"] = "student 0123456789abcdef"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(values))
+    arguments.order = str(other)
+    with pytest.warns(UserWarning, match="was found for student=student 0123456789abcdef, and"):
+        assert Pair.from_pretrained(arguments).order == order
+
+
+@pytest.mark.parametrize(("kept", "is_taken"), [(LAYERS.kept, True), ((0, 1, 3, 5, 7), False)])
+def test_a_random_student_takes_the_order_where_its_layers_are_the_same(
+    exact, pair_folders, tmp_path, kept, is_taken
+):
+    arguments = EvaluationArguments(
+        *map(str, pair_folders),
+        order=str(exact / "order.json"),
+        random_student=str(save_pair(tmp_path, "llama", kept, 8)[1]),
+        save_directory=tmp_path,
+    )
+    pair = Pair.from_pretrained(arguments)
+    second = second_pair(pair, arguments)
+    assert second.order == (pair.order if is_taken else "first")  # else what suits a llama
+
+
+@pytest.mark.slow
+def test_two_ranks_search_once_and_agree(exact, flags, tmp_path):
+    write_task(tmp_path, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    out = tmp_path / "out"
+    done = run_module(
+        *(*launcher, "evaluate.evaluate", *flags, "--order", "klpatch", "--save_directory", out),
+        *("--tasks", "rolling", "--include_path", tmp_path, "--dtype", "float32"),
+        *("--num_layers_to_patch", "0-1", "--device", "cpu"),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("klpatch, k = 1: patched") == 1
+    for k in (0, 1):
+        result = json.loads((out / f"family_k{k}.json").read_text())
+        assert result["settings"]["order"] == read(exact)["orders"]["klpatch"]["order"]
+    done = run_module(*launcher, "patching.orders", *flags, "--save_directory", tmp_path / "two")
+    assert done.returncode != 0 and not (tmp_path / "two").exists()
+    assert "2 processes were started and this command runs as one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--num_layers_to_patch", "1"], "--calibration belongs to --order klpatch or block-infl"),
+        (["--patched_layers", "1", "--order", "klpatch"], "leave out --order klpatch"),
+    ],
+)
+def test_patch_refuses_text_and_searches_for_nothing(flags, tmp_path, capsys, extra, message):
+    with pytest.raises(SystemExit, match="2"):
+        patch_main([*flags, *extra, "--save_directory", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+
+
+def test_calibration_text_that_is_evaluated_on_is_told(flags, tmp_path):
+    calibration = tmp_path / "calibration.jsonl"
+    texts = ["another text", *TEXTS[:2]]
+    calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_task(tmp_path, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    write_task(tmp_path, "others", [{"text": text} for text in TEXTS[2:]], **ROLLING)
+    with pytest.warns(UserWarning, match="calibration texts stand in") as told:
+        evaluate_main(
+            [
+                *(*flags, "--calibration", str(calibration), "--order", "klpatch"),
+                *("--save_directory", str(tmp_path / "out"), "--tasks", "rolling,others"),
+                *("--include_path", str(tmp_path), "--dtype", "float32"),
+                *("--num_layers_to_patch", "1", "--dataset", str(calibration)),
+            ]
+        )
+    found = [re.match(r"(\d of the 3) .* stand in (\w+)", str(w.message)) for w in told]
+    assert {match[2]: match[1] for match in found if match} == {
+        "rolling": "2 of the 3",
+        "calibration": "3 of the 3",
+    }
 
 
 def test_a_search_needs_text(pair_folders, tmp_path, capsys):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patching import similarity
 from patching.blocks import LayerMap
+from patching.plot import plot_lines
 
 KEPT = LayerMap((0, 2, 4, 5), 6)
 
@@ -51,6 +52,14 @@ def test_table_and_plot(tmp_path, text_file, capsys):
     assert found[0]["before"] == pytest.approx(1, abs=1e-6)
     assert "| 1 | 2-3 |" in capsys.readouterr().out
     assert (out / "similarity.md").is_file() and (out / "similarity.png").stat().st_size > 5000
+
+
+def test_lines_that_coincide_are_one_with_both_names():
+    points = [(0, 1.0), (1, 0.5)]
+    lines = {"first": points, "last": [(0, 1.0), (1, 0.7)], "searched": list(points)}
+    (axes,) = plot_lines(lines, "x", "y").axes
+    assert [line.get_label() for line in axes.lines] == ["first = searched", "last"]
+    assert [[*line.get_ydata()] for line in axes.lines] == [[1.0, 0.5], [1.0, 0.7]]
 
 
 def test_text_is_needed(tmp_path, capsys):

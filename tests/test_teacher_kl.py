@@ -4,11 +4,14 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model, trained_student
 from patching_models import LAYER_MAP, SETTINGS, family_pair
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+from benchmarks.orders import SIDES, Side, forwards_of_search
 from patching import divergence, teacher_kl
 from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.divergence import kl_sums
+from patching.order_search import search
 from patching.recipe import patched_model
 from patching.teacher_kl import TeacherKL
 from patching.texts import padded_batches
@@ -42,8 +45,6 @@ def test_as_the_formula_says(model_type, monkeypatch):
         expected = naive_kl(assemble(recipe, teacher=teacher, student=student), teacher)
         assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
     assert found["[]"] > 0.01
-    alone = sum(recipe.depth for recipe in RECIPES.values())
-    assert measure.num_layer_forwards_alone == 2 * alone
     paths = {
         (recipe.embedding, *recipe.layers[:depth])
         for recipe in RECIPES.values()
@@ -70,6 +71,43 @@ def test_a_small_divergence_is_not_lost_in_rounding():
     found = kl_sums(hidden, heads[0].float(), [(hidden, head.float()) for head in heads])
     assert found[0] == 0
     assert found[1].item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_layers_of_a_search_are_counted_as_they_run(name, monkeypatch):
+    layer_map = LayerMap((0, 2, 4, 6, 8, 9), 10)
+    teacher = tiny_model(tiny_config("qwen3", 10))
+    student = trained_student(teacher, layer_map)
+    num_calls, forward = 0, Qwen3Attention.forward
+
+    def counting(*arguments, **settings):
+        nonlocal num_calls
+        num_calls += 1
+        return forward(*arguments, **settings)
+
+    monkeypatch.setattr(Qwen3Attention, "forward", counting)
+    batches = padded_batches(ROWS)
+    side = Side(
+        name, layer_map, lambda: TeacherKL(teacher=teacher, student=student, batches=batches)
+    )
+    search(layer_map, side)
+    recipes = [patched_model(layer_map, patched) for patched in side.found]
+    paths = {(r.embedding, *r.layers[:depth]) for r in recipes for depth in range(1, r.depth + 1)}
+    expected = {
+        "shared": (len(paths), 10),
+        "alone": (sum(recipe.depth for recipe in recipes), 10),
+        "beside": (sum(recipe.depth for recipe in recipes), 10 * len(recipes)),
+    }
+    assert side.forwards == tuple(len(batches) * number for number in expected[name])
+    assert num_calls == sum(side.forwards)
+
+
+def test_layers_of_a_search_counted_by_hand():
+    layer_map = LayerMap((0, 2, 4), 6)
+    # Found is {2}, then {1, 2}; 4 + 4 + 4 and 5 + 5 layers, of which these are new: 4 + 4 + 3 for
+    # {0}, {1} and {2}, then the last two of {0, 2} and of {1, 2}.
+    counts = {"shared": (15, 6), "alone": (22, 6), "beside": (22, 5 * 6)}
+    assert forwards_of_search(layer_map, "last") == counts
 
 
 def test_no_text_is_an_error():

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB_SIZE, byte_tokenizer
 from transformers import LlamaConfig
 
-from patching.texts import Calibration, CalibrationArguments, padded_batches
+from patching.texts import Calibration, CalibrationArguments, num_found_in, padded_batches
 
 
 def test_the_first_texts_are_read_and_blank_ones_passed_over(tmp_path):
@@ -58,3 +58,19 @@ def test_numbers_out_of_range_are_named():
         "calibration_skip=-1: choose 0 or more",
         "calibration_length=1: choose 2 or more",
     ]
+
+
+def test_texts_are_found_however_they_are_cut():
+    lines = [f"line {i} is long enough that no other text has it too" for i in range(9)]
+    others = ["\n".join(lines[:4]), f"  {lines[4]}\n\n{lines[5]}", "a short one", "# Licence"]
+    texts = {
+        "\n".join(lines[2:5]): True,
+        "\n".join(["# Licence", *lines[6:8]]): False,  # short lines prove nothing
+        "\n".join(lines[5:7]): True,
+        "\n".join(lines[5:8]): False,  # less than half
+        " a short one": True,
+        "another short one": False,
+    }
+    for text, is_found in texts.items():
+        assert num_found_in([text], others) == is_found
+    assert num_found_in(texts, others) == 3

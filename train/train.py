@@ -75,10 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         check_row_length(teacher_config, data_args.max_length)
         layer_map = model_args.layer_map(teacher_config)
         if model_args.chooses_layers:
-            problems = text_args.check_calibration()
-            if text_args.calibration is None:
-                problems.append("--kept_layers auto looks at text: name some with --calibration")
-            if problems:
+            if problems := text_args.check_calibration("--kept_layers auto looks at text"):
                 raise ValueError("; ".join(problems))
             layer_map, reasons = choose_layers(
                 model_args,
@@ -90,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
                 ),
             )
             print_on_main_process(args, reasons)
+        elif text_args.calibration is not None:
+            raise ValueError("--calibration belongs to --kept_layers auto")
         if args.dry_run:
             print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
             return
