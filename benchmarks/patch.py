@@ -137,7 +137,8 @@ def child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     arguments = PairArguments(str(folder / "teacher"), str(folder / "student"))
-    layout_of(Qwen3Config(num_hidden_layers=1), torch.bfloat16)  # imports the architecture
+    # The architecture's code, and transformers' table of how tensors are named in all of them.
+    tuple(layout_of(Qwen3Config(num_hidden_layers=1), torch.bfloat16).tensors)
     prepare(folder, out)
     before = peak_bytes()
     start = time.perf_counter()
