@@ -59,7 +59,7 @@ def executed(request, text_file, tmp_path_factory):
         "TEACHER": teacher, "STUDENT": student, "DATASET": str(text_file), "DATASET_CONFIG": "",
         "NUM_DOCUMENTS": 14, "RESULTS": str(folder / "results"), variable: prompt,
     }  # fmt: skip
-    assert all(f"{variable} =" in notebook.cells[parameters].source for variable in ("RESULTS",))
+    assert all(variable in notebook.cells[parameters].source for variable in values)
     source = "\n".join(f"{variable} = {value!r}" for variable, value in values.items())
     notebook.cells.insert(parameters + 1, nbformat.v4.new_code_cell(source))
     client = nbclient.NotebookClient(
