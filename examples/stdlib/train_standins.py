@@ -52,7 +52,6 @@ DISTILLATION = {
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
     "learning_rate": 5e-4,
-    "cosine_loss_weight": 10,
     "save_strategy": "no",
     "eval_strategy": "no",
     "logging_steps": 10,
@@ -320,11 +319,13 @@ def train_student(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = DISTILLATION | {
+        chosen = {"max_steps": arguments.steps, "cosine_loss_weight": arguments.cosine_loss_weight}
+        settings = {
+            **DISTILLATION,
+            **chosen,
             **write_pieces(folder, tokenizer),
             "teacher_model_name_or_path": arguments.teacher,
             "save_directory": folder / "student",
-            "max_steps": arguments.steps,
         }
         words = [str(word) for flag, value in settings.items() for word in (f"--{flag}", value)]
         subprocess.run([sys.executable, "-m", "train.train", *words], check=True)
@@ -336,7 +337,7 @@ def train_student(arguments: argparse.Namespace) -> None:
     student.save_pretrained(arguments.save_directory)
     tokenizer.save_pretrained(arguments.save_directory)
     record = {
-        "arguments": {**DISTILLATION, "max_steps": arguments.steps},
+        "arguments": {**DISTILLATION, **chosen},
         "held_out": run["held_out"],
         "log": [
             {name: line[name] for name in ("step", "loss", "cross_entropy", "kl", "cosine")}
@@ -365,8 +366,8 @@ if __name__ == "__main__":
     teacher = commands.add_parser("teacher")
     teacher.add_argument("--kind", choices=("bert", "gpt2"), required=True)
     teacher.add_argument("--save_directory", type=Path, required=True)
-    teacher.add_argument("--seconds", type=float, default=420.0)
-    teacher.add_argument("--rows_per_step", type=int, default=32)
+    teacher.add_argument("--seconds", type=float, default=430.0)
+    teacher.add_argument("--rows_per_step", type=int, default=16)
     teacher.add_argument("--muon_lr", type=float, default=0.02)
     teacher.add_argument("--adam_lr", type=float, default=2e-3)
     teacher.add_argument("--warmup_steps", type=int, default=100)
@@ -375,7 +376,8 @@ if __name__ == "__main__":
     student = commands.add_parser("student")
     student.add_argument("--teacher", type=Path, required=True)
     student.add_argument("--save_directory", type=Path, required=True)
-    student.add_argument("--steps", type=int, default=400)
+    student.add_argument("--steps", type=int, default=700)
+    student.add_argument("--cosine_loss_weight", type=float, default=10.0)
     student.set_defaults(run=train_student)
     parsed = parser.parse_args()
     parsed.run(parsed)
