@@ -2,10 +2,11 @@
 
 One text at a time is the straightforward way: all masked copies of a text are a batch, and the head
 runs at every position. Both sides score the same texts, lines of WikiText-2 where
-BOOMERANG_DATA names a folder that holds it, else of the standard library, with the shipped
-stand-in for BERT, in turn.
+BOOMERANG_DATA names a folder that holds it, else of the standard library, in turn; by default with
+the shipped stand-in for BERT.
 
     python -m benchmarks.pseudo_perplexity
+    python -m benchmarks.pseudo_perplexity --model google-bert/bert-base-uncased --num_texts 10
 """
 
 import argparse
@@ -21,7 +22,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from evaluate.pseudo_perplexity import MaskedText, encode, score_texts
 from examples.stdlib.corpus import is_held_out, iter_modules
 
-TEACHER = Path(__file__).parents[1] / "examples" / "stdlib" / "standins" / "bert"
+STAND_IN = Path(__file__).parents[1] / "examples" / "stdlib" / "standins" / "bert"
 
 
 def read_texts(num_texts: int) -> list[str]:
@@ -49,10 +50,10 @@ def one_text_at_a_time(model, mask_token_id: int, texts: list[MaskedText]) -> li
     return sums
 
 
-def main(num_texts: int, repeats: int, tokens_per_batch: int | None) -> None:
-    model = AutoModelForMaskedLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    encoded = encode(read_texts(num_texts), tokenizer, model.config)
+def main(model: str, num_texts: int, repeats: int, tokens_per_batch: int | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    bert = AutoModelForMaskedLM.from_pretrained(model, dtype=torch.float32).eval()
+    encoded = encode(read_texts(num_texts), tokenizer, bert.config)
     texts = [text for text in encoded if text.positions]
     num_tokens = sum(len(text.positions) for text in texts)
     lengths = sorted(len(text.input_ids) for text in texts)
@@ -63,9 +64,9 @@ def main(num_texts: int, repeats: int, tokens_per_batch: int | None) -> None:
     seconds: dict[str, list[float]] = {"ours": [], "one text at a time": []}
     for repeat in range(repeats + 1):
         start = time.perf_counter()
-        ours = score_texts(model, tokenizer, texts, tokens_per_batch, show_progress=False)
+        ours = score_texts(bert, tokenizer, texts, tokens_per_batch, show_progress=False)
         middle = time.perf_counter()
-        theirs = one_text_at_a_time(model, tokenizer.mask_token_id, texts)
+        theirs = one_text_at_a_time(bert, tokenizer.mask_token_id, texts)
         if repeat:  # the first one warms up
             seconds["ours"].append(middle - start)
             seconds["one text at a time"].append(time.perf_counter() - middle)
@@ -82,6 +83,7 @@ def main(num_texts: int, repeats: int, tokens_per_batch: int | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=STAND_IN, help="a masked language model")
     parser.add_argument("--num_texts", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens_per_batch", type=int, help="by default as evaluate does")

@@ -6,6 +6,7 @@ from typing import NoReturn
 from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluate.devices import share_out
@@ -24,6 +25,9 @@ class MaskedFamilyLM(LM):
     Under torchrun, pass an `accelerator`: the harness then shares out the requests among its ranks.
     """
 
+    # Ranks hand their results over as those of the harness's own models do.
+    all_gather, gather_object, barrier = HFLM.all_gather, HFLM.gather_object, HFLM.barrier
+
     def __init__(
         self,
         recipes: Mapping[str, Recipe],
@@ -40,6 +44,7 @@ class MaskedFamilyLM(LM):
         self.tokenizer, self.tokens_per_batch = tokenizer, tokens_per_batch
         self._scores: dict[str, dict[str, float]] = {}
         self.activate(next(iter(recipes)))
+        self._device = self.model.device  # where the harness puts what ranks exchange
 
     def activate(self, name: str) -> None:
         """Speak for one member from here on."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lm_eval.api.metrics import weighted_perplexity
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -193,9 +194,12 @@ def pseudo_perplexity(
     if not encoded:
         raise ValueError("there is no token in the texts")
     scores = score_texts(model, tokenizer, encoded, tokens_per_batch, show_progress)
-    value, stderr = perplexity_with_error(scores)
+    values = {
+        f"{METRIC},none": weighted_perplexity(scores),
+        f"{METRIC}_stderr,none": stderr_of_perplexity(scores),
+    }
     return {
-        "results": {task: {f"{METRIC},none": value, f"{METRIC}_stderr,none": stderr}},
+        "results": {task: values},
         "higher_is_better": {task: {METRIC: False}},
         "n-samples": {
             task: {
@@ -208,19 +212,20 @@ def pseudo_perplexity(
     }
 
 
-def perplexity_with_error(scores: Sequence[TextScore]) -> tuple[float, float | str]:
-    """exp of the mean loss of a token, and its standard error over texts; `N/A` for a single text.
+def stderr_of_perplexity(scores: Sequence[tuple[float, int]]) -> float | str:
+    """Standard error over texts of exp of the mean loss of a token; `N/A` for a single text.
 
-    The mean is a ratio of two sums over texts, so its error is that of a ratio estimator, carried
-    through exp to first order.
+    `scores` are (log-likelihood, tokens) of each text. The mean is a ratio of two sums over texts,
+    so its error is that of a ratio estimator (Cochran, Sampling Techniques, 3rd edition, 2.11),
+    carried through exp to first order.
     """
-    num_tokens = sum(score.num_tokens for score in scores)
-    loss = -sum(score.log_likelihood for score in scores) / num_tokens
     if len(scores) < 2:
-        return math.exp(loss), "N/A"
-    squares = sum((-score.log_likelihood - loss * score.num_tokens) ** 2 for score in scores)
+        return "N/A"  # as lm-eval says it
+    num_tokens = sum(count for _, count in scores)
+    loss = -sum(log_likelihood for log_likelihood, _ in scores) / num_tokens
+    squares = sum((log_likelihood + loss * count) ** 2 for log_likelihood, count in scores)
     error = math.sqrt(squares * len(scores) / (len(scores) - 1)) / num_tokens
-    return math.exp(loss), math.exp(loss) * error
+    return math.exp(loss) * error
 
 
 def what_was_cut(texts: Sequence[MaskedText]) -> str | None:

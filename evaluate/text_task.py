@@ -1,6 +1,7 @@
 """Text as an lm-eval task: a causal model's perplexity on it, a masked one's pseudo-perplexity."""
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from evaluate.pseudo_perplexity import METRIC, encode, what_was_cut
+from evaluate.pseudo_perplexity import METRIC, encode, stderr_of_perplexity, what_was_cut
 from patching.auto_class import predicts_masked_tokens
 from patching.texts import load_documents
 
@@ -75,7 +76,8 @@ def task_of_texts(
         ids = tokenizer(list(texts), verbose=False)["input_ids"]  # as the harness does
         return text_task(name, texts, map(len, ids), "perplexity")
     encoded = encode(texts, tokenizer, config)
-    if line := what_was_cut(encoded):
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    if is_first_rank and (line := what_was_cut(encoded)):
         print(f"{name}: {line}")
     return text_task(name, texts, (len(text.positions) for text in encoded), METRIC)
 
@@ -84,7 +86,7 @@ def text_task(
     name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str
 ) -> ConfigurableTask:
     """A task that asks for each text's log-likelihood, with exp of the mean loss of a token as its
-    metric.
+    metric, and its standard error over texts.
 
     `num_tokens` says over how many tokens a text's log-likelihood is a sum; texts of none are left
     out. Raises ValueError where there is no token in any.
@@ -95,8 +97,11 @@ def text_task(
     if not documents:
         raise ValueError(f"{name}: there is no text in it")
 
+    aggregations = {metric: weighted_perplexity, f"{metric}_stderr": stderr_of_perplexity}
+
     def process_results(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Any]:
-        return {metric: (results[0], doc["num_tokens"])}
+        # The harness has no error of its own for such a mean, and this key stands where it would.
+        return dict.fromkeys(aggregations, (results[0], doc["num_tokens"]))
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it has advice for task files
     return ConfigurableTask(
@@ -109,7 +114,8 @@ def text_task(
             "doc_to_target": lambda doc: doc["text"],
             "process_results": process_results,
             "metric_list": [
-                {"metric": metric, "aggregation": weighted_perplexity, "higher_is_better": False}
+                {"metric": name, "aggregation": aggregation, "higher_is_better": False}
+                for name, aggregation in aggregations.items()
             ],
             "num_fewshot": 0,
             "metadata": {"version": 1.0},

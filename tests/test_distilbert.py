@@ -3,11 +3,19 @@ hand-written chains of layers.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import byte_tokenizer, run_module, tiny_model
-from masked_models import encoder_config, ids_and_mask, tiny_distilbert, word_tokenizer
+from masked_models import (
+    NUM_POSITIONS,
+    encoder_config,
+    ids_and_mask,
+    tiny_distilbert,
+    word_tokenizer,
+)
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -26,6 +34,7 @@ from patching.distilbert import as_bert, as_bert_config
 from patching.families import check_parents_match, family_of
 from patching.pair import Pair, PairArguments, load_model
 from patching.patch import build_intermediate_model, iter_family
+from patching.patch import main as patch
 from patching.recipe import Reference, intermediate_model, naively_pruned
 from patching.student_config import KNOWN_STUDENTS, read_student_config
 from train.masking import Masking
@@ -181,6 +190,41 @@ def test_the_command_line_saves_an_ordinary_bert(folders, tmp_path):
     num_stored = count_parameters(model.config).stored
     assert provenance["parameters"]["stored"] == num_stored
     assert provenance["kv_cache_bytes_per_token"] is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("student_format", ["distilbert", "bert"])
+def test_a_bert_as_the_hub_has_it(student_format, folders, tmp_path):
+    """Norms under their old names, the heads of pretraining, a stored buffer: nothing is missed,
+    also where weights are copied from file to file.
+    """
+    teacher, student = tmp_path / "teacher", folders[1]
+    shutil.copytree(folders[0], teacher)
+    weights = load_file(teacher / "model.safetensors")
+    old_ends = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, old in old_ends.items():
+        for name in [name for name in weights if name.endswith(new)]:
+            weights[name.replace(new, old)] = weights.pop(name)
+    weights["bert.pooler.dense.weight"] = torch.ones(32, 32)
+    weights["cls.seq_relationship.weight"] = torch.ones(2, 32)
+    weights["bert.embeddings.position_ids"] = torch.arange(NUM_POSITIONS)[None]
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    if student_format == "bert":
+        student = tmp_path / "student"
+        as_bert(tiny_distilbert(3)).save_pretrained(student)
+        word_tokenizer().save_pretrained(student)
+    patch(
+        [
+            *("--teacher_model_name_or_path", str(teacher), "--kept_layers", "0,2,4"),
+            *("--student_model_name_or_path", str(student), "--num_layers_to_patch", "2"),
+            *("--save_directory", str(tmp_path / "model")),
+        ]
+    )
+    model, found = BertForMaskedLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(found.values())
+    expected, _ = build_intermediate_model(*map(str, folders), 2, kept_layers=KEPT)
+    ids_BT, _ = ids_and_mask()
+    assert torch.equal(model(ids_BT).logits, expected(ids_BT).logits)
 
 
 def test_kept_layers_that_do_not_fit_are_one_line(folders):

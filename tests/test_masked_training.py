@@ -5,63 +5,19 @@ import json
 import pytest
 import torch
 from conftest import ROOT, run_module, tiny_model
-from datasets import Dataset
-from masked_models import VOCAB_SIZE, encoder_config, texts_of, word_tokenizer
+from masked_models import encoder_config, texts_of, word_tokenizer
 from safetensors.torch import load_file
+from training_runs import LAYER_MAP, MASKING, WORDS, rows, teacher_of, trainer_for
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from patching.assemble import count_parameters
-from patching.blocks import LayerMap
 from patching.hidden_states import before_output_embeddings
 from patching.patch import build_intermediate_model
 from train.data import collate
 from train.losses import IGNORED_LABEL, LossWeights, count
-from train.masking import Masking, generator_for
-from train.student import new_student
+from train.masking import generator_for
 from train.train import main
-from train.trainer import DistillationTrainer, install_distillation_forward
-from train.training_args import DistillationArguments
-
-LAYER_MAP = LayerMap((0, 2, 3), 4)
-MASKING = Masking.of(word_tokenizer())
-
-
-def rows(num_rows: int, seed: int = 0) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, 20, (num_rows,), generator=generator).tolist()
-    return Dataset.from_list(
-        [
-            {"input_ids": torch.randint(5, VOCAB_SIZE, (n,), generator=generator).tolist()}
-            for n in lengths
-        ]
-    )
-
-
-def trainer_for(folder, model_type="bert", **changes) -> DistillationTrainer:
-    settings = {
-        "save_directory": str(folder),
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "bf16": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    } | changes
-    args = DistillationArguments(**settings)
-    teacher = tiny_model(encoder_config(model_type, LAYER_MAP.num_teacher_layers))
-    student = new_student(teacher, LAYER_MAP)
-    return DistillationTrainer(
-        student,
-        teacher,
-        LAYER_MAP,
-        args,
-        MASKING,
-        train_dataset=rows(64),
-        eval_dataset=rows(7, seed=1),
-    )
+from train.trainer import install_distillation_forward
 
 
 @torch.no_grad()
@@ -79,9 +35,9 @@ def test_what_the_projection_reads_makes_the_logits(model_type):
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_the_loss_is_its_definition_over_masked_positions(model_type):
-    teacher = tiny_model(encoder_config(model_type, LAYER_MAP.num_teacher_layers))
+    teacher = teacher_of(model_type)
     student = tiny_model(encoder_config(model_type, len(LAYER_MAP.kept)), seed=3)
-    batch = MASKING.hide(collate(list(rows(6))), generator_for(0))
+    batch = MASKING.hide(collate(list(rows(6, WORDS))), generator_for(0))
     mask_BT = batch["labels"] != IGNORED_LABEL
     weights = LossWeights(cross_entropy=1.0, kl=0.3, cosine=2.0, temperature=2.0)
     with torch.no_grad():
@@ -120,37 +76,6 @@ def test_the_loss_is_its_definition_over_masked_positions(model_type):
     assert head.dense.weight.grad.abs().sum() > 0
 
 
-def test_accumulation_does_not_change_the_trajectory(tmp_path):
-    runs = []
-    for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
-        trainer = trainer_for(
-            tmp_path,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-        )
-        trainer.train()
-        log = [line for line in trainer.state.log_history if "loss" in line]
-        runs.append((log, trainer.model.state_dict()))
-    (reference_log, reference_weights), *others = runs
-    assert len({line["loss"] for line in reference_log}) == 3
-    for log, weights in others:
-        for line, expected in zip(log, reference_log):
-            for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
-                assert line[term] == pytest.approx(expected[term], rel=1e-4), term
-        for name, tensor in weights.items():
-            if name.endswith("key.bias"):
-                continue  # changes no probability: its gradient is rounding, which AdamW amplifies
-            torch.testing.assert_close(tensor, reference_weights[name], rtol=1e-3, atol=1e-4)
-
-
-def test_held_out_means_do_not_depend_on_the_batch_size(tmp_path):
-    metrics = [
-        trainer_for(tmp_path, per_device_eval_batch_size=size).evaluate() for size in (1, 3, 7)
-    ]
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
-    assert metrics[0] == pytest.approx(metrics[2], rel=1e-5)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A teacher and text on disk."""
@@ -176,15 +101,8 @@ def command(folders, save_directory, *flags: str) -> list[str]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_student_has_both_names_of_its_bias(tmp_path, tied):
-    args = DistillationArguments(
-        save_directory=str(tmp_path), max_steps=2, bf16=False, save_strategy="no",
-        disable_tqdm=True, gradient_accumulation_steps=1, warmup_steps=0,
-    )  # fmt: skip
     teacher = tiny_model(encoder_config("bert", LAYER_MAP.num_teacher_layers, tied))
-    student = new_student(teacher, LAYER_MAP)
-    trainer = DistillationTrainer(
-        student, teacher, LAYER_MAP, args, MASKING, train_dataset=rows(16)
-    )
+    trainer = trainer_for(tmp_path, teacher, max_steps=2)
     trainer.train()
     names = dict(trainer.model.named_parameters())
     assert "cls.predictions.decoder.bias" in names

@@ -2,12 +2,14 @@
 
 import math
 import random
+import statistics
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.api.metrics import weighted_perplexity
 from masked_models import NUM_POSITIONS, encoder_config, texts_of, word_tokenizer
 
 from evaluate.pseudo_perplexity import (
@@ -15,9 +17,9 @@ from evaluate.pseudo_perplexity import (
     TextScore,
     batches_of,
     encode,
-    perplexity_with_error,
     pseudo_perplexity,
     score_texts,
+    stderr_of_perplexity,
     what_was_cut,
 )
 
@@ -115,13 +117,12 @@ def test_the_standard_error_is_that_of_resampled_texts():
     for _ in range(200):
         num_tokens = draw.randint(5, 60)
         scores.append(TextScore(-num_tokens * draw.gauss(2.0, 0.5), num_tokens))
-    value, stderr = perplexity_with_error(scores)
-    resampled = [perplexity_with_error(draw.choices(scores, k=len(scores)))[0] for _ in range(2000)]
-    mean = sum(resampled) / len(resampled)
-    deviation = (sum((x - mean) ** 2 for x in resampled) / len(resampled)) ** 0.5
-    assert value == pytest.approx(mean, rel=0.01)
-    assert stderr == pytest.approx(deviation, rel=0.1)
-    assert perplexity_with_error(scores[:1])[1] == "N/A"
+    resampled = [weighted_perplexity(draw.choices(scores, k=len(scores))) for _ in range(2000)]
+    assert stderr_of_perplexity(scores) == pytest.approx(statistics.stdev(resampled), rel=0.05)
+    without_each = [weighted_perplexity(scores[:i] + scores[i + 1 :]) for i in range(len(scores))]
+    jackknife = statistics.pstdev(without_each) * (len(scores) - 1) ** 0.5
+    assert stderr_of_perplexity(scores) == pytest.approx(jackknife, rel=0.01)
+    assert stderr_of_perplexity(scores[:1]) == "N/A"
 
 
 def test_what_has_no_pseudo_perplexity_is_refused():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import byte_tokenizer, save_pair, tiny_model
+from conftest import byte_tokenizer, run_module, save_pair, tiny_model
 from masked_models import NUM_POSITIONS, encoder_config, texts_of, tiny_distilbert, word_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -43,10 +43,10 @@ def command(folder, save_directory, *flags: str) -> list[str]:
     ]
 
 
-def scores_in(folder, metric: str) -> dict[tuple[str, int], float]:
+def scores_in(folder, metric: str, column: str = "value") -> dict[tuple[str, int], float]:
     with (folder / "summary.csv").open() as file:
         return {
-            (row["series"], int(row["num_layers_to_patch"])): float(row["value"])
+            (row["series"], int(row["num_layers_to_patch"])): float(row[column])
             for row in csv.DictReader(file)
             if row["metric"] == metric
         }
@@ -61,6 +61,7 @@ def test_a_masked_family_is_swept_like_any_other(masked_pair, tmp_path, capsys):
         in capsys.readouterr().out
     )
     scores = scores_in(tmp_path, "pseudo_perplexity")
+    errors = scores_in(tmp_path, "pseudo_perplexity", "stderr")
     bert, tokenizer = as_bert(student), word_tokenizer()
     expected = {}
     for k in range(4):
@@ -71,11 +72,33 @@ def test_a_masked_family_is_swept_like_any_other(masked_pair, tmp_path, capsys):
     assert scores.keys() == expected.keys()
     for name, model in expected.items():
         found = pseudo_perplexity(model, tokenizer, TEXTS, "t", show_progress=False)
-        value = found["results"]["t"]["pseudo_perplexity,none"]
+        value, error = found["results"]["t"].values()
         assert scores[name] == pytest.approx(value, rel=1e-5), name
+        assert errors[name] == pytest.approx(error, rel=1e-4), name
     for suffix in ("md", "png", "svg"):
         assert (tmp_path / f"summary.{suffix}").stat().st_size > 0
     assert "words (pseudo_perplexity ↓)" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_one_ranks_numbers(masked_pair, tmp_path):
+    folder, *_ = masked_pair
+    flags = ["--kept_layers", "0,2,4", "--baselines", "naive", "--device", "cpu"]
+    flags += ["--dataset", str(folder / "words.txt")]
+    main(command(folder, tmp_path / "one", *flags))
+    done = run_module(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "evaluate.evaluate", *command(folder, tmp_path / "two", *flags)),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 texts are longer than the model can read") == 1
+    for column in ("value", "stderr"):
+        one, two = (
+            scores_in(tmp_path / run, "pseudo_perplexity", column) for run in ("one", "two")
+        )
+        assert len(one) == 7
+        assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_masked_pair_needs_text(masked_pair, tmp_path, capsys):

@@ -9,63 +9,30 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
-from datasets import Dataset
 from safetensors.torch import load_file
+from training_runs import LAYER_MAP, log_of, teacher_of, trainer_for
 
-from patching.blocks import LayerMap
 from patching.hidden_states import hidden_states_at
 from train import trainer as trainer_module
 from train.data import collate
 from train.losses import cosine_distance
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
-from train.training_args import DistillationArguments
-
-LAYER_MAP = LayerMap((0, 2, 3), 4)
 
 
-def rows(num_rows: int, seed: int = 0) -> Dataset:
-    """Rows of different lengths, so that micro-batches have different numbers of targets."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, 12, (num_rows,), generator=generator).tolist()
-    return Dataset.from_list(
-        [{"input_ids": torch.randint(0, 256, (n,), generator=generator).tolist()} for n in lengths]
-    )
-
-
-def trainer_for(folder, kind="qwen3-tied", **changes) -> DistillationTrainer:
-    settings = {
-        "save_directory": str(folder),
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "bf16": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    } | changes
-    args = DistillationArguments(**settings)
-    teacher = tiny_model(tiny_config(kind, LAYER_MAP.num_teacher_layers))
-    student = new_student(teacher, LAYER_MAP)
-    return DistillationTrainer(
-        student, teacher, LAYER_MAP, args, train_dataset=rows(64), eval_dataset=rows(7, seed=1)
-    )
-
-
-def test_accumulation_does_not_change_the_trajectory(tmp_path):
+@pytest.mark.parametrize("kind", ["qwen3-tied", "bert"])
+def test_accumulation_does_not_change_the_trajectory(tmp_path, kind):
     runs = []
     for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
         trainer = trainer_for(
             tmp_path,
+            kind,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             kl_loss_weight=0.5,
         )
         trainer.train()
-        log = [line for line in trainer.state.log_history if "loss" in line]
+        log = log_of(trainer)
         assert len(log) == 3
         runs.append((log, trainer.model.state_dict()))
     (reference_log, reference_weights), *others = runs
@@ -75,6 +42,8 @@ def test_accumulation_does_not_change_the_trajectory(tmp_path):
             for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
                 assert line[term] == pytest.approx(expected[term], rel=1e-4), term
         for name, tensor in weights.items():
+            if name.endswith("key.bias"):
+                continue  # changes no probability: its gradient is rounding, which AdamW amplifies
             torch.testing.assert_close(tensor, reference_weights[name], rtol=1e-3, atol=1e-4)
 
 
@@ -83,7 +52,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
         tmp_path, temperature=2.0, kl_loss_weight=0.5, logging_steps=2, max_steps=4
     )
     trainer.train()
-    lines = [line for line in trainer.state.log_history if "loss" in line]
+    lines = log_of(trainer)
     assert len(lines) == 2
     for line in lines:
         weighted = line["cross_entropy"] + 0.5 * 4 * line["kl"] + 2.0 * line["cosine"]
@@ -91,43 +60,37 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
 
 
 def test_training_leaves_the_teacher_alone_and_moves_the_student(tmp_path):
-    args = DistillationArguments(
-        save_directory=str(tmp_path),
-        max_steps=2,
-        bf16=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        gradient_accumulation_steps=1,
-        warmup_steps=0,
-    )
-    teacher = tiny_model(tiny_config("gpt_neox-untied", 4))
-    before = copy.deepcopy(teacher.state_dict())
-    student = new_student(teacher, LAYER_MAP)
-    start = copy.deepcopy(student.state_dict())
-    DistillationTrainer(student, teacher, LAYER_MAP, args, train_dataset=rows(16)).train()
+    teacher = teacher_of("gpt_neox-untied")
+    trainer = trainer_for(tmp_path, teacher, max_steps=2)
+    before, start = (copy.deepcopy(model.state_dict()) for model in (teacher, trainer.model))
+    trainer.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(
-        not torch.equal(tensor, start[name]) for name, tensor in student.state_dict().items()
+        not torch.equal(tensor, start[name]) for name, tensor in trainer.model.state_dict().items()
     )
 
 
-def test_held_out_means_are_exact_whatever_the_batch_size(tmp_path):
+@pytest.mark.parametrize("kind", ["qwen3-tied", "bert"])
+def test_held_out_means_do_not_depend_on_the_batch_size(tmp_path, kind):
     metrics = [
-        trainer_for(tmp_path, per_device_eval_batch_size=size).evaluate() for size in (1, 3, 7)
+        trainer_for(tmp_path, kind, per_device_eval_batch_size=size).evaluate()
+        for size in (1, 3, 7)
     ]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
     assert metrics[0] == pytest.approx(metrics[2], rel=1e-5)
+
+
+def test_held_out_means_are_exact(tmp_path):
     trainer = trainer_for(tmp_path)
-    teacher = tiny_model(tiny_config("qwen3-tied", 4))
-    student = new_student(teacher, LAYER_MAP)
+    student = new_student(teacher_of("qwen3-tied"), LAYER_MAP)
     total, targets = 0.0, 0
     for row in trainer.eval_dataset:
         ids = torch.tensor([row["input_ids"]])
         log_p = student(ids).logits.double().log_softmax(-1)
         total -= log_p[0, torch.arange(ids.shape[1] - 1), ids[0, 1:]].sum().item()
         targets += ids.shape[1] - 1
-    assert metrics[0]["eval_cross_entropy"] == pytest.approx(total / targets, rel=1e-5)
+    assert trainer.evaluate()["eval_cross_entropy"] == pytest.approx(total / targets, rel=1e-5)
 
 
 @pytest.mark.parametrize("tying", ["tied", "untied"])
@@ -136,7 +99,7 @@ def test_cosine_alone_leaves_an_untied_head_as_it_is(tmp_path, tying):
     head = trainer.model.lm_head.weight.clone()
     trainer.train()
     assert torch.equal(trainer.model.lm_head.weight, head) == (tying == "untied")
-    line = next(line for line in trainer.state.log_history if "loss" in line)
+    line = log_of(trainer)[0]
     assert line["loss"] == pytest.approx(2.0 * line["cosine"], rel=1e-5)
     assert "cross_entropy" not in line
     assert "kl" not in line
@@ -161,7 +124,7 @@ def test_speed_options_change_no_number(tmp_path, changes):
     for settings in ({}, changes):
         trainer = trainer_for(tmp_path, **settings)
         trainer.train()
-        logs.append([line for line in trainer.state.log_history if "loss" in line])
+        logs.append(log_of(trainer))
         trainer.save_student(tmp_path / "student", torch.float32)
         weights.append(load_file(tmp_path / "student" / "model.safetensors"))
     for line, expected in zip(*logs):
@@ -175,7 +138,7 @@ def test_a_line_of_the_log_says_how_fast_and_how_full(tmp_path):
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    lines = [line for line in trainer.state.log_history if "loss" in line]
+    lines = log_of(trainer)
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     assert all(line["tokens_per_second"] > 2 * 8 * min(lengths) / seconds for line in lines)
     assert all(0 < line["padding_share"] < 1 for line in lines)
@@ -231,7 +194,7 @@ def test_the_teachers_states_are_let_go_as_they_are_compared(tmp_path, monkeypat
 
 def test_hidden_states_are_transformers_own():
     for kind in ("llama-tied", "gpt_neox-untied", "gpt2"):
-        model = tiny_model(tiny_config(kind, 4))
+        model = teacher_of(kind)
         batch = collate([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6]}])
         ids, mask = batch["input_ids"], batch["attention_mask"]
         with torch.no_grad():
@@ -242,7 +205,7 @@ def test_hidden_states_are_transformers_own():
 
 
 def test_random_initialisation_has_the_shape_and_none_of_the_weights():
-    teacher = tiny_model(tiny_config("llama-untied", 4))
+    teacher = teacher_of("llama-untied")
     kept, drawn = (new_student(teacher, LAYER_MAP, random) for random in (False, True))
     assert drawn.config.num_hidden_layers == 3
     for name, tensor in kept.state_dict().items():
@@ -252,7 +215,7 @@ def test_random_initialisation_has_the_shape_and_none_of_the_weights():
 
 
 def test_casting_leaves_rotary_frequencies_in_fp32():
-    teacher = tiny_model(tiny_config("llama-untied", 4))
+    teacher = teacher_of("llama-untied")
     frequencies = teacher.model.rotary_emb.inv_freq.clone()
     cast_parameters(teacher, torch.bfloat16)
     assert teacher.dtype == torch.bfloat16

@@ -38,22 +38,20 @@ from transformers import (
 )
 
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
-from examples.stdlib.train_teacher import END_OF_TEXT, train_tokenizer
+from examples.stdlib.train_teacher import train_tokenizer
 from patching.auto_class import auto_class
 from patching.distilbert import CONFIG_FIELDS, TOKEN_TYPES, UNUSED_BIAS, distilbert_name
-from train.data import collate
+from train.data import collate, load_rows
+from train.data_args import DataArguments
 from train.losses import IGNORED_LABEL
 from train.masking import Masking
 
 ROW_TOKENS = 128
 DISTILLATION = {
     "kept_layers": "0,2,4,7,9,11",
-    "max_length": ROW_TOKENS,
-    "packing": False,
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-3,
-    "cosine_loss_weight": 10,
+    "learning_rate": 5e-4,
     "save_strategy": "no",
     "eval_strategy": "no",
     "logging_steps": 10,
@@ -90,22 +88,25 @@ def train_wordpiece(modules: list[Module], vocab_size: int) -> PreTrainedTokeniz
 
 
 def pieces(module: Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Lines of a module, as many together as a row holds."""
+    """Lines of a module, as many together as a row holds with a special token at each end.
+
+    Where those are not BERT's, the first is written out: end of text, which scoring puts there too.
+    """
+    front = tokenizer.eos_token or ""
     lines = module.text.splitlines(keepends=True)
-    num_special = tokenizer.num_special_tokens_to_add()
-    lengths = map(len, tokenizer(lines, add_special_tokens=False)["input_ids"])
-    piece, room = [], ROW_TOKENS - num_special
-    for line, length in zip(lines, lengths):
+    ids = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    piece, room = [], ROW_TOKENS - 2
+    for line, length in zip(lines, map(len, ids)):
         if length > room and piece:
-            yield "".join(piece)
-            piece, room = [], ROW_TOKENS - num_special
+            yield front + "".join(piece)
+            piece, room = [], ROW_TOKENS - 2
         piece.append(line)
         room -= length
-    yield "".join(piece)
+    yield front + "".join(piece)
 
 
-def write_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """`train.jsonl` and `heldout.jsonl`, a document for each piece."""
+def write_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Write a document for each piece; return the flags of `train.train` for them."""
     parts: dict[str, list[str]] = {"train": [], "heldout": []}
     for module in iter_modules():
         part = parts["heldout" if is_held_out(module.name) else "train"]
@@ -113,11 +114,12 @@ def write_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for name, texts in parts.items():
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (folder / f"{name}.jsonl").write_text("".join(lines))
-
-
-def rows_of(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    texts = [json.loads(line)["text"] for line in path.open()]
-    return tokenizer(texts, truncation=True, max_length=ROW_TOKENS)["input_ids"]
+    return {
+        "dataset": str(folder / "train.jsonl"),
+        "eval_dataset": str(folder / "heldout.jsonl"),
+        "max_length": ROW_TOKENS,
+        "packing": False,
+    }
 
 
 def new_teacher(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -221,20 +223,14 @@ def train_teacher(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     modules = [module for module in iter_modules() if not is_held_out(module.name)]
-    if arguments.kind == "gpt2":
-        tokenizer = train_tokenizer(modules, vocab_size=2048)
-        # In front of each text, as where scoring puts it.
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.eos_token_id)]
-        )
-    else:
-        tokenizer = train_wordpiece(modules, vocab_size=2048)
+    make_tokenizer = train_tokenizer if arguments.kind == "gpt2" else train_wordpiece
+    tokenizer = make_tokenizer(modules, vocab_size=2048)
     tokenizer.model_max_length = ROW_TOKENS
     masking = None if arguments.kind == "gpt2" else Masking.of(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        write_pieces(Path(folder), tokenizer)
-        rows = rows_of(Path(folder, "train.jsonl"), tokenizer)
-        held_out = rows_of(Path(folder, "heldout.jsonl"), tokenizer)[:512]
+        text = DataArguments(**write_pieces(Path(folder), tokenizer))
+        train, held_out = load_rows(text, tokenizer, arguments.seed)
+        rows, held_out = train["input_ids"][:], held_out["input_ids"][:512]
     num_tokens = sum(map(len, rows))
     print(f"{len(rows)} rows, {num_tokens} tokens", flush=True)
 
@@ -323,13 +319,13 @@ def train_student(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pieces(folder, tokenizer)
-        settings = DISTILLATION | {
+        chosen = {"max_steps": arguments.steps, "cosine_loss_weight": arguments.cosine_loss_weight}
+        settings = {
+            **DISTILLATION,
+            **chosen,
+            **write_pieces(folder, tokenizer),
             "teacher_model_name_or_path": arguments.teacher,
             "save_directory": folder / "student",
-            "dataset": folder / "train.jsonl",
-            "eval_dataset": folder / "heldout.jsonl",
-            "max_steps": arguments.steps,
         }
         words = [str(word) for flag, value in settings.items() for word in (f"--{flag}", value)]
         subprocess.run([sys.executable, "-m", "train.train", *words], check=True)
@@ -341,7 +337,7 @@ def train_student(arguments: argparse.Namespace) -> None:
     student.save_pretrained(arguments.save_directory)
     tokenizer.save_pretrained(arguments.save_directory)
     record = {
-        "arguments": {**DISTILLATION, "max_steps": arguments.steps},
+        "arguments": {**DISTILLATION, **chosen},
         "held_out": run["held_out"],
         "log": [
             {name: line[name] for name in ("step", "loss", "cross_entropy", "kl", "cosine")}
@@ -370,8 +366,8 @@ if __name__ == "__main__":
     teacher = commands.add_parser("teacher")
     teacher.add_argument("--kind", choices=("bert", "gpt2"), required=True)
     teacher.add_argument("--save_directory", type=Path, required=True)
-    teacher.add_argument("--seconds", type=float, default=420.0)
-    teacher.add_argument("--rows_per_step", type=int, default=32)
+    teacher.add_argument("--seconds", type=float, default=430.0)
+    teacher.add_argument("--rows_per_step", type=int, default=16)
     teacher.add_argument("--muon_lr", type=float, default=0.02)
     teacher.add_argument("--adam_lr", type=float, default=2e-3)
     teacher.add_argument("--warmup_steps", type=int, default=100)
@@ -380,7 +376,8 @@ if __name__ == "__main__":
     student = commands.add_parser("student")
     student.add_argument("--teacher", type=Path, required=True)
     student.add_argument("--save_directory", type=Path, required=True)
-    student.add_argument("--steps", type=int, default=400)
+    student.add_argument("--steps", type=int, default=700)
+    student.add_argument("--cosine_loss_weight", type=float, default=10.0)
     student.set_defaults(run=train_student)
     parsed = parser.parse_args()
     parsed.run(parsed)
