@@ -116,6 +116,7 @@ def batches_of(
         yield Copies(input_ids_RT, mask_RT, positions_R, targets_R, rows)
 
 
+@torch.inference_mode()
 def score_members(
     tree: PrefixTree,
     tokenizer: PreTrainedTokenizerBase,

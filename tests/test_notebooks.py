@@ -23,18 +23,18 @@ PROMPTS = {
     "test_distilbert": ("SENTENCE", "for i in [MASK] ( n ) :"),
     "test_distilgpt2": ("PROMPT", "for i in "),
 }
+NUM_TEXTS_AND_LINES = {"test_distilbert": (14, 3), "test_distilgpt2": (20, 40)}
+"""A masked model reads a text as often as it has tokens, so it gets fewer and shorter ones."""
 KEPT = (0, 2, 4, 7, 9, 11)
 
 
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    """Pieces of held-out modules, a few lines each."""
-    path = tmp_path_factory.mktemp("text") / "heldout.jsonl"
+def write_texts(path: Path, num_lines: int) -> Path:
+    """Some lines of each held-out module."""
     with path.open("w") as file:
         for module in iter_modules():
             lines = module.text.splitlines(keepends=True)
             if is_held_out(module.name) and len(lines) > 60:
-                file.write(json.dumps({"text": "".join(lines[40:43])}) + "\n")
+                file.write(json.dumps({"text": "".join(lines[40 : 40 + num_lines])}) + "\n")
     return path
 
 
@@ -44,7 +44,7 @@ def code_cells(name: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def executed(request, text_file, tmp_path_factory):
+def executed(request, tmp_path_factory):
     """A notebook with outputs, run on stand-ins, and the folder of its results."""
     nbformat = pytest.importorskip("nbformat", reason="nbformat runs notebooks")
     nbclient = pytest.importorskip("nbclient", reason="nbclient runs notebooks")
@@ -54,10 +54,12 @@ def executed(request, text_file, tmp_path_factory):
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     (parameters,) = (i for i, c in enumerate(notebook.cells) if "tags" in c.metadata)
     teacher, student = (str(STANDINS / part) for part in PAIRS[name])
+    num_texts, num_lines = NUM_TEXTS_AND_LINES[name]
+    texts = write_texts(folder / "heldout.jsonl", num_lines)
     variable, prompt = PROMPTS[name]
     values = {
-        "TEACHER": teacher, "STUDENT": student, "DATASET": str(text_file), "DATASET_CONFIG": "",
-        "NUM_DOCUMENTS": 14, "RESULTS": str(folder / "results"), variable: prompt,
+        "TEACHER": teacher, "STUDENT": student, "DATASET": str(texts), "DATASET_CONFIG": "",
+        "NUM_DOCUMENTS": num_texts, "RESULTS": str(folder / "results"), variable: prompt,
     }  # fmt: skip
     assert all(variable in notebook.cells[parameters].source for variable in values)
     source = "\n".join(f"{variable} = {value!r}" for variable, value in values.items())
