@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from benchmarks.ratios import ratio_of_pairs
 from patching.blocks import LayerMap
 from train.losses import LossWeights, count
 from train.student import new_student
@@ -213,10 +214,7 @@ def report(settings: argparse.Namespace) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     pair_ratios = [a / b for a, b in zip(*times.values())]
     print(f"time: {medians['ours']:.2f} s, straightforward {medians['straightforward']:.2f} s")
-    print(
-        f"      ratio {statistics.median(pair_ratios):.2f} (each pair: "
-        f"{', '.join(f'{ratio:.2f}' for ratio in pair_ratios)})"
-    )
+    print(f"      {ratio_of_pairs(pair_ratios)}")
     peaks = [peak_in_own_process(settings, index) for index in (0, 1)]
     print(
         f"memory: {peaks[0] / MIB:,.0f} MiB, straightforward {peaks[1] / MIB:,.0f} MiB, "

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.ratios import ratio_of_pairs
 from examples.stdlib.corpus import write_corpus
 from patching.blocks import LayerMap, default_kept_layers
 from train.data import collate, load_rows
@@ -77,10 +78,7 @@ def main(max_length: int, batch_size: int, num_batches: int, repeats: int) -> No
             f"{padding[name]:.1%}, {tokens[name] / tokens['packed']:.0%} of the text in rows"
         )
     ratios = [packed / padded for packed, padded in zip(*rates.values())]
-    print(
-        f"ratio {statistics.median(ratios):.2f} (each pair: "
-        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)})"
-    )
+    print(ratio_of_pairs(ratios))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from patching.families import config_for
 from patching.layout import layout_of, tensors_of
 from patching.outputs import new_folder
 from patching.pair import Pair, PairArguments, references
-from patching.recipe import LayerSource, Recipe, initial_student
+from patching.recipe import initial_student, whole_model
 from patching.splice import generation_config_of, plan_splice
 from patching.student_config import StudentConfig
 
@@ -58,13 +58,13 @@ def make_pair(folder: Path) -> PairArguments:
         if (folder / name / "config.json").exists():
             continue
         generator = torch.Generator().manual_seed(seed)
-        layers = [LayerSource("teacher", i) for i in range(config.num_hidden_layers)]
+        recipe = whole_model(config.num_hidden_layers)
         layouts = {"teacher": layout_of(config, torch.bfloat16)}
         tensors = {
             tensor.name: torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(
                 std=0.02, generator=generator
             )
-            for tensor, *_ in tensors_of(Recipe.of(layers), layouts)
+            for tensor, *_ in tensors_of(recipe, layouts)
         }
         (folder / name).mkdir()
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from benchmarks.ratios import ratio_of_pairs
 from evaluate.pseudo_perplexity import MaskedText, encode, score_texts
 from examples.stdlib.corpus import is_held_out, iter_modules
 
@@ -75,10 +76,7 @@ def main(model: str, num_texts: int, repeats: int, tokens_per_batch: int | None)
     for name, values in seconds.items():
         print(f"{name}: {num_tokens / statistics.median(values):,.0f} masked tokens/s")
     ratios = [theirs / ours for ours, theirs in zip(*seconds.values())]
-    print(
-        f"ratio {statistics.median(ratios):.2f} (each pair: "
-        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)})"
-    )
+    print(ratio_of_pairs(ratios))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Where a sweep runs: its device, and its ranks under torchrun."""
 
-import os
 from datetime import timedelta
 
 import torch
@@ -10,13 +9,15 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patching.outputs import num_ranks
+
 
 def ranks_of(device: torch.device) -> Accelerator | None:
     """torchrun's ranks, None for a single process. Each rank has the device of its number.
 
     Raises ValueError where one device is named for all of them.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_ranks() == 1:
         return None
     if device.index not in (None, 0):
         raise ValueError(

@@ -36,7 +36,6 @@ from transformers import (
 from evaluate.devices import ranks_of, stock_lm
 from evaluate.family import FamilyLM
 from evaluate.masked_family import MaskedFamilyLM
-from evaluate.pseudo_perplexity import whole
 from evaluate.report import short_names, write_report
 from evaluate.stored import check_settings, read_results
 from evaluate.sweep import Harness, Kin, Loaded, Member, Sweep, Tasks, text_of_tasks
@@ -59,7 +58,7 @@ from patching.pair import (
     load_model,
     usable_device,
 )
-from patching.recipe import Parent, Reference
+from patching.recipe import Parent, Reference, whole_model
 from patching.texts import Calibration, CalibrationArguments, num_found_in
 
 BASELINES = ("naive", "block_influence")
@@ -190,7 +189,7 @@ class Weights:
         tokenizer = read_tokenizer(name_or_path, trust)
         if predicts_masked_tokens(model.config):
             (member,) = members
-            recipes = {member.name: whole(model)}
+            recipes = {member.name: whole_model(model.config.num_hidden_layers)}
             lm = MaskedFamilyLM(recipes, teacher=model, tokenizer=tokenizer, accelerator=self.ranks)
             return Loaded(lm, None)
         return Loaded(stock_lm(model, tokenizer, self.arguments.batch_size, self.ranks), None)

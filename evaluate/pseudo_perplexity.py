@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from patching.auto_class import predicts_masked_tokens
 from patching.families import longest_text
 from patching.prefix_tree import PrefixTree
-from patching.recipe import LayerSource, Recipe
+from patching.recipe import whole_model
 
 TOKENS_PER_BATCH = 2**14
 CPU_TOKENS_PER_BATCH = 2**10
@@ -169,13 +169,8 @@ def score_texts(
     show_progress: bool = True,
 ) -> list[TextScore]:
     """The same for a single model."""
-    tree = PrefixTree({"model": whole(model)}, teacher=model)
+    tree = PrefixTree({"model": whole_model(model.config.num_hidden_layers)}, teacher=model)
     return score_members(tree, tokenizer, texts, tokens_per_batch, show_progress)["model"]
-
-
-def whole(model: PreTrainedModel) -> Recipe:
-    """The recipe of a model itself, as a teacher."""
-    return Recipe.of([LayerSource("teacher", i) for i in range(model.config.num_hidden_layers)])
 
 
 def pseudo_perplexity(

@@ -20,7 +20,7 @@ from patching.sizes import bytes_text, count_text
 
 DIP_MARKS = {True: " ▼", False: " ▽", None: " ▼"}
 """Behind a score in the table, by whether the dip is significant; without a standard error, as
-perplexities are, nothing excuses it."""
+lm-eval's own perplexities are, nothing excuses it."""
 
 
 def write_report(

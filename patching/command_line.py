@@ -1,6 +1,5 @@
 """How the command lines meet their user: one line and exit code 2 for what the user can mend."""
 
-import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
@@ -8,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+
+from patching.outputs import num_ranks
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 
@@ -40,9 +41,9 @@ class CommandLineParser(HfArgumentParser):
 
 def check_one_process() -> None:
     """Raise ValueError under torchrun, for a command that has nothing to share out among ranks."""
-    if (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (count := num_ranks()) > 1:
         raise ValueError(
-            f"{num_ranks} processes were started and this command runs as one: leave out torchrun"
+            f"{count} processes were started and this command runs as one: leave out torchrun"
         )
 
 

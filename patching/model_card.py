@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub.repocard import metadata_load
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from patching.auto_class import auto_class, predicts_masked_tokens
 from patching.recipe import Parent, Recipe, Reference
 from patching.sizes import Size, bytes_text, count_text
 
@@ -70,11 +72,11 @@ def model_card(
     recipe: Recipe,
     size: Size,
     origins: Mapping[Parent, Origin],
-    is_masked_model: bool = False,
+    config: PreTrainedConfig,
 ) -> str:
-    """The card's text; `is_masked_model` for one that predicts masked tokens."""
-    task = "fill-mask" if is_masked_model else "text-generation"
-    auto_class = "AutoModelForMaskedLM" if is_masked_model else "AutoModelForCausalLM"
+    """The card's text; `config` is the model's, or a parent's of the same architecture."""
+    task = "fill-mask" if predicts_masked_tokens(config) else "text-generation"
+    loader = auto_class(config).__name__
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     metadata["tags"] = ["boomerang-distillation", "layer-patching"]
     repositories = [origin.name_or_path for origin in origins.values() if not origin.is_folder]
@@ -121,9 +123,9 @@ def model_card(
         "It is an ordinary checkpoint:",
         "",
         "```python",
-        f"from transformers import {auto_class}, AutoTokenizer",
+        f"from transformers import {loader}, AutoTokenizer",
         "",
-        f'model = {auto_class}.from_pretrained("{title}")',
+        f'model = {loader}.from_pretrained("{title}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
         "```",
         "",

@@ -133,6 +133,11 @@ def check_space(path: Path, num_bytes: int) -> None:
         )
 
 
+def num_ranks() -> int:
+    """Processes that torchrun started of this command, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def environment() -> dict[str, Any]:
     """Versions, commit, device and command line: what a run writes down beside its arguments."""
     return {
@@ -141,7 +146,7 @@ def environment() -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES},
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": num_ranks(),
     }
 
 

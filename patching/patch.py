@@ -440,9 +440,8 @@ def save(
     if isinstance(plan, Splice):
         plan.write(folder)
     tokenizer.save_pretrained(folder)
-    is_masked_model = predicts_masked_tokens(pair.configs["teacher"])
-    card = model_card(title, recipe, size, origins, is_masked_model)
-    write_text(folder / CARD_FILE_NAME, card)
+    config = pair.configs["teacher"]
+    write_text(folder / CARD_FILE_NAME, model_card(title, recipe, size, origins, config))
     provenance: dict[str, Any] = {
         "arguments": dataclasses.asdict(arguments),
         "order": pair.order,
@@ -456,7 +455,7 @@ def save(
     }
     write_json(folder / PROVENANCE_FILE_NAME, provenance)
     if isinstance(plan, Splice):
-        if not is_masked_model:
+        if not predicts_masked_tokens(config):
             generation_config_of(references(arguments)[recipe.embedding]).save_pretrained(folder)
         plan.config.save_pretrained(folder)
     else:

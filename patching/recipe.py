@@ -58,6 +58,11 @@ class Recipe:
         }
 
 
+def whole_model(num_layers: int) -> Recipe:
+    """A model of so many layers itself, as the teacher."""
+    return Recipe.of([LayerSource("teacher", layer) for layer in range(num_layers)])
+
+
 def initial_student(layer_map: LayerMap) -> Recipe:
     """The kept teacher layers: what distillation starts from."""
     return Recipe.of([LayerSource("teacher", layer) for layer in layer_map.kept])

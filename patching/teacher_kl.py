@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from patching.divergence import check_logits_are_the_heads, kl_sums
 from patching.prefix_tree import LayerPath, PrefixTree
-from patching.recipe import LayerSource, Recipe
+from patching.recipe import Recipe, whole_model
 
 MOST_KNOWN_BYTES = 2**32
 """Of hidden states that are kept from one call to the next, over all batches."""
@@ -75,8 +75,7 @@ class TeacherKL:
         self._known = [KnownStates(MOST_KNOWN_BYTES // len(self.batches)) for _ in self.batches]
         self.num_layer_forwards = 0
         """Layers that batches went through, each with its rows together."""
-        num_layers = teacher.config.num_hidden_layers
-        whole = Recipe.of([LayerSource("teacher", layer) for layer in range(num_layers)])
+        whole = whole_model(teacher.config.num_hidden_layers)
         tree = PrefixTree({"teacher": whole}, teacher=teacher)
         self._teacher_states = [
             next(tree.head_inputs(batch, positions_N))[1]

@@ -11,7 +11,7 @@ from conftest import run_module
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from patching_models import LAYER_MAP, family_pair, save_models
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from patching import hub
 from patching.assemble import ParameterCount, assemble
@@ -35,7 +35,7 @@ def card(teacher_license: str | None, student_license: str | None) -> ModelCard:
         "teacher": Origin("org/teacher", "main", COMMITS["teacher"], teacher_license),
         "student": Origin("org/student", None, None, student_license),
     }
-    return ModelCard(model_card("title", RECIPE, SIZE, origins))
+    return ModelCard(model_card("title", RECIPE, SIZE, origins, Qwen3Config()))
 
 
 @pytest.mark.parametrize(
