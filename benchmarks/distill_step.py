@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from benchmarks.ratios import ratio_of_pairs
 from patching.blocks import LayerMap
-from train.losses import LossWeights, count
+from train.distillation import install_distillation_forward
+from train.loss import LossWeights, count
 from train.student import new_student
-from train.trainer import install_distillation_forward
 
 WEIGHTS = LossWeights(cross_entropy=1.0, kl=0.1, cosine=2.0, temperature=1.0)
 MIB = 2**20

@@ -24,14 +24,15 @@ from typing import NamedTuple
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from patching.arguments import CalibrationArguments, FamilyArguments
 from patching.assemble import assemble
 from patching.blocks import LayerMap, as_layer_list, default_kept_layers
-from patching.order_search import PatchedLayers, all_sets, as_order, search
-from patching.orders import SETS_PER_TREE
-from patching.pair import Pair, PairArguments
+from patching.family import Family
+from patching.orders.measurements import SETS_PER_TREE
+from patching.orders.search import PatchedLayers, all_sets, order_of_sets, search
 from patching.recipe import initial_student, patched_model
-from patching.teacher_kl import TeacherKL
-from patching.texts import Calibration, CalibrationArguments, padded_batches
+from patching.running.calibration import Calibration, padded_batches
+from patching.running.teacher_kl import TeacherKL
 
 
 def random_models() -> tuple[LayerMap, dict[str, Qwen3ForCausalLM]]:
@@ -164,8 +165,10 @@ def main(arguments: argparse.Namespace) -> None:
         ids = torch.randint(4096, (arguments.texts, arguments.length)).tolist()
         batches, name = padded_batches(ids), "random pair"
     else:
-        pair = Pair.from_pretrained(PairArguments(str(arguments.teacher), str(arguments.student)))
-        layer_map, models = pair.layer_map, pair.load(["teacher", "student"], torch.float32)
+        family = Family.from_pretrained(
+            FamilyArguments(str(arguments.teacher), str(arguments.student))
+        )
+        layer_map, models = family.layer_map, family.load(["teacher", "student"], torch.float32)
         text = Calibration.read(
             CalibrationArguments(
                 arguments.calibration,
@@ -173,7 +176,7 @@ def main(arguments: argparse.Namespace) -> None:
                 calibration_length=arguments.length,
             )
         )
-        batches = text.batches(pair.tokenizer, pair.configs["teacher"])
+        batches = text.batches(family.tokenizer, family.configs["teacher"])
         name = f"{arguments.student.parent.name}/{arguments.student.name}"
     print(
         f"{name}: {layer_map.num_teacher_layers} layers, kept {as_layer_list(layer_map.kept)}, "
@@ -196,7 +199,7 @@ def main(arguments: argparse.Namespace) -> None:
             found[name] = find(sides[name])
             seconds[name] = time.perf_counter() - start
         same = "the same sets" if len(set(found.values())) == 1 else f"other sets, {found}"
-        order = as_layer_list(as_order(layer_map, found["shared"]))
+        order = as_layer_list(order_of_sets(layer_map, found["shared"]))
         print(f"{title}: {len(sides['shared'].found)} models; order {order}, {same}")
         for name, side in sides.items():
             print(

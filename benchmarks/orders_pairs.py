@@ -37,10 +37,11 @@ from evaluate.family import FamilyLM
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import DISTILLATION, TEACHER
 from examples.stdlib.train_teacher import loss_of, token_stream, train_tokenizer
+from patching.arguments import FamilyArguments
 from patching.blocks import as_layer_list
-from patching.pair import Pair, PairArguments
+from patching.family import Family
+from patching.files.texts import BLANK_LINES
 from patching.recipe import patched_model
-from patching.texts import BLANK_LINES
 
 ROOT = Path(__file__).parents[1]
 ROW_TOKENS = 128
@@ -188,14 +189,14 @@ def search(name: str, folder: Path, student: str, out: str, *flags: object) -> d
 
 
 def bits_per_byte(
-    pair: Pair, sets: Iterable[frozenset[int]], texts: Sequence[str]
+    family: Family, sets: Iterable[frozenset[int]], texts: Sequence[str]
 ) -> dict[frozenset[int], float]:
     """Of every set's model on whole texts, all in one tree."""
-    recipes = {as_layer_list(sorted(s)): (s, patched_model(pair.layer_map, s)) for s in sets}
+    recipes = {as_layer_list(sorted(s)): (s, patched_model(family.layer_map, s)) for s in sets}
     lm = FamilyLM(
         {name: recipe for name, (_, recipe) in recipes.items()},
-        **pair.load(["teacher", "student"], torch.float32),
-        tokenizer=pair.tokenizer,
+        **family.load(["teacher", "student"], torch.float32),
+        tokenizer=family.tokenizer,
         batch_size=8,
     )
     requests = [
@@ -211,7 +212,7 @@ def bits_per_byte(
     return found
 
 
-def held_out_of(found: dict[str, Any], pair: Pair, folder: Path) -> dict[str, list[float]]:
+def held_out_of(found: dict[str, Any], family: Family, folder: Path) -> dict[str, list[float]]:
     """Bits per byte of each order's sizes on text that no search has seen."""
     texts = texts_of(folder / "heldout.jsonl")
     sets = {
@@ -219,18 +220,18 @@ def held_out_of(found: dict[str, Any], pair: Pair, folder: Path) -> dict[str, li
         for name, order in found["orders"].items()
     }
     sets["best sets"] = [frozenset(member["patched_layers"]) for member in found["best_sets"]]
-    bits = bits_per_byte(pair, set().union(*sets.values()), texts[:NUM_HELD_OUT])
+    bits = bits_per_byte(family, set().union(*sets.values()), texts[:NUM_HELD_OUT])
     return {name: [bits[patched] for patched in of_name] for name, of_name in sets.items()}
 
 
 def compare(name: str, folder: Path) -> None:
-    arguments = PairArguments(str(teacher_of(name, folder)), str(folder / "student"))
-    pair = Pair.from_pretrained(arguments)
+    arguments = FamilyArguments(str(teacher_of(name, folder)), str(folder / "student"))
+    family = Family.from_pretrained(arguments)
     samples = [
         search(name, folder, "student", "orders"),
         search(name, folder, "student", "orders_2", "--calibration_skip", NUM_CALIBRATION),
     ]
-    held_out = held_out_of(samples[0], pair, folder)
+    held_out = held_out_of(samples[0], family, folder)
     measured = json.loads((folder / "orders" / "order_kl.json").read_text())["kl"]
     print(f"\n{name}\n\n{orders_table(samples[0], held_out)}\n")
     print(samples_table(samples, measured))
@@ -297,12 +298,12 @@ def kept(name: str, folder: Path) -> None:
         text = ("--calibration", str(folder / "calibration.jsonl"))
         distil(name, folder, "student_auto", *text, "--kept_layers", "auto")
     for student, out in (("student", "orders"), ("student_auto", "orders_auto")):
-        pair = Pair.from_pretrained(
-            PairArguments(str(teacher_of(name, folder)), str(folder / student))
+        family = Family.from_pretrained(
+            FamilyArguments(str(teacher_of(name, folder)), str(folder / student))
         )
         found = search(name, folder, student, out)
-        held_out = held_out_of(found, pair, folder)
-        print(f"\n{name}, {student}, kept {as_layer_list(pair.layer_map.kept)}")
+        held_out = held_out_of(found, family, folder)
+        print(f"\n{name}, {student}, kept {as_layer_list(family.layer_map.kept)}")
         for order in ("last", "first", "klpatch", "exact"):
             members = found["orders"][order]["members"]
             cells = [f"{m['layers']}: {b:.4f}" for m, b in zip(members, held_out[order])]
@@ -310,16 +311,16 @@ def kept(name: str, folder: Path) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    folder = (arguments.folder / arguments.pair).resolve()
+    folder = (arguments.folder / arguments.family).resolve()
     if arguments.what == "train":
-        write_texts(PAIRS[arguments.pair]["text"], folder)
-        if arguments.pair != "demo":
-            train_teacher(arguments.pair, folder, arguments.seconds)
-        distil(arguments.pair, folder, "student")
+        write_texts(PAIRS[arguments.family]["text"], folder)
+        if arguments.family != "demo":
+            train_teacher(arguments.family, folder, arguments.seconds)
+        distil(arguments.family, folder, "student")
     elif arguments.what == "compare":
-        compare(arguments.pair, folder)
+        compare(arguments.family, folder)
     else:
-        kept(arguments.pair, folder)
+        kept(arguments.family, folder)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.ratios import ratio_of_pairs
 from examples.stdlib.corpus import write_corpus
 from patching.blocks import LayerMap, default_kept_layers
-from train.data import collate, load_rows
+from train.batches import collate
+from train.data import load_rows
 from train.data_args import DataArguments
-from train.losses import LossWeights, count
+from train.distillation import install_distillation_forward
+from train.loss import LossWeights, count
 from train.student import new_student
-from train.trainer import install_distillation_forward
 
 TEACHER = Path(__file__).parents[1] / "examples" / "stdlib" / "teacher"
 WEIGHTS = LossWeights(cross_entropy=1.0, kl=0.1, cosine=2.0, temperature=1.0)

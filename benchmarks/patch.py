@@ -27,13 +27,14 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from transformers.utils import logging
 
+from patching.architectures.config import config_for
+from patching.arguments import FamilyArguments, references
 from patching.blocks import LayerMap, default_kept_layers
-from patching.families import config_for
-from patching.layout import layout_of, tensors_of
-from patching.outputs import new_folder
-from patching.pair import Pair, PairArguments, references
+from patching.checkpoints.layout import layout_of, tensors_of
+from patching.checkpoints.splice import generation_config_of, plan_splice
+from patching.family import Family
+from patching.files.outputs import new_folder
 from patching.recipe import initial_student, whole_model
-from patching.splice import generation_config_of, plan_splice
 from patching.student_config import StudentConfig
 
 TEACHER = Qwen3Config(
@@ -51,7 +52,7 @@ LAYER_MAP = LayerMap(default_kept_layers(28, 2, 1, 2), 28)
 SHARD_BYTES = 5 * 10**9
 
 
-def make_pair(folder: Path) -> PairArguments:
+def make_pair(folder: Path) -> FamilyArguments:
     """Teacher and student with random weights, one tensor in memory at a time but for writing."""
     student = config_for(initial_student(LAYER_MAP), {"teacher": TEACHER})
     for name, config, seed in (("teacher", TEACHER, 0), ("student", student, 1)):
@@ -75,27 +76,27 @@ def make_pair(folder: Path) -> PairArguments:
         StudentConfig(LAYER_MAP).save(folder / name)
         config.architectures = ["Qwen3ForCausalLM"]
         config.save_pretrained(folder / name)
-    return PairArguments(str(folder / "teacher"), str(folder / "student"))
+    return FamilyArguments(str(folder / "teacher"), str(folder / "student"))
 
 
-def splice(arguments: PairArguments, num_layers_to_patch: int, out: Path) -> None:
+def splice(arguments: FamilyArguments, num_layers_to_patch: int, out: Path) -> None:
     """Two names to a complete checkpoint, by copying bytes."""
-    pair = Pair.from_pretrained(arguments)
-    recipe = pair.recipe(num_layers_to_patch)
-    dtype = pair.dtype("auto")
-    layouts = {parent: layout_of(config, dtype) for parent, config in pair.configs.items()}
+    family = Family.from_pretrained(arguments)
+    recipe = family.recipe(num_layers_to_patch)
+    dtype = family.dtype("auto")
+    layouts = {parent: layout_of(config, dtype) for parent, config in family.configs.items()}
     found = references(arguments)
-    plan = plan_splice(recipe, pair.configs, layouts, found, dtype, SHARD_BYTES)
+    plan = plan_splice(recipe, family.configs, layouts, found, dtype, SHARD_BYTES)
     with new_folder(out) as folder:
         plan.write(folder)
         generation_config_of(found[recipe.embedding]).save_pretrained(folder)
         plan.config.save_pretrained(folder)
 
 
-def straightforward(arguments: PairArguments, num_layers_to_patch: int, out: Path) -> None:
+def straightforward(arguments: FamilyArguments, num_layers_to_patch: int, out: Path) -> None:
     """Load both, put the layers into a new model, `save_pretrained`."""
-    pair = Pair.from_pretrained(arguments)
-    recipe = pair.recipe(num_layers_to_patch)
+    family = Family.from_pretrained(arguments)
+    recipe = family.recipe(num_layers_to_patch)
     parents = {
         "teacher": AutoModelForCausalLM.from_pretrained(
             arguments.teacher_model_name_or_path, dtype=torch.bfloat16
@@ -104,7 +105,7 @@ def straightforward(arguments: PairArguments, num_layers_to_patch: int, out: Pat
             arguments.student_model_name_or_path, dtype=torch.bfloat16
         ),
     }
-    config = pair.config(recipe)
+    config = family.config(recipe)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.model.embed_tokens = parents[recipe.embedding].model.embed_tokens
     for position, (parent, layer_idx) in enumerate(recipe.layers):
@@ -115,7 +116,7 @@ def straightforward(arguments: PairArguments, num_layers_to_patch: int, out: Pat
     model.save_pretrained(out)
 
 
-WAYS: dict[str, Callable[[PairArguments, int, Path], None]] = {
+WAYS: dict[str, Callable[[FamilyArguments, int, Path], None]] = {
     "splice": splice,
     "straightforward": straightforward,
 }
@@ -136,7 +137,7 @@ def child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> None:
     """One save, its seconds and its peak memory as JSON."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    arguments = PairArguments(str(folder / "teacher"), str(folder / "student"))
+    arguments = FamilyArguments(str(folder / "teacher"), str(folder / "student"))
     # The architecture's code, and transformers' table of how tensors are named in all of them.
     tuple(layout_of(Qwen3Config(num_hidden_layers=1), torch.bfloat16).tensors)
     prepare(folder, out)

@@ -32,13 +32,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from evaluate.family import FamilyLM
-from evaluate.sweep import Harness, Member
+from evaluate.sweep import Harness, SeriesMember
 from evaluate.tasks import load_tasks
 from examples.stdlib.corpus import is_held_out, iter_modules
 from examples.stdlib.tasks import write_tasks
+from patching.arguments import FamilyArguments
 from patching.assemble import assemble
 from patching.blocks import LayerMap
-from patching.pair import Pair, PairArguments
+from patching.family import Family
 from patching.recipe import initial_student
 from patching.student_config import StudentConfig
 
@@ -137,12 +138,12 @@ class LayerCalls:
 
 
 def in_one_process(
-    name: str, pair: Pair, include_path: Path, tasks: list[str], settings: argparse.Namespace
+    name: str, family: Family, include_path: Path, tasks: list[str], settings: argparse.Namespace
 ) -> None:
     """Ours against one stock harness after another, parents loaded once for each."""
-    members = members_of(pair)
-    parents = pair.load(["teacher", "student"], torch.bfloat16, torch.device("cpu"))
-    options = {"tokenizer": pair.tokenizer, "batch_size": settings.batch_size}
+    members = members_of(family)
+    parents = family.load(["teacher", "student"], torch.bfloat16, torch.device("cpu"))
+    options = {"tokenizer": family.tokenizer, "batch_size": settings.batch_size}
     ours = family_lm(members, **parents, **options)
     stock = [assemble(member.recipe, **parents) for member in members]
     calls = LayerCalls(ours.tree.models.values()), LayerCalls(stock)
@@ -167,7 +168,7 @@ def in_one_process(
         ratio = statistics.median(theirs / own for own, theirs in times)
         own, theirs = (statistics.median(side) for side in zip(*times))
         print(
-            f"{name}, {pair.order}, {task}: {own:.1f} s, one stock harness after another "
+            f"{name}, {family.order}, {task}: {own:.1f} s, one stock harness after another "
             f"{theirs:.1f} s, {ratio:.2f} x faster; layers per batch "
             f"{ours.tree.num_layer_forwards} instead of {depths}, in all "
             f"{calls[0].layers // settings.repeats:,} instead of "
@@ -176,30 +177,30 @@ def in_one_process(
         )
 
 
-def members_of(pair: Pair) -> list[Member]:
-    sizes = range(pair.layer_map.max_layers_to_patch + 1)
-    return [Member("family", k, pair.recipe(k)) for k in sizes]
+def members_of(family: Family) -> list[SeriesMember]:
+    sizes = range(family.layer_map.max_layers_to_patch + 1)
+    return [SeriesMember("family", k, family.recipe(k)) for k in sizes]
 
 
-def family_lm(members: list[Member], **options) -> FamilyLM:
+def family_lm(members: list[SeriesMember], **options) -> FamilyLM:
     return FamilyLM({member.name: member.recipe for member in members}, **options)
 
 
 def one_process_a_size(
     name: str,
-    arguments: PairArguments,
+    arguments: FamilyArguments,
     include_path: Path,
     tasks: list[str],
     folder: Path,
     settings: argparse.Namespace,
 ) -> None:
     """Our command against the stock one for each size, its checkpoint saved beforehand."""
-    pair = Pair.from_pretrained(arguments)
+    family = Family.from_pretrained(arguments)
     parents = [
         *("--teacher_model_name_or_path", arguments.teacher_model_name_or_path),
         *("--student_model_name_or_path", arguments.student_model_name_or_path),
     ]
-    saved = [folder / name / member.name for member in members_of(pair)]
+    saved = [folder / name / member.name for member in members_of(family)]
     for k, path in enumerate(saved):
         number = ["--num_layers_to_patch", k, "--dtype", "bfloat16"]
         run("patching.patch", *parents, *number, "--save_directory", path, cwd=ROOT)
@@ -220,7 +221,7 @@ def one_process_a_size(
         cwd=ROOT,
     )
     print(
-        f"{name}, {pair.order}, whole commands: {own:.1f} s, {len(saved)} stock processes "
+        f"{name}, {family.order}, whole commands: {own:.1f} s, {len(saved)} stock processes "
         f"{theirs:.1f} s, {theirs / own:.2f} x faster",
         flush=True,
     )
@@ -241,13 +242,13 @@ def run(*command: object, cwd: Path) -> float:
     return time.perf_counter() - start
 
 
-def report_memory(arguments: PairArguments, include_path: Path, batch_size: int) -> None:
+def report_memory(arguments: FamilyArguments, include_path: Path, batch_size: int) -> None:
     """What all members hold together beyond their two parents, and the most of a whole run."""
     hush()
-    pair = Pair.from_pretrained(arguments)
-    tokenizer = pair.tokenizer
+    family = Family.from_pretrained(arguments)
+    tokenizer = family.tokenizer
     before = status_bytes("VmRSS")
-    parents = pair.load(["teacher", "student"], torch.bfloat16, torch.device("cpu"))
+    parents = family.load(["teacher", "student"], torch.bfloat16, torch.device("cpu"))
     weights = sum(
         parameter.untyped_storage().nbytes()
         for model in parents.values()
@@ -257,7 +258,7 @@ def report_memory(arguments: PairArguments, include_path: Path, batch_size: int)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     loaded = status_bytes("VmRSS")
-    members = members_of(pair)
+    members = members_of(family)
     lm = family_lm(members, **parents, tokenizer=tokenizer, batch_size=batch_size)
     with_members = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
@@ -291,22 +292,24 @@ def main(settings: argparse.Namespace) -> None:
         folder = Path(name)
         teacher, student = random_pair(folder)
         write_random_pairs_tasks(folder / "tasks", settings.num_documents)
-        arguments = PairArguments(str(teacher), str(student))
+        arguments = FamilyArguments(str(teacher), str(student))
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # where nothing was freed yet
             fresh.apply(report_memory, (arguments, folder / "tasks", settings.batch_size))
         for order in ("last", "first"):
-            pair = Pair.from_pretrained(PairArguments(str(teacher), str(student), order=order))
-            in_one_process("24 layers", pair, folder / "tasks", ["rolling", "choice"], settings)
+            family = Family.from_pretrained(
+                FamilyArguments(str(teacher), str(student), order=order)
+            )
+            in_one_process("24 layers", family, folder / "tasks", ["rolling", "choice"], settings)
         families = [("24 layers", arguments, folder / "tasks", ["rolling", "choice"])]
         if settings.student is not None:
             write_tasks(
                 (module for module in iter_modules() if is_held_out(module.name)),
                 folder / "demo_tasks",
             )
-            demo = PairArguments(str(TEACHER), str(settings.student.resolve()))
+            demo = FamilyArguments(str(TEACHER), str(settings.student.resolve()))
             tasks = ["stdlib_bits_per_byte", "stdlib_next_line"]
             in_one_process(
-                "demo", Pair.from_pretrained(demo), folder / "demo_tasks", tasks, settings
+                "demo", Family.from_pretrained(demo), folder / "demo_tasks", tasks, settings
             )
             families.append(("demo", demo, folder / "demo_tasks", tasks))
         for family in families:

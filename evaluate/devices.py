@@ -9,7 +9,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from patching.outputs import num_ranks
+from patching.files.outputs import num_ranks
 
 
 def ranks_of(device: torch.device) -> Accelerator | None:

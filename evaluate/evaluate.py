@@ -38,28 +38,26 @@ from evaluate.family import FamilyLM
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.report import short_names, write_report
 from evaluate.stored import check_settings, read_results
-from evaluate.sweep import Harness, Kin, Loaded, Member, Sweep, Tasks, text_of_tasks
+from evaluate.sweep import Harness, Kin, Loaded, SeriesMember, Sweep, Tasks, text_of_tasks
 from evaluate.tasks import PAPER_SUITE, LoadedTasks, leaves, load_tasks, texts_of
 from evaluate.text_task import TextArguments, read_texts, task_of_texts
+from patching.architectures.distilbert import as_bert_config
+from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.arguments import DTYPES, CalibrationArguments, MeasuringArguments, calibration_of
 from patching.assemble import count_parameters
-from patching.auto_class import predicts_masked_tokens
-from patching.block_influence import block_influence, most_influential
-from patching.blocks import Order, parse_sizes
-from patching.command_line import CommandLineParser, user_errors
-from patching.distilbert import as_bert_config
-from patching.named_orders import NAMED_ORDERS, SEARCHED_ORDERS
-from patching.orders import MEASURED_FILE_NAME, Measurements, calibration_of, searched_order
-from patching.outputs import check_writable, environment, write_json
-from patching.pair import (
-    DTYPES,
-    MeasuringArguments,
-    Pair,
-    fingerprint,
-    load_model,
-    usable_device,
-)
+from patching.blocks import Order
+from patching.checkpoints.fingerprint import fingerprint
+from patching.cli.command_line import CommandLineParser, user_errors
+from patching.cli.units import parse_sizes
+from patching.family import Family, usable_device
+from patching.files.outputs import check_writable, environment, write_json
+from patching.files.texts import num_found_in
+from patching.orders.measurements import MEASURED_FILE_NAME, Measurements
+from patching.orders.named_searches import searched_order
+from patching.patch_order import NAMED_ORDERS, SEARCHED_ORDERS
 from patching.recipe import Parent, Reference, whole_model
-from patching.texts import Calibration, CalibrationArguments, num_found_in
+from patching.running.block_influence import block_influence, most_influential
+from patching.running.calibration import Calibration
 
 BASELINES = ("naive", "block_influence")
 
@@ -170,20 +168,20 @@ class Weights:
         self.arguments, self.dtype, self.device, self.ranks = arguments, dtype, device, ranks
         self.teacher: PreTrainedModel | None = None
 
-    def of(self, pair: Pair) -> dict[Parent, PreTrainedModel]:
+    def of(self, family: Family) -> dict[Parent, PreTrainedModel]:
         if self.teacher is None:
-            self.teacher = pair.load(["teacher"], self.dtype, self.device)["teacher"]
-        return {"teacher": self.teacher, **pair.load(["student"], self.dtype, self.device)}
+            self.teacher = family.load(["teacher"], self.dtype, self.device)["teacher"]
+        return {"teacher": self.teacher, **family.load(["student"], self.dtype, self.device)}
 
-    def family_lm(self, pair: Pair, members: Sequence[Member]) -> Loaded:
+    def family_lm(self, family: Family, members: Sequence[SeriesMember]) -> Loaded:
         recipes = {member.name: member.recipe for member in members}
-        common = {**self.of(pair), "tokenizer": pair.tokenizer, "accelerator": self.ranks}
-        if predicts_masked_tokens(pair.configs["teacher"]):
+        common = {**self.of(family), "tokenizer": family.tokenizer, "accelerator": self.ranks}
+        if predicts_masked_tokens(family.configs["teacher"]):
             return Loaded(MaskedFamilyLM(recipes, **common), self.teacher)
         lm = FamilyLM(recipes, **common, batch_size=self.arguments.batch_size)
         return Loaded(lm, self.teacher)
 
-    def compared_lm(self, name_or_path: str, members: Sequence[Member]) -> Loaded:
+    def compared_lm(self, name_or_path: str, members: Sequence[SeriesMember]) -> Loaded:
         trust = self.arguments.trust_remote_code
         model = load_model(Reference(name_or_path), self.dtype, trust).to(self.device).eval()
         tokenizer = read_tokenizer(name_or_path, trust)
@@ -202,7 +200,7 @@ def read_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
     )
 
 
-def second_pair(pair: Pair, arguments: EvaluationArguments) -> Pair:
+def second_family(family: Family, arguments: EvaluationArguments) -> Family:
     """The teacher and `--random_student`, patched in the same order where its layers allow it: one
     from a file or a search belongs to the layers it was found for.
     """
@@ -212,9 +210,9 @@ def second_pair(pair: Pair, arguments: EvaluationArguments) -> Pair:
         student_revision=None,
         order=arguments.order if arguments.order in NAMED_ORDERS else None,
     )
-    second = Pair.from_pretrained(other)
-    if second.layer_map == pair.layer_map:
-        return dataclasses.replace(second, order=pair.order)
+    second = Family.from_pretrained(other)
+    if second.layer_map == family.layer_map:
+        return dataclasses.replace(second, order=family.order)
     return second
 
 
@@ -234,22 +232,24 @@ def compared_models(names: list[str]) -> dict[str, str]:
     return {f"compare_{short}": name for short, name in zip(short_names(models), models)}
 
 
-def family_members(pair: Pair, sizes: list[int], baselines: list[str]) -> list[Member]:
+def family_members(family: Family, sizes: list[int], baselines: list[str]) -> list[SeriesMember]:
     """The family and its naive baseline. At k = max pruning leaves the teacher, which is there
     already.
     """
-    members = [Member("family", k, pair.recipe(k)) for k in sizes]
+    members = [SeriesMember("family", k, family.recipe(k)) for k in sizes]
     if "naive" in baselines:
-        members += [Member("naive", k, pair.naive_recipe(k)) for k in pruned_sizes(pair, sizes)]
+        members += [
+            SeriesMember("naive", k, family.naive_recipe(k)) for k in pruned_sizes(family, sizes)
+        ]
     return members
 
 
-def pruned_sizes(pair: Pair, sizes: list[int]) -> list[int]:
-    return [k for k in sizes if k < pair.layer_map.max_layers_to_patch]
+def pruned_sizes(family: Family, sizes: list[int]) -> list[int]:
+    return [k for k in sizes if k < family.layer_map.max_layers_to_patch]
 
 
 def influences_of_layers(
-    pair: Pair, weights: Weights, text: Calibration, settings: dict[str, Any]
+    family: Family, weights: Weights, text: Calibration, settings: dict[str, Any]
 ) -> list[float]:
     """The teacher's block influences, kept in the folder so that a further run has them."""
     path = weights.arguments.save_directory / "block_influence.json"
@@ -258,8 +258,8 @@ def influences_of_layers(
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept.get("made_from") == made_from:
             return kept["block_influence"]
-    teacher = weights.of(pair)["teacher"]
-    influences = block_influence(teacher, text.batches(pair.tokenizer, teacher.config))
+    teacher = weights.of(family)["teacher"]
+    influences = block_influence(teacher, text.batches(family.tokenizer, teacher.config))
     if is_writer(weights.ranks):
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {"block_influence": influences, "text": text.name, "made_from": made_from}
@@ -279,9 +279,9 @@ class Plan:
     """What a command line asks for, checked from configs alone."""
 
     arguments: EvaluationArguments
-    pair: Pair
+    family: Family
     sizes: list[int]
-    second: Pair | None
+    second: Family | None
     """The random student's, its teacher the same."""
     compared: dict[str, str]
     compared_configs: dict[str, PreTrainedConfig]
@@ -293,11 +293,11 @@ class Plan:
     @classmethod
     def of(cls, arguments: EvaluationArguments) -> "Plan":
         """Raises ValueError or OSError where something is not there or does not fit."""
-        pair = Pair.from_pretrained(arguments)
-        _ = pair.tokenizer  # one that is missing is noticed here
+        family = Family.from_pretrained(arguments)
+        _ = family.tokenizer  # one that is missing is noticed here
         compared = compared_models(arguments.compare)
         trust = arguments.trust_remote_code
-        teacher = pair.configs["teacher"]
+        teacher = family.configs["teacher"]
         if predicts_masked_tokens(teacher) and not (arguments.dataset or arguments.tasks):
             raise ValueError(
                 f"a {teacher.model_type} predicts masked tokens: name text to evaluate it on with "
@@ -311,45 +311,45 @@ class Plan:
             except (OSError, ValueError) as error:
                 raise ValueError(f"compare={name}: no model that can be read ({error})") from error
             configs[series] = as_bert_config(config)
-            if arguments.dataset and tokenizer.get_vocab() != pair.tokenizer.get_vocab():
+            if arguments.dataset and tokenizer.get_vocab() != family.tokenizer.get_vocab():
                 raise ValueError(
                     f"compare={name}: its tokens are others than the teacher's, so its perplexity "
                     "cannot be set beside the family's: leave out --dataset, or this model"
                 )
         return cls(
             arguments,
-            pair,
-            parse_sizes(arguments.num_layers_to_patch, pair.layer_map.max_layers_to_patch),
-            second_pair(pair, arguments) if arguments.random_student else None,
+            family,
+            parse_sizes(arguments.num_layers_to_patch, family.layer_map.max_layers_to_patch),
+            second_family(family, arguments) if arguments.random_student else None,
             compared,
             configs,
             calibration_of(arguments)
             or (Calibration.read(arguments) if arguments.calibration else None),
             read_texts(arguments, arguments.limit) if arguments.dataset else [],
-            pair.dtype(arguments.dtype),
+            family.dtype(arguments.dtype),
         )
 
     def measurements(self, weights: Weights) -> Measurements:
         """What `--order` is searched by, kept in the folder so that a further run has it."""
         path = self.arguments.save_directory / MEASURED_FILE_NAME
-        pair = self.pair
-        return Measurements(pair, self.calibration, self.dtype, lambda: weights.of(pair), path)
+        family = self.family
+        return Measurements(family, self.calibration, self.dtype, lambda: weights.of(family), path)
 
     def follow(self, order: Order, ranks: Accelerator | None) -> None:
         """Take the order that was searched, the first rank's on all of them: it alone searches."""
         if ranks is not None:
             (order,) = broadcast_object_list([order])
-        self.pair = dataclasses.replace(self.pair, order=order)
-        if self.second is not None and self.second.layer_map == self.pair.layer_map:
+        self.family = dataclasses.replace(self.family, order=order)
+        if self.second is not None and self.second.layer_map == self.family.layer_map:
             self.second = dataclasses.replace(self.second, order=order)
 
     @cached_property
     def settings(self) -> dict[str, dict[str, Any]]:
         """By series, what changes its numbers."""
-        arguments, pair = self.arguments, self.pair
+        arguments, family = self.arguments, self.family
         path = arguments.include_path
         shared = {
-            "teacher": fingerprint(arguments.teacher_model_name_or_path, pair.configs["teacher"]),
+            "teacher": fingerprint(arguments.teacher_model_name_or_path, family.configs["teacher"]),
             "dtype": str(self.dtype).removeprefix("torch."),
             "limit": arguments.limit,
             "num_fewshot": arguments.num_fewshot,
@@ -359,11 +359,11 @@ class Plan:
             digest = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
             shared[f"text {arguments.text_name}"] = digest
         settings = {}
-        for series, of_pair in (("family", pair), ("random_student", self.second)):
-            if of_pair is not None:
-                name = of_pair.arguments.student_model_name_or_path
-                student = fingerprint(name, of_pair.configs["student"])
-                settings[series] = shared | {"student": student, "order": of_pair.order}
+        for series, of_family in (("family", family), ("random_student", self.second)):
+            if of_family is not None:
+                name = of_family.arguments.student_model_name_or_path
+                student = fingerprint(name, of_family.configs["student"])
+                settings[series] = shared | {"student": student, "order": of_family.order}
         settings["naive"] = settings["family"]
         if self.calibration is not None:
             settings["block_influence"] = settings["family"] | {
@@ -382,52 +382,54 @@ class Plan:
                 arguments.task_names, arguments.include_path, arguments.trust_remote_code
             )
         if self.texts:
-            name, config = arguments.text_name, self.pair.configs["teacher"]
-            task = task_of_texts(name, self.texts, self.pair.tokenizer, config)
+            name, config = arguments.text_name, self.family.configs["teacher"]
+            task = task_of_texts(name, self.texts, self.family.tokenizer, config)
             tasks = {name: [task], **tasks}
         return LoadedTasks(tasks, failures)
 
     def kin(self, weights: Weights) -> list[Kin]:
         """All models of the sweep. Reads the teacher where its influences are not known yet."""
-        pair, sizes = self.pair, self.sizes
-        members = family_members(pair, sizes, self.arguments.baseline_names)
+        family, sizes = self.family, self.sizes
+        members = family_members(family, sizes, self.arguments.baseline_names)
         if "block_influence" in self.arguments.baseline_names:
             influences = influences_of_layers(
-                pair, weights, self.calibration, self.settings["block_influence"]
+                family, weights, self.calibration, self.settings["block_influence"]
             )
             members += [
-                Member("block_influence", k, most_influential(influences, pair.recipe(k).depth))
-                for k in pruned_sizes(pair, sizes)
+                SeriesMember(
+                    "block_influence", k, most_influential(influences, family.recipe(k).depth)
+                )
+                for k in pruned_sizes(family, sizes)
             ]
-        kin = [self._kin_of(pair, members, weights)]
+        kin = [self._kin_of(family, members, weights)]
         if self.second is not None:
             members = [
-                Member("random_student", k, self.second.recipe(k))
+                SeriesMember("random_student", k, self.second.recipe(k))
                 for k in pruned_sizes(self.second, sizes)
             ]
             kin.append(self._kin_of(self.second, members, weights))
         for series, name in self.compared.items():
             load = partial(weights.compared_lm, name)
-            kin.append(Kin([Member(series, None)], self._facts_of_compared, load))
+            kin.append(Kin([SeriesMember(series, None)], self._facts_of_compared, load))
         return kin
 
-    def _kin_of(self, pair: Pair, members: list[Member], weights: Weights) -> Kin:
-        return Kin(members, partial(self._facts, pair), partial(weights.family_lm, pair))
+    def _kin_of(self, family: Family, members: list[SeriesMember], weights: Weights) -> Kin:
+        return Kin(members, partial(self._facts, family), partial(weights.family_lm, family))
 
-    def _facts(self, pair: Pair, member: Member) -> dict[str, Any]:
-        config = pair.config(member.recipe)
+    def _facts(self, family: Family, member: SeriesMember) -> dict[str, Any]:
+        config = family.config(member.recipe)
         return {
             "series": member.series,
             "num_layers_to_patch": member.num_layers_to_patch,
-            "max_layers_to_patch": pair.layer_map.max_layers_to_patch,
-            "order": pair.order,
+            "max_layers_to_patch": family.layer_map.max_layers_to_patch,
+            "order": family.order,
             "depth": member.recipe.depth,
             "parameters": self._parameters(config),
             "recipe": member.recipe.to_dict(),
             "settings": self.settings[member.series],
         }
 
-    def _facts_of_compared(self, member: Member) -> dict[str, Any]:
+    def _facts_of_compared(self, member: SeriesMember) -> dict[str, Any]:
         config = self.compared_configs[member.series]
         return {
             "series": member.series,
@@ -477,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.order in SEARCHED_ORDERS:
         with user_errors():
             measure = plan.measurements(weights)
-        order = searched_order(measure) if is_writer(ranks) else plan.pair.order
+        order = searched_order(measure) if is_writer(ranks) else plan.family.order
         plan.follow(order, ranks)
         with user_errors():
             check_settings(folder, read_results(folder), plan.settings, SHARED_SETTINGS)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluate.devices import share_out
-from patching.families import family_of
-from patching.prefix_tree import PrefixTree
+from patching.architectures.lookup import architecture_of
 from patching.recipe import Recipe
+from patching.running.prefix_tree import PrefixTree
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ AUTO_TOKENS = 2**14
 """Tokens of a batch to begin with under `batch_size="auto"`, halved as often as memory runs out."""
 
 
-class Score(NamedTuple):
+class ContinuationScore(NamedTuple):
     """Of one continuation."""
 
     log_likelihood: float
@@ -64,7 +64,7 @@ class FamilyLM(HFLM):
         accelerator: Accelerator | None = None,
     ) -> None:
         self.tree = PrefixTree(recipes, teacher=teacher, student=student)
-        self._scores: dict[tuple[str, ...], dict[str, Score]] = {}
+        self._scores: dict[tuple[str, ...], dict[str, ContinuationScore]] = {}
         self._detected_batch_size: int | None = None
         super().__init__(
             pretrained=self.tree.models[next(iter(recipes))],
@@ -115,7 +115,9 @@ class FamilyLM(HFLM):
             for name, score in scores.items():
                 totals[args][name] += score.log_likelihood
         for args, by_name in totals.items():
-            self._scores[args] = {name: Score(total, False) for name, total in by_name.items()}
+            self._scores[args] = {
+                name: ContinuationScore(total, False) for name, total in by_name.items()
+            }
         return [self._scores[request.args][self.name].log_likelihood for request in requests]
 
     def _not_scored(self, requests: Sequence[Instance]) -> list[Instance]:
@@ -136,10 +138,10 @@ class FamilyLM(HFLM):
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
-    ) -> list[dict[str, Score]]:
+    ) -> list[dict[str, ContinuationScore]]:
         """Every member's score of each (anything, context, continuation), by its name."""
         rows = self._rows(requests)
-        scores: list[dict[str, Score]] = [{} for _ in requests]
+        scores: list[dict[str, ContinuationScore]] = [{} for _ in requests]
         longest = max((len(row) for row in rows), default=0)
         budget = AUTO_TOKENS if self.batch_size == "auto" else int(self.batch_size) * longest
         with tqdm(
@@ -197,14 +199,14 @@ class FamilyLM(HFLM):
         The mask of a shared row knows no sliding window, so nothing may be longer than that.
         """
         config = self.config
-        if not family_of(config).takes_packed_rows or config._attn_implementation not in (
+        if not architecture_of(config).takes_packed_rows or config._attn_implementation not in (
             "sdpa",
             "eager",
         ):
             return 0
         return getattr(config, "sliding_window", None) or self.max_length
 
-    def _score(self, rows: Sequence["Row"], scores: list[dict[str, Score]]) -> None:
+    def _score(self, rows: Sequence["Row"], scores: list[dict[str, ContinuationScore]]) -> None:
         """Add every member's scores of the rows' requests."""
         batch = batch_of(rows, self.device, self.model.dtype)
         requests, owners_P = batch.owners_P.unique(return_inverse=True)
@@ -225,7 +227,7 @@ class FamilyLM(HFLM):
             for request, log_likelihood, misses in zip(
                 requests.tolist(), log_likelihoods[name].tolist(), num_misses[name].tolist()
             ):
-                scores[request][name] = Score(log_likelihood, not misses)
+                scores[request][name] = ContinuationScore(log_likelihood, not misses)
 
 
 @dataclass
@@ -305,20 +307,20 @@ def batch_of(rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> B
     """
     row_length = max(len(row) for row in rows)
     ids_BT = torch.zeros(len(rows), row_length, dtype=torch.long)
-    standing_BT = torch.zeros_like(ids_BT)
+    position_ids_BT = torch.zeros_like(ids_BT)
     continuation_BT = torch.full_like(ids_BT, -1)
     positions, scored = [], []
     for b, row in enumerate(rows):
         length = len(row.context)
         ids_BT[b, :length] = torch.tensor(row.context)
-        standing_BT[b, :length] = torch.arange(length)
+        position_ids_BT[b, :length] = torch.arange(length)
         continuation_BT[b, :length] = 0
         positions.append(b * row_length + length - 1)
         first_place, start = len(positions) - 1, length
         for number, (tokens, owners) in enumerate(row.continuations, start=1):
             stop = start + len(tokens)
             ids_BT[b, start:stop] = torch.tensor(tokens)
-            standing_BT[b, start:stop] = torch.arange(length, length + len(tokens))
+            position_ids_BT[b, start:stop] = torch.arange(length, length + len(tokens))
             continuation_BT[b, start:stop] = number
             places = (first_place, *range(len(positions), len(positions) + len(tokens)))
             positions += range(b * row_length + start, b * row_length + stop)
@@ -334,7 +336,7 @@ def batch_of(rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> B
         mask_BTT = torch.zeros(may_see_BTT.shape, dtype=dtype)
         mask_BTT.masked_fill_(~may_see_BTT, torch.finfo(dtype).min)
         inputs["attention_mask"] = mask_BTT[:, None].to(device)
-        inputs["position_ids"] = standing_BT.to(device)
+        inputs["position_ids"] = position_ids_BT.to(device)
     tokens_P, places_P, owners_P = torch.tensor(scored).unbind(1)
     return Batch(
         inputs,

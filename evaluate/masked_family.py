@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluate.devices import share_out
 from evaluate.pseudo_perplexity import encode, score_members
-from patching.prefix_tree import PrefixTree
 from patching.recipe import Recipe
+from patching.running.prefix_tree import PrefixTree
 
 REMEDY = "evaluate it on text, with --dataset or a task of type loglikelihood_rolling"
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from patching.hidden_states import hidden_states_at
+from patching.running.hidden_states import hidden_states_at
 
 TIMED_SHAPE = (4, 128)
 """Rows and tokens of the forward passes whose speed and memory are measured."""

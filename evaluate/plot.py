@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from itertools import product
 
 import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from evaluate.scores import FAMILIES, Result, Score, main_scores
+from evaluate.scores import FAMILY_SERIES, Result, Score, main_scores
+
+matplotlib.use("Agg")
 
 COLORS = ("#08306b", "#d95f02", "#3f8f3f", "#8856a7", "#555555")
 LINES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
@@ -69,7 +69,7 @@ def plot(results: Sequence[Result]) -> Figure:
                 label=name,
                 **style,
             )
-            if members[0]["series"] in FAMILIES:
+            if members[0]["series"] in FAMILY_SERIES:
                 ends |= _mark_ends(axes, members, x, scores)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel(f"parameters ({'billions' if billions else 'millions'})", fontsize=8)

@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from patching.auto_class import predicts_masked_tokens
-from patching.families import longest_text
-from patching.prefix_tree import PrefixTree
+from patching.architectures.lookup import max_positions
+from patching.architectures.models import predicts_masked_tokens
 from patching.recipe import whole_model
+from patching.running.prefix_tree import PrefixTree
 
 TOKENS_PER_BATCH = 2**14
 CPU_TOKENS_PER_BATCH = 2**10
@@ -73,7 +73,7 @@ def encode(
         )
     if tokenizer.mask_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no mask token")
-    longest = min(longest_text(config), tokenizer.model_max_length)
+    longest = min(max_positions(config), tokenizer.model_max_length)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     room = longest - tokenizer.num_special_tokens_to_add()
     encoded = []

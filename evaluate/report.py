@@ -14,9 +14,9 @@ from typing import Any
 from evaluate.plot import plot, series_name
 from evaluate.scores import Dip, Result, Score, averages, dips, main_scores, scores_of
 from evaluate.stored import read_results
-from patching.command_line import CommandLineParser, user_errors
-from patching.outputs import check_writable, write_json, write_text
-from patching.sizes import bytes_text, count_text
+from patching.cli.command_line import CommandLineParser, user_errors
+from patching.cli.units import bytes_text, count_text
+from patching.files.outputs import check_writable, write_json, write_text
 
 DIP_MARKS = {True: " ▼", False: " ▽", None: " ▼"}
 """Behind a score in the table, by whether the dip is significant; without a standard error, as

@@ -24,7 +24,7 @@ PERPLEXITIES = ("perplexity", "bits_per_byte")
 OUT_OF_HUNDRED = ("bleu", "chrf", "ter")
 """Metrics that cannot be averaged with shares of one."""
 
-FAMILIES = ("family", "random_student")
+FAMILY_SERIES = ("family", "random_student")
 """Series whose members should grow better with size."""
 
 
@@ -169,7 +169,7 @@ def dips(results: Iterable[Result]) -> list[Dip]:
     """Where a family grows worse with size, on a task's main score."""
     by_family: dict[tuple[Any, str], list[Result]] = {}
     for result in results:
-        if result["series"] in FAMILIES:
+        if result["series"] in FAMILY_SERIES:
             by_family.setdefault((result.get("sweep"), result["series"]), []).append(result)
     found = []
     for members in by_family.values():

@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
-from patching.outputs import write_json, write_text
+from patching.files.outputs import write_json, write_text
 
 SCORES = (
     "results",

@@ -27,7 +27,7 @@ from evaluate.measurements import last_layer_similarity, last_states, speed_and_
 from evaluate.stored import SCORES, merge, read_results, write_result, write_samples
 from evaluate.tasks import leaves, reason
 from patching.recipe import Recipe
-from patching.texts import Calibration
+from patching.running.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def text_of_tasks(tasks: Tasks) -> Calibration | None:
     return None
 
 
-class Member(NamedTuple):
+class SeriesMember(NamedTuple):
     """One model of a sweep."""
 
     series: str
@@ -97,10 +97,10 @@ class Loaded(NamedTuple):
 class Kin:
     """Models that share their parents."""
 
-    members: Sequence[Member]
-    facts: Callable[[Member], dict[str, Any]]
+    members: Sequence[SeriesMember]
+    facts: Callable[[SeriesMember], dict[str, Any]]
     """What is written about a member beside its scores."""
-    load: Callable[[Sequence[Member]], Loaded]
+    load: Callable[[Sequence[SeriesMember]], Loaded]
     """Some of the members, ready to run."""
 
 
@@ -113,7 +113,7 @@ class Harness:
     log_samples: bool = False
 
     def score(
-        self, lm: HFLM, member: Member, tasks: Sequence[Task | Group]
+        self, lm: HFLM, member: SeriesMember, tasks: Sequence[Task | Group]
     ) -> dict[str, Any] | None:
         """What lm-eval finds for one member on one task (or group); None on all ranks but the
         first.
@@ -168,10 +168,10 @@ class Sweep:
 
     def _missing(
         self, kin: Kin, stored: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, list[Member]]:
+    ) -> dict[str, list[SeriesMember]]:
         """Task to the members that have no scores on it; without the tasks that all have."""
 
-        def is_missing(member: Member, task: str) -> bool:
+        def is_missing(member: SeriesMember, task: str) -> bool:
             finished = stored.get(member.name, {}).get("tasks", {}).get(task)
             return finished is None or (
                 self.harness.log_samples and not finished.get("has_samples")
@@ -192,7 +192,7 @@ class Sweep:
         self,
         kin: Kin,
         loaded: Loaded,
-        members: Sequence[Member],
+        members: Sequence[SeriesMember],
         stored: dict[str, dict[str, Any]],
     ) -> None:
         """Write what there is to say of members before they are scored."""
@@ -220,7 +220,7 @@ class Sweep:
         self,
         lm: HFLM,
         task: str,
-        members: Sequence[Member],
+        members: Sequence[SeriesMember],
         stored: dict[str, dict[str, Any]],
         progress: tqdm,
     ) -> None:
@@ -246,7 +246,7 @@ class Sweep:
 
     def _store(
         self,
-        member: Member,
+        member: SeriesMember,
         task: str,
         found: dict[str, Any],
         seconds: float,

@@ -13,8 +13,8 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from evaluate.pseudo_perplexity import METRIC, encode, stderr_of_perplexity, what_was_cut
-from patching.auto_class import predicts_masked_tokens
-from patching.texts import load_documents
+from patching.architectures.models import predicts_masked_tokens
+from patching.files.texts import load_documents
 
 
 @dataclass

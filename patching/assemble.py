@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from patching.empty_model import empty_model
-from patching.families import check_recipe, config_for, family_of
+from patching.architectures.checks import check_recipe
+from patching.architectures.config import config_for
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import empty_model
 from patching.recipe import Parent, Recipe
 
 
@@ -38,7 +40,7 @@ def assemble(
     for parent in sorted(recipe.parents):
         check_tying(parent, parents[parent])
     base = parents[recipe.embedding]
-    family = family_of(base.config)
+    architecture = architecture_of(base.config)
     config = config_for(recipe, {parent: model.config for parent, model in parents.items()})
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
@@ -52,7 +54,7 @@ def assemble(
     tensors = {parent: parents[parent].state_dict() for parent in recipe.parents}
     state = {}
     for name in model.state_dict():
-        parent, parent_name = family.source_of(name, recipe)
+        parent, parent_name = architecture.source_of(name, recipe)
         state[name] = tensors[parent][parent_name]
     if not config.tie_word_embeddings:
         # An encoder's head holds its bias under two names. Where its model was tied they are one
@@ -66,7 +68,7 @@ def assemble(
     buffers = {parent: dict(parents[parent].named_buffers()) for parent in recipe.parents}
     for name, _ in [*model.named_buffers()]:
         if name not in state:
-            parent, parent_name = family.source_of(name, recipe)
+            parent, parent_name = architecture.source_of(name, recipe)
             other = next(iter(recipe.parents - {parent}), parent)
             module_name, _, buffer_name = name.rpartition(".")
             buffer = _fresh(buffers[parent], parent_name)

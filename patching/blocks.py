@@ -170,40 +170,6 @@ class LayerMap:
         return len(patched_layers & set(self.patchable))
 
 
-def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:
-    """Sizes named as `4`, `1,3,5`, `0-5` (inclusive) or `all`, as increasing k without repetition.
-
-    Raises ValueError where the text is none of these or a size lies outside 0..max_layers_to_patch.
-    """
-    if text.strip() == "all":
-        return list(range(max_layers_to_patch + 1))
-    sizes = set(parse_ranges(text, "num_layers_to_patch"))
-    outside = sorted(k for k in sizes if k > max_layers_to_patch)
-    if outside:
-        raise ValueError(
-            f"num_layers_to_patch={text}: this student has {max_layers_to_patch} patchable layers, "
-            f"choose 0-{max_layers_to_patch}"
-        )
-    return sorted(sizes)
-
-
-def parse_ranges(text: str, name: str) -> list[int]:
-    """Numbers and inclusive ranges, `0,2,4-7`, in the order given; `name` is the flag, for the
-    message.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        start, dash, stop = (piece.strip() for piece in part.partition("-"))
-        if (
-            not start.isdecimal()
-            or (dash and not stop.isdecimal())
-            or (dash and int(stop) < int(start))
-        ):
-            raise ValueError(f"{name}={text}: write numbers and ranges such as 4, 1,3,5 or 0-5")
-        numbers.extend(range(int(start), int(stop or start) + 1))
-    return numbers
-
-
 def as_layer_list(layers: Sequence[int]) -> str:
     """Layers as text for a person: `0,2,4`."""
     return ",".join(map(str, layers))

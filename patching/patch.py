@@ -24,17 +24,26 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patching.architectures.models import predicts_masked_tokens
+from patching.arguments import (
+    DTYPES,
+    CalibrationArguments,
+    FamilyArguments,
+    calibration_of,
+    references,
+)
 from patching.assemble import assemble
-from patching.auto_class import predicts_masked_tokens
-from patching.blocks import Order, as_layer_list, parse_ranges
-from patching.command_line import CommandLineParser, check_one_process, user_errors
-from patching.hub import check_can_push, push
-from patching.layout import Layout, layout_of
-from patching.model_card import FILE_NAME as CARD_FILE_NAME
-from patching.model_card import model_card, origin_of
-from patching.named_orders import SEARCHED_ORDERS
-from patching.orders import Measurements, calibration_of, searched_order
-from patching.outputs import (
+from patching.blocks import Order, as_layer_list
+from patching.checkpoints.hub import check_can_push, push
+from patching.checkpoints.layout import Layout, layout_of
+from patching.checkpoints.model_card import FILE_NAME as CARD_FILE_NAME
+from patching.checkpoints.model_card import model_card, origin_of
+from patching.checkpoints.sizes import Size, deepest_that_fits, size_of, table
+from patching.checkpoints.splice import OtherLayout, Splice, generation_config_of, plan_splice
+from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
+from patching.cli.units import bytes_text, count_text, parse_bytes, parse_count, parse_ranges
+from patching.family import Family, usable_device
+from patching.files.outputs import (
     check_new_folder,
     check_space,
     environment,
@@ -42,21 +51,11 @@ from patching.outputs import (
     write_json,
     write_text,
 )
-from patching.pair import DTYPES, Pair, PairArguments, references, usable_device
+from patching.orders.measurements import Measurements
+from patching.orders.named_searches import searched_order
+from patching.patch_order import SEARCHED_ORDERS
 from patching.recipe import Parent, Recipe, patched_model
-from patching.sizes import (
-    Size,
-    bytes_text,
-    count_text,
-    deepest_that_fits,
-    parse_bytes,
-    parse_count,
-    size_of,
-    table,
-)
-from patching.splice import OtherLayout, Splice, generation_config_of, plan_splice
 from patching.student_config import StudentConfig
-from patching.texts import CalibrationArguments
 
 PROVENANCE_FILE_NAME = "provenance.json"
 
@@ -64,7 +63,7 @@ WAYS_TO_NAME_A_SIZE = ("num_layers_to_patch", "target_params", "target_bytes", "
 
 
 @dataclass
-class PatchArguments(CalibrationArguments, PairArguments):
+class PatchArguments(CalibrationArguments, FamilyArguments):
     num_layers_to_patch: int | None = field(
         default=None, metadata={"help": "how many patchable student layers become teacher blocks"}
     )
@@ -161,7 +160,7 @@ def build_intermediate_model(
     Raises ValueError or OSError, before any weights load, for a k out of range, parents that do not
     fit together, and files that are not there.
     """
-    pair = open_pair(
+    family = open_pair(
         teacher_name_or_path,
         student_name_or_path,
         patch_first_k_layers,
@@ -171,13 +170,13 @@ def build_intermediate_model(
         student_config,
         kept_layers,
     )
-    recipe = pair.recipe(num_layers_to_patch)
-    if tokenizer is None and not pair.arguments.teacher_model_name_or_path:
+    recipe = family.recipe(num_layers_to_patch)
+    if tokenizer is None and not family.arguments.teacher_model_name_or_path:
         raise ValueError(
             "the teacher in memory does not say where it came from: give its tokenizer too"
         )
-    tokenizer = pair.tokenizer if tokenizer is None else tokenizer
-    return assemble(recipe, **pair.load(recipe.parents, pair.dtype(dtype))), tokenizer
+    tokenizer = family.tokenizer if tokenizer is None else tokenizer
+    return assemble(recipe, **family.load(recipe.parents, family.dtype(dtype))), tokenizer
 
 
 def iter_family(
@@ -199,7 +198,7 @@ def iter_family(
     Arguments and errors are those of `build_intermediate_model`; they are raised by the call,
     before the first member is asked for.
     """
-    pair = open_pair(
+    family = open_pair(
         teacher_name_or_path,
         student_name_or_path,
         patch_first_k_layers,
@@ -209,13 +208,13 @@ def iter_family(
         student_config,
         kept_layers,
     )
-    members = range(pair.layer_map.max_layers_to_patch + 1) if sizes is None else sizes
-    recipes = {k: pair.recipe(k) for k in members}
-    torch_dtype = pair.dtype(dtype)
+    members = range(family.layer_map.max_layers_to_patch + 1) if sizes is None else sizes
+    recipes = {k: family.recipe(k) for k in members}
+    torch_dtype = family.dtype(dtype)
 
     def members_in_turn() -> Iterator[Member]:
         needed = set().union(*(recipe.parents for recipe in recipes.values()))
-        parents = pair.load(needed, torch_dtype)
+        parents = family.load(needed, torch_dtype)
         for k, recipe in recipes.items():
             yield Member(k, recipe, assemble(recipe, **parents))
 
@@ -231,7 +230,7 @@ def open_pair(
     student_revision: str | None,
     student_config: StudentConfig | None,
     kept_layers: Sequence[int] | None = None,
-) -> Pair:
+) -> Family:
     """A pair of which either parent is a name or a model in memory."""
     if student_config is not None and kept_layers is not None:
         raise ValueError("student_config and kept_layers both name layers: give one of them")
@@ -252,14 +251,14 @@ def open_pair(
             "the student in memory does not say where it came from: give kept_layers, or "
             "student_config=StudentConfig(LayerMap(kept_layers, num_teacher_layers))"
         )
-    arguments = PairArguments(
+    arguments = FamilyArguments(
         names["teacher"],
         names["student"],
         kept_layers=None if kept_layers is None else as_layer_list(kept_layers),
         revision=revision,
         student_revision=student_revision,
     )
-    return Pair.of(arguments, models, student_config, order)
+    return Family.of(arguments, models, student_config, order)
 
 
 class Choice(NamedTuple):
@@ -279,38 +278,38 @@ def main(argv: list[str] | None = None) -> None:
         max_shard_bytes = parse_bytes(arguments.max_shard_size, "max_shard_size")
         if not arguments.list:
             check_new_folder(arguments.save_directory)
-        pair = Pair.from_pretrained(arguments)
-        dtype = pair.dtype(arguments.dtype)
+        family = Family.from_pretrained(arguments)
+        dtype = family.dtype(arguments.dtype)
         layouts = {
             parent: layout_of(config, dtype, arguments.trust_remote_code)
-            for parent, config in pair.configs.items()
+            for parent, config in family.configs.items()
         }
         if not arguments.list:  # a size that is not there is noticed before any search
-            choose(arguments, pair, layouts, dtype, max_shard_bytes)
+            choose(arguments, family, layouts, dtype, max_shard_bytes)
         text = calibration_of(arguments)
         if text is not None:
             device = usable_device(None)
             measure = Measurements(
-                pair, text, dtype, lambda: pair.load(["teacher", "student"], dtype, device)
+                family, text, dtype, lambda: family.load(["teacher", "student"], dtype, device)
             )
     if text is not None:
-        pair = dataclasses.replace(pair, order=searched_order(measure))
-        print(f"{arguments.order}: {as_layer_list(pair.order)}", file=sys.stderr)
+        family = dataclasses.replace(family, order=searched_order(measure))
+        print(f"{arguments.order}: {as_layer_list(family.order)}", file=sys.stderr)
     with user_errors():
         if not arguments.list:
-            choice = choose(arguments, pair, layouts, dtype, max_shard_bytes)
+            choice = choose(arguments, family, layouts, dtype, max_shard_bytes)
             if arguments.push_to_hub:
                 check_can_push(arguments.push_to_hub, arguments.public)
-            tokenizer = pair.tokenizer
+            tokenizer = family.tokenizer
             check_space(arguments.save_directory, choice.size.bytes_on_disk)
-            plan = plan_or_model(choice.recipe, pair, layouts, dtype, max_shard_bytes)
+            plan = plan_or_model(choice.recipe, family, layouts, dtype, max_shard_bytes)
     if arguments.list:
-        print(listing(pair, layouts, dtype, max_shard_bytes, arguments.json))
+        print(listing(family, layouts, dtype, max_shard_bytes, arguments.json))
         return
     with user_errors((OSError,)):
         try:
             with new_folder(arguments.save_directory) as folder:
-                save(folder, arguments, pair, choice, plan, tokenizer, max_shard_bytes)
+                save(folder, arguments, family, choice, plan, tokenizer, max_shard_bytes)
         except OSError as error:
             reason = error.strerror or error
             raise OSError(
@@ -331,41 +330,41 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def listing(
-    pair: Pair,
+    family: Family,
     layouts: dict[Parent, Layout],
     dtype: torch.dtype,
     max_shard_bytes: int,
     as_json: bool,
 ) -> str:
     """Every size of the family, as a table or as JSON."""
-    sizes = family_sizes(pair, layouts, dtype, max_shard_bytes)
+    sizes = family_sizes(family, layouts, dtype, max_shard_bytes)
     if not as_json:
         return table(sizes)
     members = [
         {
             "num_layers_to_patch": k,
-            "patched_layers": sorted(pair.layer_map.patched_layers(k, pair.order)),
+            "patched_layers": sorted(family.layer_map.patched_layers(k, family.order)),
             **size.to_dict(),
         }
         for k, size in enumerate(sizes)
     ]
     dtype_name = str(dtype).removeprefix("torch.")
-    return json.dumps({"order": pair.order, "dtype": dtype_name, "members": members}, indent=2)
+    return json.dumps({"order": family.order, "dtype": dtype_name, "members": members}, indent=2)
 
 
 def family_sizes(
-    pair: Pair, layouts: dict[Parent, Layout], dtype: torch.dtype, max_shard_bytes: int
+    family: Family, layouts: dict[Parent, Layout], dtype: torch.dtype, max_shard_bytes: int
 ) -> list[Size]:
     """The size of each member, k = 0 first."""
     return [
-        size_of(pair.recipe(k), layouts, dtype, max_shard_bytes)
-        for k in range(pair.layer_map.max_layers_to_patch + 1)
+        size_of(family.recipe(k), layouts, dtype, max_shard_bytes)
+        for k in range(family.layer_map.max_layers_to_patch + 1)
     ]
 
 
 def choose(
     arguments: PatchArguments,
-    pair: Pair,
+    family: Family,
     layouts: dict[Parent, Layout],
     dtype: torch.dtype,
     max_shard_bytes: int,
@@ -373,14 +372,14 @@ def choose(
     """The one model that the flags name. Raises ValueError where there is none such."""
     if arguments.patched_layers is not None:
         patched = frozenset(parse_ranges(arguments.patched_layers, "patched_layers"))
-        k = pair.layer_map.num_patched(patched)
+        k = family.layer_map.num_patched(patched)
     else:
         if arguments.num_layers_to_patch is not None:
             k = arguments.num_layers_to_patch
         elif arguments.target_params is not None:
             limit = parse_count(arguments.target_params, "target_params")
             k = deepest_that_fits(
-                family_sizes(pair, layouts, dtype, max_shard_bytes),
+                family_sizes(family, layouts, dtype, max_shard_bytes),
                 lambda size: size.parameters.stored,
                 limit,
                 f"target_params={arguments.target_params}",
@@ -389,20 +388,20 @@ def choose(
         else:
             limit = parse_bytes(arguments.target_bytes, "target_bytes")
             k = deepest_that_fits(
-                family_sizes(pair, layouts, dtype, max_shard_bytes),
+                family_sizes(family, layouts, dtype, max_shard_bytes),
                 lambda size: size.bytes_on_disk,
                 limit,
                 f"target_bytes={arguments.target_bytes}",
                 " bytes",
             )
-        patched = pair.layer_map.patched_layers(k, pair.order)
-    recipe = patched_model(pair.layer_map, patched)
+        patched = family.layer_map.patched_layers(k, family.order)
+    recipe = patched_model(family.layer_map, patched)
     return Choice(recipe, k, patched, size_of(recipe, layouts, dtype, max_shard_bytes))
 
 
 def plan_or_model(
     recipe: Recipe,
-    pair: Pair,
+    family: Family,
     layouts: dict[Parent, Layout],
     dtype: torch.dtype,
     max_shard_bytes: int,
@@ -413,17 +412,17 @@ def plan_or_model(
     """
     try:
         return plan_splice(
-            recipe, pair.configs, layouts, references(pair.arguments), dtype, max_shard_bytes
+            recipe, family.configs, layouts, references(family.arguments), dtype, max_shard_bytes
         )
     except OtherLayout as reason:
         print(f"{reason}: the models are loaded instead of copied file to file")
-        return assemble(recipe, **pair.load(recipe.parents, dtype))
+        return assemble(recipe, **family.load(recipe.parents, dtype))
 
 
 def save(
     folder: Path,
     arguments: PatchArguments,
-    pair: Pair,
+    family: Family,
     choice: Choice,
     plan: Splice | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -440,11 +439,11 @@ def save(
     if isinstance(plan, Splice):
         plan.write(folder)
     tokenizer.save_pretrained(folder)
-    config = pair.configs["teacher"]
+    config = family.configs["teacher"]
     write_text(folder / CARD_FILE_NAME, model_card(title, recipe, size, origins, config))
     provenance: dict[str, Any] = {
         "arguments": dataclasses.asdict(arguments),
-        "order": pair.order,
+        "order": family.order,
         "num_layers_to_patch": choice.num_layers_to_patch,
         "patched_layers": sorted(choice.patched_layers),
         "recipe": recipe.to_dict(),

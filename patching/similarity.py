@@ -14,15 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patching.arguments import CalibrationArguments, MeasuringArguments
 from patching.assemble import assemble
 from patching.blocks import LayerMap
-from patching.command_line import CommandLineParser, check_one_process, user_errors
-from patching.outputs import check_writable, environment, write_json, write_text
-from patching.pair import MeasuringArguments, Pair, usable_device
-from patching.plot import plot_lines, save_figure
+from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
+from patching.family import Family, usable_device
+from patching.files.outputs import check_writable, environment, write_json, write_text
+from patching.files.plot import plot_lines, save_figure
 from patching.recipe import initial_student
-from patching.state_similarity import similarity_to_teacher
-from patching.texts import Calibration, CalibrationArguments
+from patching.running.calibration import Calibration
+from patching.running.similarity import similarity_to_teacher
 
 FILE_NAME = "similarity"
 
@@ -74,12 +75,12 @@ def main(argv: list[str] | None = None) -> None:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         folder = arguments.save_directory
         check_writable(folder)
-        pair = Pair.from_pretrained(arguments)
-        device, dtype = usable_device(arguments.device), pair.dtype(arguments.dtype)
+        family = Family.from_pretrained(arguments)
+        device, dtype = usable_device(arguments.device), family.dtype(arguments.dtype)
         text = Calibration.read(arguments)
-        batches = text.batches(pair.tokenizer, pair.configs["teacher"])
-        models = pair.load(["teacher", "student"], dtype, device)
-    teacher, layer_map = models["teacher"], pair.layer_map
+        batches = text.batches(family.tokenizer, family.configs["teacher"])
+        models = family.load(["teacher", "student"], dtype, device)
+    teacher, layer_map = models["teacher"], family.layer_map
     before, after = (
         similarity_to_teacher(student, teacher, layer_map.alignment_pairs, batches)
         for student in (

@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from patching.blocks import LayerMap, Order
-from patching.named_orders import as_order
-from patching.outputs import write_text
+from patching.files.outputs import write_text
+from patching.patch_order import order_from_json
 
 FILE_NAME = "student_config.json"
 
@@ -82,7 +82,7 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
         layer_map = LayerMap(tuple(copied), len(copied) + len(pruned))
         order = values.get("patch_order")
         if order is not None:
-            order = as_order(order, "patch_order")
+            order = order_from_json(order, "patch_order")
             layer_map.sequence(order)
     except KeyError as error:
         raise ValueError(f"{where} lacks the list {error}") from error

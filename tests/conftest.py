@@ -1,13 +1,8 @@
 """Small random models and texts for every test; nothing here touches a network."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +22,15 @@ from transformers import (
     Qwen3Config,
 )
 
+from patching.architectures.models import auto_class
 from patching.assemble import assemble
-from patching.auto_class import auto_class
 from patching.blocks import LayerMap
 from patching.recipe import initial_student
 from patching.student_config import StudentConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 257  # every byte, and end of text

@@ -6,9 +6,9 @@ from conftest import tiny_config, tiny_model
 from torch import nn
 
 from patching.assemble import assemble
-from patching.block_influence import block_influence, most_influential
 from patching.recipe import LayerSource
-from patching.texts import padded_batches
+from patching.running.block_influence import block_influence, most_influential
+from patching.running.calibration import padded_batches
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
 

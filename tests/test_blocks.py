@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patching.blocks import LayerMap, default_kept_layers, parse_ranges, parse_sizes
+from patching.blocks import LayerMap, default_kept_layers
+from patching.cli.units import parse_ranges, parse_sizes
 from patching.recipe import LayerSource, initial_student, intermediate_model, naively_pruned
 
 

@@ -9,11 +9,12 @@ import torch
 from conftest import byte_tokenizer, run_module, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
+from patching.arguments import CalibrationArguments
 from patching.blocks import LayerMap
-from patching.kept_layers import most_similar_layers
-from patching.state_similarity import similarity_by_depth
+from patching.orders.kept_layers import most_similar_layers
+from patching.running.calibration import Calibration, padded_batches
+from patching.running.similarity import similarity_by_depth
 from patching.student_config import read_student_config
-from patching.texts import Calibration, CalibrationArguments, padded_batches
 from train import choose_layers
 from train.model_args import ModelArguments
 from train.train import main

@@ -9,9 +9,10 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import collate, load_documents, load_rows, rows_of_documents, split_held_out
+from train.batches import collate
+from train.data import documents_of, load_rows, rows_of_documents, split_held_out
 from train.data_args import DataArguments
-from train.losses import IGNORED_LABEL
+from train.loss import IGNORED_LABEL
 
 EOS = VOCAB_SIZE - 1
 TOKENIZER = byte_tokenizer()
@@ -77,14 +78,14 @@ def write(folder, kind):
 @pytest.mark.parametrize("kind", ["txt", "folder of txt", "jsonl", "parquet"])
 def test_local_files_of_every_kind(tmp_path, kind):
     path, texts = write(tmp_path, kind)
-    documents = load_documents(DataArguments(), str(path))
+    documents = documents_of(DataArguments(), str(path))
     assert [text.strip() for text in documents["text"]] == texts
 
 
 def test_held_out_documents_are_never_trained_on(text_file):
     arguments = DataArguments(dataset=str(text_file), max_length=16)
     rows = load_rows(arguments, TOKENIZER, seed=0)
-    documents = load_documents(arguments, str(text_file))["text"]
+    documents = documents_of(arguments, str(text_file))["text"]
     train, held_out = (
         TOKENIZER.decode(tokens_of(part)).removesuffix("<eos>").split("<eos>") for part in rows
     )

@@ -28,11 +28,14 @@ from transformers import (
 )
 
 from examples.stdlib.train_standins import as_distilbert
+from patching.architectures.checks import check_parents_match
+from patching.architectures.distilbert import as_bert, as_bert_config
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import load_model
+from patching.arguments import FamilyArguments
 from patching.assemble import assemble, count_parameters
 from patching.blocks import LayerMap
-from patching.distilbert import as_bert, as_bert_config
-from patching.families import check_parents_match, family_of
-from patching.pair import Pair, PairArguments, load_model
+from patching.family import Family
 from patching.patch import build_intermediate_model, iter_family
 from patching.patch import main as patch
 from patching.recipe import Reference, intermediate_model, naively_pruned
@@ -235,7 +238,7 @@ def test_kept_layers_that_do_not_fit_are_one_line(folders):
         ("0,x", "kept_layers=0,x: write numbers"),
     ):
         with pytest.raises(ValueError) as raised:
-            Pair.from_pretrained(PairArguments(teacher, student, kept_layers=kept))
+            Family.from_pretrained(FamilyArguments(teacher, student, kept_layers=kept))
         assert message in str(raised.value)
     with pytest.raises(ValueError, match="or give --kept_layers"):
         build_intermediate_model(teacher, student, 1)
@@ -278,7 +281,7 @@ def test_a_decoder_of_these_architectures_is_refused():
     config = encoder_config("bert", 2)
     config.is_decoder = True
     with pytest.raises(ValueError, match="is_decoder=True in the bert config"):
-        family_of(config)
+        architecture_of(config)
 
 
 def test_a_tokenizer_without_masks_is_refused():

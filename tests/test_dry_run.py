@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from patching.architectures.config import config_for
 from patching.assemble import count_parameters
 from patching.blocks import LayerMap, default_kept_layers
-from patching.families import config_for
 from patching.recipe import initial_student, intermediate_model
 from train.estimate import (
     MicroBatch,
@@ -24,7 +24,7 @@ from train.estimate import (
     sizes,
     student_config,
 )
-from train.losses import LossWeights
+from train.loss import LossWeights
 from train.train import main
 
 WEIGHTS = LossWeights(1.0, 0.1, 2.0, 1.0)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from evaluate.evaluate import EvaluationArguments, main
 from evaluate.stored import read_results
 from evaluate.tasks import PAPER_SUITE, load_tasks
-from patching.command_line import CommandLineParser
+from patching.cli.command_line import CommandLineParser
 from patching.patch import build_intermediate_model
 
 

@@ -19,17 +19,20 @@ from patching_models import (
 )
 from transformers import CONFIG_MAPPING
 
+from patching.architectures.checks import changes_logits, check_parents_match
+from patching.architectures.config import config_for
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import MASKED_LANGUAGE_MODELS
+from patching.architectures.table import ARCHITECTURES
 from patching.assemble import assemble
-from patching.auto_class import MASKED_LANGUAGE_MODELS
 from patching.blocks import LayerMap
-from patching.families import FAMILIES, changes_logits, check_parents_match, config_for, family_of
 from patching.recipe import Recipe, initial_student, intermediate_model, patched_model
 
 TOKENS = torch.arange(20)[None] * 7 % 257  # longer than every sliding window
 
 
 def test_every_family_is_tried():
-    assert SETTINGS.keys() == FAMILIES.keys()
+    assert SETTINGS.keys() == ARCHITECTURES.keys()
 
 
 @torch.no_grad()
@@ -147,7 +150,7 @@ DECLARED = {
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", DECLARED)
 def test_an_architecture_without_a_row_works_where_transformers_says_enough(model_type):
-    assert model_type not in FAMILIES
+    assert model_type not in ARCHITECTURES
     config = CONFIG_MAPPING[model_type](num_hidden_layers=NUM_LAYERS, **DECLARED[model_type])
     teacher = tiny_model(config)
     student = trained_student(teacher, LAYER_MAP)
@@ -183,7 +186,7 @@ def test_an_architecture_without_a_row_works_where_transformers_says_enough(mode
 )
 def test_what_cannot_be_established_is_refused_and_named(model_type, settings, message):
     with pytest.raises(ValueError, match=message):
-        family_of(CONFIG_MAPPING[model_type](**settings))
+        architecture_of(CONFIG_MAPPING[model_type](**settings))
 
 
 @pytest.mark.parametrize(

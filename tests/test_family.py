@@ -10,10 +10,10 @@ from lm_eval.models.huggingface import HFLM
 from patching_models import LAYER_MAP, SETTINGS, family_pair, save_models
 
 from evaluate.family import FamilyLM, batch_of
-from patching.auto_class import MASKED_LANGUAGE_MODELS
+from patching.architectures.models import MASKED_LANGUAGE_MODELS
 from patching.patch import build_intermediate_model
-from patching.prefix_tree import PrefixTree
 from patching.recipe import Recipe, intermediate_model, naively_pruned
+from patching.running.prefix_tree import PrefixTree
 
 RECIPES: dict[str, Recipe] = {
     f"family_k{k}": intermediate_model(LAYER_MAP, k, "last") for k in range(3)

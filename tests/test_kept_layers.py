@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patching.blocks import LayerMap
-from patching.kept_layers import mean_similarity, most_similar_layers
+from patching.orders.kept_layers import mean_similarity, most_similar_layers
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.losses import (
+from train.loss import (
     IGNORED_LABEL,
     LossTerms,
     LossWeights,

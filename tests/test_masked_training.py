@@ -11,13 +11,13 @@ from training_runs import LAYER_MAP, MASKING, WORDS, rows, teacher_of, trainer_f
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from patching.assemble import count_parameters
-from patching.hidden_states import before_output_embeddings
 from patching.patch import build_intermediate_model
-from train.data import collate
-from train.losses import IGNORED_LABEL, LossWeights, count
+from patching.running.hidden_states import before_output_embeddings
+from train.batches import collate
+from train.distillation import install_distillation_forward
+from train.loss import IGNORED_LABEL, LossWeights, count
 from train.masking import generator_for
 from train.train import main
-from train.trainer import install_distillation_forward
 
 
 @torch.no_grad()

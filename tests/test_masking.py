@@ -4,8 +4,8 @@ import pytest
 import torch
 from masked_models import VOCAB_SIZE, word_tokenizer
 
-from train.data import collate
-from train.losses import IGNORED_LABEL, NO_TARGET
+from train.batches import collate
+from train.loss import IGNORED_LABEL, NO_TARGET
 from train.masking import Masking, generator_for
 
 MASKING = Masking.of(word_tokenizer())

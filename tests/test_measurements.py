@@ -12,7 +12,7 @@ from evaluate.measurements import (
     weights_bytes,
 )
 from patching.patch import build_intermediate_model
-from patching.texts import padded_batches
+from patching.running.calibration import padded_batches
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
 

@@ -13,12 +13,12 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from patching_models import LAYER_MAP, family_pair, save_models
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from patching import hub
 from patching.assemble import ParameterCount, assemble
-from patching.model_card import Origin, model_card, origin_of, runs
+from patching.checkpoints import hub
+from patching.checkpoints.model_card import Origin, model_card, origin_of, runs
+from patching.checkpoints.sizes import Size
 from patching.patch import main
 from patching.recipe import LayerSource, Recipe, Reference, intermediate_model
-from patching.sizes import Size
 
 SIZE = Size(5, ParameterCount(10**9, 2 * 10**9), 2 * 10**9, 1000, 10**9)
 RECIPE = intermediate_model(LAYER_MAP, 1, "last")

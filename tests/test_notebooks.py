@@ -12,7 +12,7 @@ from conftest import ROOT
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from examples.stdlib.corpus import is_held_out, iter_modules
-from patching.distilbert import as_bert
+from patching.architectures.distilbert import as_bert
 from patching.patch import build_intermediate_model
 
 NOTEBOOKS = ROOT / "notebooks"

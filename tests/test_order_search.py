@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patching.blocks import LayerMap
-from patching.order_search import all_sets, as_order, next_sets, search
+from patching.orders.search import all_sets, next_sets, order_of_sets, search
 
 
 @st.composite
@@ -75,7 +75,7 @@ def test_without_a_bound_it_is_the_best_nested_family(layer_map, seed):
 def test_an_order_has_the_sets_that_were_found(layer_map, seed, beam):
     kl = made_up(layer_map, seed)
     found = search(layer_map, lambda _: kl, beam)
-    order = as_order(layer_map, found)
+    order = order_of_sets(layer_map, found)
     sizes = range(layer_map.max_layers_to_patch + 1)
     sets = [layer_map.patched_layers(k, order) for k in sizes]
     everything = frozenset(range(len(layer_map.kept)))
@@ -120,7 +120,7 @@ def test_single_layers_join_runs():
     found = next_sets(layer_map, frozenset(), [1])
     runs = [{1}, {0, 1}, {1, 2}, {0, 1, 2}, {1, 2, 3}, {0, 1, 2, 3}]
     assert found == set(map(frozenset, runs))
-    assert as_order(layer_map, [frozenset({1, 2})]) == (2, 1, 0, 3, 5, 4)
+    assert order_of_sets(layer_map, [frozenset({1, 2})]) == (2, 1, 0, 3, 5, 4)
 
 
 def test_a_sequence_leaves_only_single_layers_to_decide():

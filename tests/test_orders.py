@@ -15,15 +15,17 @@ from local_tasks import ROLLING, TEXTS, write_task
 
 from evaluate.evaluate import EvaluationArguments, second_pair
 from evaluate.evaluate import main as evaluate_main
-from patching import orders
+from patching.arguments import CalibrationArguments, FamilyArguments
 from patching.blocks import LayerMap
-from patching.orders import Measurements, most_restored_first
-from patching.pair import Pair, PairArguments
+from patching.family import Family
+from patching.orders import __main__ as orders
+from patching.orders.measurements import Measurements
+from patching.orders.named_searches import most_restored_first
 from patching.patch import build_intermediate_model
 from patching.patch import main as patch_main
 from patching.recipe import patched_model
-from patching.teacher_kl import TeacherKL
-from patching.texts import Calibration, CalibrationArguments
+from patching.running.calibration import Calibration
+from patching.running.teacher_kl import TeacherKL
 
 LAYERS = LayerMap((0, 2, 4, 6, 7), 8)  # patchable 0, 1 and 2, single 3 and 4
 
@@ -81,7 +83,7 @@ def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
     assert [m["patched_layers"] for m in found["orders"]["first"]["members"]] == first
 
     # The same numbers from a tree of its own.
-    pair = Pair.from_pretrained(PairArguments(*map(str, pair_folders)))
+    pair = Family.from_pretrained(FamilyArguments(*map(str, pair_folders)))
     text = Calibration.read(
         CalibrationArguments(str(text_file), calibration_texts=6, calibration_length=12)
     )
@@ -130,7 +132,7 @@ def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_aft
     for name in ("order", "orders", "best_sets", "settings"):
         assert again[name] == whole[name]
 
-    monkeypatch.setattr(Pair, "load", lambda *_: pytest.fail("everything is measured"))
+    monkeypatch.setattr(Family, "load", lambda *_: pytest.fail("everything is measured"))
     orders.main(asked)
 
 
@@ -230,7 +232,7 @@ def test_an_order_of_other_layers_is_refused(
     exact, tmp_path, capsys, monkeypatch, command, kind, kept, num_layers, message
 ):
     teacher, student = save_pair(tmp_path, kind, kept, num_layers)
-    monkeypatch.setattr(Pair, "load", lambda *_: pytest.fail("weights load"))
+    monkeypatch.setattr(Family, "load", lambda *_: pytest.fail("weights load"))
     with pytest.raises(SystemExit, match="2"):
         command(
             [
@@ -248,9 +250,9 @@ def test_an_order_of_other_layers_is_refused(
 def test_an_order_of_other_weights_is_taken_with_a_warning(exact, pair_folders, tmp_path):
     renamed = tmp_path / "renamed"
     shutil.copytree(pair_folders[1], renamed)
-    arguments = PairArguments(str(pair_folders[0]), str(renamed), order=str(exact / "order.json"))
+    arguments = FamilyArguments(str(pair_folders[0]), str(renamed), order=str(exact / "order.json"))
     with warnings.catch_warnings(action="error"):
-        order = Pair.from_pretrained(arguments).order
+        order = Family.from_pretrained(arguments).order
     assert list(order) == read(exact)["order"]
     values = read(exact)
     values["settings"]["student"] = "student 0123456789abcdef"
@@ -258,7 +260,7 @@ def test_an_order_of_other_weights_is_taken_with_a_warning(exact, pair_folders, 
     other.write_text(json.dumps(values))
     arguments.order = str(other)
     with pytest.warns(UserWarning, match="was found for student=student 0123456789abcdef, and"):
-        assert Pair.from_pretrained(arguments).order == order
+        assert Family.from_pretrained(arguments).order == order
 
 
 @pytest.mark.parametrize(("kept", "is_taken"), [(LAYERS.kept, True), ((0, 1, 3, 5, 7), False)])
@@ -271,7 +273,7 @@ def test_a_random_student_takes_the_order_where_its_layers_are_the_same(
         random_student=str(save_pair(tmp_path, "llama", kept, 8)[1]),
         save_directory=tmp_path,
     )
-    pair = Pair.from_pretrained(arguments)
+    pair = Family.from_pretrained(arguments)
     second = second_pair(pair, arguments)
     assert second.order == (pair.order if is_taken else "first")  # else what suits a llama
 
@@ -368,7 +370,7 @@ def test_influence_of_what_is_put_back():
 
 def test_a_damaged_file_is_named(exact, pair_folders, text_file, tmp_path):
     (tmp_path / "order_kl.json").write_text('{"settings": 1}')
-    pair = Pair.from_pretrained(PairArguments(*map(str, pair_folders)))
+    pair = Family.from_pretrained(FamilyArguments(*map(str, pair_folders)))
     text = Calibration("x", ["abc"], 8)
     with pytest.raises(ValueError, match="order_kl.json is damaged"):
         Measurements(pair, text, torch.float32, dict, tmp_path / "order_kl.json")

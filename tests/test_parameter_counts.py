@@ -5,8 +5,8 @@ import itertools
 import pytest
 from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config
 
+from patching.architectures.config import config_for
 from patching.assemble import count_parameters
-from patching.families import config_for
 from patching.recipe import initial_student, intermediate_model
 from train.model_args import ModelArguments
 

@@ -10,8 +10,8 @@ import torch
 from conftest import run_module, save_pair, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patching.checkpoints.splice import OtherLayout
 from patching.patch import build_intermediate_model, main
-from patching.splice import OtherLayout
 
 TOKENS = torch.arange(10)[None]
 

@@ -17,7 +17,7 @@ from patching_models import change_config, family_pair, save_models
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from patching import outputs
+from patching.files import outputs
 from patching.patch import main
 
 

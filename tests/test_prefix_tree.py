@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patching_models import LAYER_MAP, SETTINGS, family_pair
 
-from patching import prefix_tree
 from patching.assemble import assemble
 from patching.blocks import LayerMap
-from patching.prefix_tree import PrefixTree
 from patching.recipe import (
     Recipe,
     initial_student,
@@ -19,6 +17,8 @@ from patching.recipe import (
     naively_pruned,
     patched_model,
 )
+from patching.running import prefix_tree
+from patching.running.prefix_tree import PrefixTree
 
 
 def family(layer_map: LayerMap, order: str) -> dict[str, Recipe]:

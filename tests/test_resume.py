@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from train import data
+from train.batches import StreamBatches
 from train.checkpoints import INCOMPLETE, find_checkpoint, remove_old
-from train.data import Share, StreamBatches, tokenize_share
+from train.data import Share, tokenize_share
 from train.data_args import DataArguments
 from train.train import main
 

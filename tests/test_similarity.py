@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patching import similarity
 from patching.blocks import LayerMap
-from patching.plot import plot_lines
+from patching.files.plot import plot_lines
 
 KEPT = LayerMap((0, 2, 4, 5), 6)
 

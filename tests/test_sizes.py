@@ -9,16 +9,18 @@ from patching_models import LAYER_MAP, SETTINGS, family_config, family_pair, sav
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from patching.architectures.config import config_for
+from patching.architectures.models import MASKED_LANGUAGE_MODELS
+from patching.arguments import FamilyArguments
 from patching.assemble import assemble, count_parameters
-from patching.auto_class import MASKED_LANGUAGE_MODELS
 from patching.blocks import LayerMap, default_kept_layers
-from patching.families import config_for
-from patching.layout import layout_of
-from patching.named_orders import parse_order
-from patching.pair import Pair, PairArguments
+from patching.checkpoints.layout import layout_of
+from patching.checkpoints.sizes import size_of
+from patching.cli.units import bytes_text, count_text, parse_bytes, parse_count
+from patching.family import Family
 from patching.patch import PatchArguments, build_intermediate_model, iter_family, main
+from patching.patch_order import parse_order
 from patching.recipe import initial_student, intermediate_model, patched_model
-from patching.sizes import bytes_text, count_text, parse_bytes, parse_count, size_of
 from patching.student_config import StudentConfig, read_student_config
 
 QWEN3 = {
@@ -104,7 +106,7 @@ def listed(capsys, names: tuple[str, str], *more: str) -> dict:
 def test_published_families_are_listed_from_configs_alone(name, tmp_path, capsys):
     names = published_pair(name, tmp_path)
     family = listed(capsys, names)
-    pair = Pair.from_pretrained(PairArguments(*names))
+    pair = Family.from_pretrained(FamilyArguments(*names))
     k_max = PUBLISHED[name][2]
     members = family["members"]
     assert [member["num_layers_to_patch"] for member in members] == list(range(k_max + 1))
@@ -148,7 +150,7 @@ def choose(names: tuple[str, str], *naming: str) -> int:
     (arguments,) = parser.parse_args_into_dataclasses(
         flags(names, *naming, "--save_directory", "x")
     )
-    pair = Pair.from_pretrained(arguments)
+    pair = Family.from_pretrained(arguments)
     dtype = pair.dtype(arguments.dtype)
     layouts = {parent: layout_of(config, dtype) for parent, config in pair.configs.items()}
     return patch.choose(arguments, pair, layouts, dtype, 5 * 10**9).num_layers_to_patch
@@ -416,8 +418,8 @@ def test_a_loaded_model_knows_its_folder(folders):
 @torch.no_grad()
 def test_every_size_in_turn_over_one_copy_of_the_parents(folders, monkeypatch):
     loads = []
-    load = Pair.load
-    monkeypatch.setattr(Pair, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
+    load = Family.load
+    monkeypatch.setattr(Family, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
     members = iter_family(*folders, patch_first_k_layers=True)
     assert loads == []
     tokens = torch.arange(8)[None]
@@ -433,7 +435,7 @@ def test_every_size_in_turn_over_one_copy_of_the_parents(folders, monkeypatch):
     assert seen == [0, 1, 2]
     assert len(loads) == 1
     teacher, student = (
-        Pair.from_pretrained(PairArguments(*folders)).config(recipe)
+        Family.from_pretrained(FamilyArguments(*folders)).config(recipe)
         for recipe in (
             patched_model(LAYER_MAP, frozenset(range(4))),
             patched_model(LAYER_MAP, frozenset()),

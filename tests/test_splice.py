@@ -18,23 +18,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from patching import safetensors_files, splice
+from patching.arguments import FamilyArguments, references
 from patching.assemble import assemble
-from patching.layout import layout_of
-from patching.pair import Pair, PairArguments, references
+from patching.checkpoints import safetensors_files, splice
+from patching.checkpoints.layout import layout_of
+from patching.checkpoints.safetensors_files import StoredTensor, copy_bytes, header_of, read_header
+from patching.checkpoints.splice import OtherLayout, plan_splice
+from patching.family import Family
 from patching.patch import main
 from patching.recipe import Recipe, intermediate_model, patched_model
-from patching.safetensors_files import StoredTensor, copy_bytes, header_of, read_header
-from patching.splice import OtherLayout, plan_splice
 
 TOKENS = torch.arange(20)[None] * 7 % 257
 
 
-def open_pair(names: tuple[str, str]) -> Pair:
-    return Pair.from_pretrained(PairArguments(*names))
+def open_pair(names: tuple[str, str]) -> Family:
+    return Family.from_pretrained(FamilyArguments(*names))
 
 
-def plan(pair: Pair, recipe: Recipe, dtype=torch.float32, max_shard_bytes=10**9):
+def plan(pair: Family, recipe: Recipe, dtype=torch.float32, max_shard_bytes=10**9):
     layouts = {parent: layout_of(config, dtype) for parent, config in pair.configs.items()}
     return plan_splice(
         recipe, pair.configs, layouts, references(pair.arguments), dtype, max_shard_bytes
@@ -300,7 +301,7 @@ def test_the_command_line_copies_file_to_file(qwen3, tmp_path, monkeypatch):
     def load(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(Pair, "load", load)
+    monkeypatch.setattr(Family, "load", load)
     run_main(names, tmp_path / "one")
     run_main(names, tmp_path / "many", "--max_shard_size", "20KB")
     assert copied_file_to_file(tmp_path / "one")

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from evaluate import sweep
 from evaluate.evaluate import main
 from evaluate.stored import read_results, write_samples
-from patching.block_influence import block_influence, most_influential
-from patching.texts import Calibration, CalibrationArguments
+from patching.arguments import CalibrationArguments
+from patching.running.block_influence import block_influence, most_influential
+from patching.running.calibration import Calibration
 
 SLOW_SCORE = """
 import time

@@ -7,14 +7,14 @@ from patching_models import LAYER_MAP, SETTINGS, family_pair
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from benchmarks.orders import SIDES, Side, forwards_of_search
-from patching import divergence, teacher_kl
 from patching.assemble import assemble
 from patching.blocks import LayerMap
-from patching.divergence import kl_sums
-from patching.order_search import search
+from patching.orders.search import search
 from patching.recipe import patched_model
-from patching.teacher_kl import TeacherKL
-from patching.texts import padded_batches
+from patching.running import teacher_kl
+from patching.running.calibration import padded_batches
+from patching.running.teacher_kl import TeacherKL, kl_sums
+from train import vocabulary_loss as divergence
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19], [20, 21, 22, 23, 24]]
 SETS = [frozenset(), frozenset({0}), frozenset({2, 3}), frozenset({0, 1}), frozenset({0, 1, 2, 3})]

@@ -14,9 +14,9 @@ from evaluate.evaluate import main
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.pseudo_perplexity import pseudo_perplexity
 from evaluate.text_task import TextArguments, read_texts, text_task
+from patching.architectures.distilbert import as_bert
 from patching.assemble import assemble
 from patching.blocks import LayerMap
-from patching.distilbert import as_bert
 from patching.recipe import intermediate_model, naively_pruned
 
 LAYER_MAP = LayerMap((0, 2, 4), 6)

@@ -7,7 +7,9 @@ import torch
 from conftest import VOCAB_SIZE, byte_tokenizer
 from transformers import LlamaConfig
 
-from patching.texts import Calibration, CalibrationArguments, num_found_in, padded_batches
+from patching.arguments import CalibrationArguments
+from patching.files.texts import num_found_in
+from patching.running.calibration import Calibration, padded_batches
 
 
 def test_the_first_texts_are_read_and_blank_ones_passed_over(tmp_path):

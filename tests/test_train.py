@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser as torchrun
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
-from patching.command_line import CommandLineParser
+from patching.cli.command_line import CommandLineParser
 from patching.patch import main as patch
 from patching.student_config import read_student_config
 from train.data_args import DataArguments

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from training_runs import LAYER_MAP, log_of, teacher_of, trainer_for
 
-from patching.hidden_states import hidden_states_at
+from patching.running.hidden_states import hidden_states_at
 from train import trainer as trainer_module
-from train.data import collate
-from train.losses import cosine_distance
+from train.batches import collate
+from train.loss import cosine_distance
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 

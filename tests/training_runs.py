@@ -9,7 +9,7 @@ from masked_models import SPECIAL_TOKENS, encoder_config, word_tokenizer
 from masked_models import VOCAB_SIZE as NUM_WORDS
 from transformers import PreTrainedModel
 
-from patching.auto_class import predicts_masked_tokens
+from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import LayerMap
 from train.masking import Masking
 from train.student import new_student

@@ -71,7 +71,7 @@ def check_resumable(checkpoint: str, share: Share, is_stream: bool, is_sharded: 
         )
 
 
-def publish(name: str, output_dir: Path) -> None:
+def publish_checkpoint(name: str, output_dir: Path) -> None:
     """Move the finished checkpoint out of `.incomplete`, in the place of an earlier one of that
     name.
     """

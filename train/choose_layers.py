@@ -7,15 +7,15 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from patching.architectures.config import config_for
+from patching.architectures.models import load_model
 from patching.assemble import count_parameters
 from patching.blocks import LayerMap, as_layer_list
-from patching.families import config_for
-from patching.kept_layers import mean_similarity, most_similar_layers
-from patching.pair import load_model
+from patching.cli.units import count_text, parse_count
+from patching.orders.kept_layers import mean_similarity, most_similar_layers
 from patching.recipe import Reference, initial_student
-from patching.sizes import count_text, parse_count
-from patching.state_similarity import similarity_by_depth
-from patching.texts import Calibration
+from patching.running.calibration import Calibration
+from patching.running.similarity import similarity_by_depth
 from train.model_args import ModelArguments
 from train.training_args import DistillationArguments
 

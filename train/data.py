@@ -9,17 +9,13 @@ takes every `world_size`-th batch of documents, and can say where it is and go o
 """
 
 import random
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import patching.texts
 from train.data_args import DataArguments
-from train.losses import IGNORED_LABEL
 
 DOCUMENTS_PER_BATCH = 1000
 
@@ -48,9 +44,9 @@ def load_rows(
 
     Raises ValueError where there is no text, no such column, or no file of a known kind.
     """
-    documents = load_documents(arguments, arguments.dataset)
+    documents = documents_of(arguments, arguments.dataset)
     if arguments.eval_dataset is not None:
-        held_out = load_documents(arguments, arguments.eval_dataset)
+        held_out = documents_of(arguments, arguments.eval_dataset)
         if isinstance(held_out, IterableDataset):
             held_out = _materialise(held_out.take(max(arguments.heldout_documents, 1)))
     else:
@@ -71,9 +67,9 @@ def load_rows(
     return Rows(train, held_out)
 
 
-def load_documents(arguments: DataArguments, name: str) -> Dataset | IterableDataset:
+def documents_of(arguments: DataArguments, name: str) -> Dataset | IterableDataset:
     """Documents in one column, `text`. A hub dataset is streamed, local files only when asked."""
-    return patching.texts.load_documents(
+    return patching.texts.documents_of(
         name,
         text_column=arguments.text_column,
         dataset_config=arguments.dataset_config,
@@ -153,41 +149,6 @@ def tokenize_share(
     )
 
 
-class StreamBatches:
-    """Micro-batches of a stream, pass after pass without end, from any state it was left in."""
-
-    def __init__(self, rows: IterableDataset, batch_size: int) -> None:
-        self.rows, self.batch_size = rows, batch_size
-        self.state: dict[str, Any] | None = None
-        """Where the next micro-batch begins, None for the start."""
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        num_passes_without_rows = 0
-        while num_passes_without_rows < 2:  # a resumed pass may be at its end
-            num_passes_without_rows += 1
-            batch = []
-            for row in self.rows:
-                num_passes_without_rows = 0
-                batch.append(row)
-                if len(batch) == self.batch_size:
-                    self.state = self.rows.state_dict()
-                    yield collate(batch)
-                    batch = []
-            if batch:
-                self.state = self.rows.state_dict()
-                yield collate(batch)
-            self.rows.set_epoch(self.rows.epoch + 1)
-        raise ValueError(
-            "the stream holds no text for this rank: give each rank "
-            f"{DOCUMENTS_PER_BATCH} documents or more, or use fewer ranks"
-        )
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows.set_epoch(state["epoch"])
-        self.rows.load_state_dict(state)
-        self.state = state
-
-
 def rows_of_documents(
     batch: dict[str, list[str]],
     tokenizer: PreTrainedTokenizerBase,
@@ -209,27 +170,3 @@ def rows_of_documents(
     else:
         rows = [ids[:max_length] for ids in documents]
     return {"input_ids": [row for row in rows if len(row) > 1]}
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Rows as tensors of shape (B, T), padded on the right to the longest.
-
-    `labels` are the tokens, IGNORED_LABEL at padding. What is padding follows from the lengths,
-    never from a token's id: end of text is often the padding token too and yet a real target.
-    Without padding there is no `attention_mask`, which lets attention take its plain causal path.
-    """
-    length = max(len(row["input_ids"]) for row in rows)
-    lengths_B1 = torch.tensor([[len(row["input_ids"])] for row in rows])
-    input_ids_BT = torch.tensor([_padded(row["input_ids"], length) for row in rows])
-    mask_BT = torch.arange(length)[None] < lengths_B1
-    batch: dict[str, Tensor] = {
-        "input_ids": input_ids_BT,
-        "labels": input_ids_BT.masked_fill(~mask_BT, IGNORED_LABEL),
-    }
-    if not mask_BT.all():
-        batch["attention_mask"] = mask_BT.long()
-    return batch
-
-
-def _padded(ids: list[int], length: int) -> list[int]:
-    return [*ids, *[0] * (length - len(ids))]

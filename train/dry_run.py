@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from patching.blocks import LayerMap, as_layer_list
-from patching.pair import recommended_order
+from patching.patch_order import recommended_order
 from train.data_args import DataArguments
 from train.estimate import MicroBatch, flops_per_token, memory, sizes, student_config
 from train.training_args import DistillationArguments
@@ -19,7 +19,7 @@ def plan(
     args: DistillationArguments,
 ) -> str:
     student = student_config(teacher, layer_map)
-    order = recommended_order(teacher)
+    order = recommended_order(teacher.model_type)
     num_ranks = args.dry_run_ranks or args.world_size
     is_sharded = bool(args.fsdp_config) and num_ranks > 1
     batch = MicroBatch(

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from patching import divergence
-from patching.auto_class import auto_class, predicts_masked_tokens
+from patching.architectures.config import config_for
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import auto_class, empty_model, predicts_masked_tokens
 from patching.blocks import LayerMap, Order
-from patching.empty_model import empty_model
-from patching.families import config_for, family_of
-from patching.layout import layout_of
+from patching.checkpoints.layout import layout_of
+from patching.checkpoints.sizes import Size, size_of
 from patching.recipe import initial_student, intermediate_model
-from patching.sizes import Size, size_of
-from train.losses import LossWeights
+from train import vocabulary_loss as divergence
+from train.loss import LossWeights
 from train.masking import SHARE_OF_TARGETS
 
 MASTER_BYTES = 4
@@ -143,7 +143,7 @@ def memory(
     gathered = 0
     if num_shards > 1:
         layers = [
-            max(map(num_parameters, model.get_submodule(family_of(model.config).layers)))
+            max(map(num_parameters, model.get_submodule(architecture_of(model.config).layers)))
             for model in (student_model, teacher_model)
         ]
         # Two layers, as the next is gathered while one runs; embedding, head and their gradients.

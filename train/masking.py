@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from train.losses import IGNORED_LABEL, NO_TARGET
+from train.loss import IGNORED_LABEL, NO_TARGET
 
 SHARE_OF_TARGETS = 0.15
 SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1

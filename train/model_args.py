@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
-from patching.blocks import LayerMap, default_kept_layers, parse_ranges
-from patching.sizes import parse_count
+from patching.blocks import LayerMap, default_kept_layers
+from patching.cli.units import parse_count, parse_ranges
 
 PAPER_LAYERS = {"llama": (2, 2, 1)}
 """first_layers_to_keep, alternate_every_n_layers, last_layers_to_keep by model_type."""

@@ -13,8 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from patching.auto_class import auto_class
-from patching.empty_model import empty_model
+from patching.architectures.models import auto_class, empty_model
 from train.training_args import DistillationArguments
 
 

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
-from patching.families import family_of
+from patching.architectures.lookup import architecture_of
 from train.training_args import DistillationArguments
 
 
@@ -27,7 +27,7 @@ def speed_up(model: PreTrainedModel, args: DistillationArguments) -> None:
     if args.torch_compile:
         # Layer by layer: one graph serves them all, and what is hooked in between, the hidden
         # states and the gathering of shards, stays outside.
-        for layer in model.get_submodule(family_of(model.config).layers):
+        for layer in model.get_submodule(architecture_of(model.config).layers):
             layer.forward = torch.compile(
                 layer.forward, backend=args.torch_compile_backend, mode=args.torch_compile_mode
             )

@@ -5,10 +5,10 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+from patching.architectures.config import config_for
+from patching.architectures.models import auto_class
 from patching.assemble import assemble
-from patching.auto_class import auto_class
 from patching.blocks import LayerMap
-from patching.families import config_for
 from patching.recipe import initial_student
 from train.sharding import with_room_for_weights
 

@@ -22,24 +22,20 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import IterableDataset
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.training_args import ParallelMode
 
-from patching.auto_class import predicts_masked_tokens
+from patching.architectures.checks import check_logits_are_the_heads
+from patching.architectures.lookup import max_positions, read_config
+from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.arguments import CalibrationArguments
 from patching.blocks import as_layer_list
-from patching.command_line import CommandLineParser, user_errors
-from patching.divergence import check_logits_are_the_heads
-from patching.families import longest_text
-from patching.outputs import check_writable, environment, follow_umask, write_json
-from patching.pair import load_model, read_config, recommended_order
+from patching.cli.command_line import CommandLineParser, user_errors
+from patching.files.outputs import check_writable, environment, follow_umask, write_json
+from patching.patch_order import recommended_order
 from patching.recipe import Reference
+from patching.running.calibration import Calibration
 from patching.student_config import StudentConfig
-from patching.texts import Calibration, CalibrationArguments
 from train.checkpoints import check_resumable, find_checkpoint
 from train.choose_layers import choose_layers
 from train.data import Rows, Share, load_rows
@@ -139,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(128 + signal.SIGTERM)
     metrics = held_out_metrics(trainer)
 
-    student_config = StudentConfig(layer_map, recommended_order(teacher_config))
+    student_config = StudentConfig(layer_map, recommended_order(teacher_config.model_type))
     run = {
         "arguments": {
             **dataclasses.asdict(model_args),
@@ -162,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(staging / RUN_FILE_NAME, run)
             plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
             follow_umask(staging)
-            publish(staging, save_directory)
+            move_into_place(staging, save_directory)
     print_on_main_process(args, f"student saved in {save_directory}")
 
 
@@ -211,7 +207,7 @@ def shard_only_where_there_are_ranks(args: DistillationArguments) -> None:
 
 def check_row_length(config: PreTrainedConfig, max_length: int) -> None:
     """Raise ValueError where rows are longer than the model's table of positions."""
-    longest = longest_text(config)
+    longest = max_positions(config)
     if longest is not None and max_length > longest:
         raise ValueError(
             f"max_length={max_length}: this {config.model_type} model has positions for {longest} "
@@ -234,7 +230,7 @@ def check_save_directory(save_directory: Path) -> None:
     check_writable(save_directory)
 
 
-def publish(staging: Path, folder: Path) -> None:
+def move_into_place(staging: Path, folder: Path) -> None:
     """Move a finished checkpoint into its folder, config.json last: without it nothing loads."""
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)

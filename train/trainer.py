@@ -8,10 +8,8 @@ see an ordinary model.
 import json
 import shutil
 import time
-import types
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +21,29 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from patching.auto_class import auto_class, predicts_masked_tokens
+from patching.architectures.models import auto_class, predicts_masked_tokens
 from patching.blocks import LayerMap
-from patching.hidden_states import (
-    before_output_embeddings,
-    hidden_states_at,
-    visit_hidden_states,
+from patching.files.outputs import write_json
+from train.batches import StreamBatches, collate
+from train.checkpoints import (
+    INCOMPLETE,
+    StopOnSigterm,
+    publish_checkpoint,
+    remove_old,
+    stream_file_name,
 )
-from patching.outputs import write_json
-from train.checkpoints import INCOMPLETE, StopOnSigterm, publish, remove_old, stream_file_name
-from train.data import Share, StreamBatches, collate
+from train.data import Share
+from train.distillation import install_distillation_forward
 from train.estimate import flops_per_token, peak_memory_bytes
-from train.losses import (
+from train.loss import (
     IGNORED_LABEL,
     LossTerms,
-    LossWeights,
     StepCounts,
-    cosine_distance,
+    active_terms,
     count,
-    distillation_loss,
 )
 from train.masking import Masking, generator_for
-from train.sharding import compute_in, gather, release, shard_teacher
+from train.sharding import compute_in, release, shard_teacher
 from train.speed import speed_up
 from train.student import drop_second_names
 from train.training_args import DistillationArguments
@@ -300,7 +299,7 @@ class DistillationTrainer(Trainer):
                 best = output_dir / Path(self.state.best_model_checkpoint).name
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            publish(name, output_dir)
+            publish_checkpoint(name, output_dir)
             remove_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         self._time_of_last_line += time.perf_counter() - start
@@ -329,69 +328,3 @@ class DistillationTrainer(Trainer):
         student.load_state_dict(state, assign=True)
         student.tie_weights()
         student.save_pretrained(folder)
-
-
-def active_terms(weights: LossWeights) -> list[str]:
-    return [name for name in ("cross_entropy", "kl", "cosine") if getattr(weights, name)]
-
-
-def install_distillation_forward(
-    student: PreTrainedModel, teacher: PreTrainedModel, layer_map: LayerMap, weights: LossWeights
-) -> None:
-    """Make `student(...)` return the distillation loss of a micro-batch, and freeze the teacher,
-    whose own call returns its aligned hidden states.
-
-    With the cosine term alone no head is run, and an untied head of the student is frozen with it.
-    """
-    is_masked_model = predicts_masked_tokens(student.config)
-    teacher.eval().requires_grad_(False)
-    pairs = layer_map.alignment_pairs if weights.cosine else layer_map.alignment_pairs[-1:]
-    student_indices, teacher_indices = zip(*pairs)
-    if not weights.needs_logits and not student.config.tie_word_embeddings:
-        student.get_output_embeddings().requires_grad_(False)
-
-    def teacher_forward(
-        self: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> list[Tensor]:
-        return hidden_states_at(self, teacher_indices, input_ids, attention_mask)
-
-    def forward(
-        self: PreTrainedModel,
-        input_ids: Tensor,
-        labels: Tensor,
-        counts: StepCounts,
-        attention_mask: Tensor | None = None,
-    ) -> LossTerms:
-        with torch.no_grad():
-            teacher_states = dict(zip(student_indices, teacher(input_ids, attention_mask)))
-        is_real_BT = labels != IGNORED_LABEL
-        last, last_pair, distances = student_indices[-1], [], []
-
-        def compare(j: int, student_BTD: Tensor) -> None:
-            teacher_BTD = teacher_states.pop(j)
-            if weights.cosine:
-                distances.append(cosine_distance(student_BTD, teacher_BTD, is_real_BT))
-            if j == last:
-                last_pair.extend((student_BTD, teacher_BTD))
-
-        visit_hidden_states(self, student_indices, compare, input_ids, attention_mask)
-        if is_masked_model and weights.needs_logits:
-            gather(self.get_output_embeddings())
-            gather(teacher.get_output_embeddings())
-        terms = distillation_loss(
-            *last_pair,
-            self.get_output_embeddings(),
-            teacher.get_output_embeddings(),
-            labels,
-            distances,
-            weights if self.training else weights.for_evaluation(),
-            counts,
-            is_masked_model,
-            partial(before_output_embeddings, self),
-            partial(before_output_embeddings, teacher),
-        )
-        release(teacher.get_output_embeddings())
-        return terms
-
-    student.forward = types.MethodType(forward, student)
-    teacher.forward = types.MethodType(teacher_forward, teacher)

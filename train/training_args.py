@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
-from patching.distilbert import as_bert_config
-from patching.empty_model import empty_model
-from patching.families import family_of
-from train.losses import LossWeights
+from patching.architectures.distilbert import as_bert_config
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import empty_model
+from train.loss import LossWeights
 
 FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_STATE_DICT"}
 """Weights are read on one rank; each rank writes its own share of a checkpoint."""
@@ -205,6 +205,6 @@ def layer_classes(model_name_or_path: str) -> list[str]:
             f"fsdp_config={model_name_or_path}: neither a .json file nor a model that can be read "
             f"here ({error})"
         ) from error
-    path = family_of(config).layers  # or a line that says why there are none
+    path = architecture_of(config).layers  # or a line that says why there are none
     layers = empty_model(config).get_submodule(path)
     return sorted({type(layer).__name__ for layer in layers})

@@ -39,11 +39,17 @@ from transformers import (
 
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.train_teacher import train_tokenizer
-from patching.auto_class import auto_class
-from patching.distilbert import CONFIG_FIELDS, TOKEN_TYPES, UNUSED_BIAS, distilbert_name
-from train.data import collate, load_rows
+from patching.architectures.distilbert import (
+    CONFIG_FIELDS,
+    TOKEN_TYPES,
+    UNUSED_BIAS,
+    distilbert_name,
+)
+from patching.architectures.models import auto_class
+from train.batches import collate
+from train.data import load_rows
 from train.data_args import DataArguments
-from train.losses import IGNORED_LABEL
+from train.loss import IGNORED_LABEL
 from train.masking import Masking
 
 ROW_TOKENS = 128

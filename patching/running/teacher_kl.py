@@ -10,14 +10,16 @@ Shapes: B rows, T positions, N tokens that are no padding, D hidden size.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from patching.divergence import check_logits_are_the_heads, kl_sums
-from patching.prefix_tree import LayerPath, PrefixTree
+from patching.architectures.checks import check_logits_are_the_heads
 from patching.recipe import Recipe, whole_model
+from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, slices
+from patching.running.prefix_tree import LayerPath, PrefixTree
 
 MOST_KNOWN_BYTES = 2**32
 """Of hidden states that are kept from one call to the next, over all batches."""
@@ -106,3 +108,31 @@ class TeacherKL:
                 totals[name] += total
         self.num_layer_forwards += tree.num_layers_run
         return {name: total / self.num_tokens for name, total in totals.items()}
+
+
+@torch.no_grad()
+def kl_sums(
+    teacher_hidden_ND: Tensor,
+    teacher_head: nn.Linear,
+    models: Sequence[tuple[Tensor, nn.Linear]],
+) -> Tensor:
+    """Sums over tokens of KL(teacher || model) in nats, for several models, each as the states
+    (N, D) its head reads and the head; float64 of shape (models,).
+
+    The teacher's probabilities are formed once for all of them. Softmaxes are taken in fp32.
+    """
+    num_tokens, device = teacher_hidden_ND.shape[0], teacher_hidden_ND.device
+    vocab_size = len(teacher_head.weight)
+    at_once = CPU_SOFTMAX_LOGITS if device.type == "cpu" else CHUNK_LOGITS
+    sums = torch.zeros(len(models), dtype=torch.float64, device=device)
+    for chunk in slices(num_tokens, CHUNK_LOGITS // vocab_size):
+        teacher_logits_NV = teacher_head(teacher_hidden_ND[chunk])
+        log_q_NV = teacher_logits_NV.log_softmax(-1, dtype=torch.float32)
+        q_NV = log_q_NV.exp()
+        for i, (hidden_ND, head) in enumerate(models):
+            logits_NV = head(hidden_ND[chunk])
+            for rows in slices(len(logits_NV), at_once // vocab_size):
+                log_p_NV = logits_NV[rows].log_softmax(-1, dtype=torch.float32)
+                difference_NV = torch.sub(log_q_NV[rows], log_p_NV, out=log_p_NV)
+                sums[i] += difference_NV.mul_(q_NV[rows]).sum()
+    return sums

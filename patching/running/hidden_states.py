@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from patching.families import family_of
+from patching.architectures.lookup import architecture_of
 
 
 def visit_hidden_states(
@@ -25,7 +25,7 @@ def visit_hidden_states(
     Hidden state j is what layer j reads; the last, behind all layers, is taken after the final
     norm, as transformers counts them too.
     """
-    layers = model.get_submodule(family_of(model.config).layers)
+    layers = model.get_submodule(architecture_of(model.config).layers)
 
     def when_read(index: int):
         def hook(_layer, args, kwargs) -> None:
@@ -49,7 +49,7 @@ def before_output_embeddings(model: PreTrainedModel, hidden_ND: Tensor) -> Tenso
     """What the output embeddings read of a last hidden state: that state itself in a causal model;
     in an encoder what its head, but for the projection to the vocabulary, makes of it.
     """
-    head_path = family_of(model.config).head
+    head_path = architecture_of(model.config).head
     head, projection = model.get_submodule(head_path), model.get_output_embeddings()
     if head is projection:
         return hidden_ND

@@ -29,7 +29,7 @@ Measure = Callable[[Collection[PatchedLayers]], Mapping[PatchedLayers, float]]
 """Gives (at least) the KL of each set's model from the teacher."""
 
 
-class Family(NamedTuple):
+class BeamState(NamedTuple):
     """The cheapest way found so far to the last of its sets."""
 
     cost: float
@@ -59,7 +59,7 @@ def search(
     left to decide. `report` hears of each size, the last set of the cheapest family so far and its
     KL.
     """
-    families = [Family(0.0, ())]
+    families = [BeamState(0.0, ())]
     for k in range(1, layer_map.max_layers_to_patch):
         candidates = layer_map.patchable if sequence is None else sequence[k - 1 : k]
         steps = [
@@ -68,9 +68,9 @@ def search(
             for bigger in next_sets(layer_map, family.patched, candidates)
         ]
         kl = measure({bigger for _, bigger in steps})
-        reached: dict[PatchedLayers, Family] = {}
+        reached: dict[PatchedLayers, BeamState] = {}
         for family, bigger in steps:
-            longer = Family(family.cost + kl[bigger], (*family.sets, bigger))
+            longer = BeamState(family.cost + kl[bigger], (*family.sets, bigger))
             if bigger not in reached or longer.rank < reached[bigger].rank:
                 reached[bigger] = longer
         families = sorted(reached.values(), key=lambda family: family.rank)[:beam]
@@ -132,7 +132,7 @@ def _sets_by_size(layer_map: LayerMap) -> Iterator[PatchedLayers]:
         of_size = list(bigger)
 
 
-def as_order(layer_map: LayerMap, sets: Sequence[PatchedLayers]) -> tuple[int, ...]:
+def order_of_sets(layer_map: LayerMap, sets: Sequence[PatchedLayers]) -> tuple[int, ...]:
     """Nested sets of sizes 1 to max - 1 as the explicit order whose sizes they are: the single
     ones of a step stand before its patchable layer.
     """

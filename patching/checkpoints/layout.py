@@ -23,10 +23,11 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from patching.empty_model import empty_model
-from patching.families import Family, family_of
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import empty_model
+from patching.architectures.table import Architecture
+from patching.checkpoints.safetensors_files import StoredTensor
 from patching.recipe import Parent, Recipe
-from patching.safetensors_files import StoredTensor
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -72,7 +73,7 @@ class Layout:
 
     model: PreTrainedModel
     """The empty model, its head not tied."""
-    family: Family
+    architecture: Architecture
     is_tied: bool
 
     @cached_property
@@ -97,10 +98,10 @@ class Layout:
             yield from part
 
     def part_of(self, memory_name: str) -> int | str:
-        position = self.family.layer_of(memory_name)
+        position = self.architecture.layer_of(memory_name)
         if position is not None:
             return position
-        return "head" if self.family.goes_with_head(memory_name) else "embedding"
+        return "head" if self.architecture.goes_with_head(memory_name) else "embedding"
 
     @cached_property
     def costs(self) -> dict[int | str, Cost]:
@@ -162,7 +163,7 @@ def layout_of(
     untied = copy.deepcopy(config)
     untied.tie_word_embeddings = False
     model = empty_model(untied, dtype, trust_remote_code)
-    return Layout(model, family_of(config), bool(config.tie_word_embeddings))
+    return Layout(model, architecture_of(config), bool(config.tie_word_embeddings))
 
 
 def tensors_of(recipe: Recipe, layouts: Mapping[Parent, Layout]) -> list[SourcedTensor]:

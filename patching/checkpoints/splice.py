@@ -13,19 +13,14 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from patching.empty_model import empty_model
-from patching.families import check_recipe, config_for
-from patching.layout import DTYPE_NAMES, Layout, tensors_of
-from patching.outputs import write_json
-from patching.recipe import Parent, Recipe, Reference
-from patching.safetensors_files import (
+from patching.architectures.checks import check_recipe
+from patching.architectures.config import config_for
+from patching.architectures.models import empty_model
+from patching.checkpoints.layout import DTYPE_NAMES, Layout, tensors_of
+from patching.checkpoints.safetensors_files import (
     ITEM_BYTES,
     StoredTensor,
     TensorOnDisk,
@@ -34,6 +29,8 @@ from patching.safetensors_files import (
     read_header,
     write_all,
 )
+from patching.files.outputs import write_json
+from patching.recipe import Parent, Recipe, Reference
 
 CAST_BYTES = 2**24
 """Of a tensor whose dtype changes, how much is in memory at once."""
@@ -64,7 +61,7 @@ class Splice:
     @property
     def num_bytes(self) -> int:
         """What the weights files will take, to the byte."""
-        return weights_bytes([shard.tensors for shard in self.shards])
+        return bytes_of_files([shard.tensors for shard in self.shards])
 
     def write(self, folder: Path) -> None:
         """Write the weights files, and their index where there are several.
@@ -118,7 +115,7 @@ def plan_splice(
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         raise OtherLayout(f"{type(model).__name__} keeps some of its tensors in another dtype")
     planned = tensors_of(recipe, layouts)
-    _check_names(planned, Layout(model, layouts[recipe.embedding].family, False), config)
+    _check_names(planned, Layout(model, layouts[recipe.embedding].architecture, False), config)
 
     on_disk = {
         parent: _tensors_on_disk(parent, references[parent], layouts[parent])
@@ -264,7 +261,7 @@ def plan_files(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[li
     return [sorted(file, key=lambda tensor: -ITEM_BYTES[tensor.dtype]) for file in files]
 
 
-def weights_bytes(files: Sequence[Sequence[StoredTensor]]) -> int:
+def bytes_of_files(files: Sequence[Sequence[StoredTensor]]) -> int:
     """What weights files take on disk, headers included."""
     return sum(
         len(header_of(tensors)) + sum(tensor.num_bytes for tensor in tensors) for tensors in files

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
-from patching.outputs import num_ranks
+from patching.files.outputs import num_ranks
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 

@@ -7,34 +7,13 @@ logits, and only what it adds to the gradients of states and head is kept.
 Shapes: N tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-CHUNK_LOGITS = 2**26
-"""Entries of the logits that exist at once, per model."""
-CPU_SOFTMAX_LOGITS = 2**19
-"""Entries turned into probabilities at once on a CPU: their fp32 copies should stay in its
-caches.
-"""
-
-CHANGES_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields that say the logits are not what the head gives."""
-
-
-def check_logits_are_the_heads(config: PreTrainedConfig) -> None:
-    """Raise ValueError for a model that caps or scales its logits behind the head: here they are
-    computed from the head's weight alone.
-    """
-    for name in CHANGES_OF_LOGITS:
-        if getattr(config, name, None) not in (None, 1):
-            raise ValueError(
-                f"{name}={getattr(config, name)} in the {config.model_type} config: logits that "
-                "are capped or scaled behind the head are not supported"
-            )
+from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, slices
 
 
 class VocabularyLoss(NamedTuple):
@@ -110,34 +89,6 @@ def vocabulary_loss(
     )
 
 
-@torch.no_grad()
-def kl_sums(
-    teacher_hidden_ND: Tensor,
-    teacher_head: nn.Linear,
-    models: Sequence[tuple[Tensor, nn.Linear]],
-) -> Tensor:
-    """Sums over tokens of KL(teacher || model) in nats, for several models, each as the states
-    (N, D) its head reads and the head; float64 of shape (models,).
-
-    The teacher's probabilities are formed once for all of them. Softmaxes are taken in fp32.
-    """
-    num_tokens, device = teacher_hidden_ND.shape[0], teacher_hidden_ND.device
-    vocab_size = len(teacher_head.weight)
-    at_once = CPU_SOFTMAX_LOGITS if device.type == "cpu" else CHUNK_LOGITS
-    sums = torch.zeros(len(models), dtype=torch.float64, device=device)
-    for chunk in _slices(num_tokens, CHUNK_LOGITS // vocab_size):
-        teacher_logits_NV = teacher_head(teacher_hidden_ND[chunk])
-        log_q_NV = teacher_logits_NV.log_softmax(-1, dtype=torch.float32)
-        q_NV = log_q_NV.exp()
-        for i, (hidden_ND, head) in enumerate(models):
-            logits_NV = head(hidden_ND[chunk])
-            for rows in _slices(len(logits_NV), at_once // vocab_size):
-                log_p_NV = logits_NV[rows].log_softmax(-1, dtype=torch.float32)
-                difference_NV = torch.sub(log_q_NV[rows], log_p_NV, out=log_p_NV)
-                sums[i] += difference_NV.mul_(q_NV[rows]).sum()
-    return sums
-
-
 def _at(temperature: float, logits_NV: Tensor) -> Tensor:
     return logits_NV if temperature == 1 else logits_NV.float() / temperature
 
@@ -178,12 +129,12 @@ class _Chunked(torch.autograd.Function):
         )
         bias_gradient_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
         with torch.autocast(device, enabled=False):
-            for chunk in _slices(len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
+            for chunk in slices(len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
                 logits_NV = student.logits(chunk)
                 teacher_logits_NV = None if teacher is None else teacher.logits(chunk)
                 chunk_targets_N = targets_N[chunk]
                 at_once = CPU_SOFTMAX_LOGITS if device == "cpu" else CHUNK_LOGITS
-                for rows in _slices(len(logits_NV), at_once // len(weight_VD)):
+                for rows in slices(len(logits_NV), at_once // len(weight_VD)):
                     *values, gradient_NV = terms(
                         logits_NV[rows],
                         None if teacher_logits_NV is None else teacher_logits_NV[rows],
@@ -223,11 +174,6 @@ class _Projection:
 
     def logits(self, chunk: slice) -> Tensor:
         return nn.functional.linear(self.hidden_ND[chunk], self.weight_VD, self.bias_V)
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    step = max(1, step)
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _add_product(total_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:

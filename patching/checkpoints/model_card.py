@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from patching.auto_class import auto_class, predicts_masked_tokens
+from patching.architectures.models import auto_class, predicts_masked_tokens
+from patching.checkpoints.sizes import Size
+from patching.cli.units import bytes_text, count_text
 from patching.recipe import Parent, Recipe, Reference
-from patching.sizes import Size, bytes_text, count_text
 
 FILE_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.05064"

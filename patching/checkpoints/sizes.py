@@ -4,19 +4,19 @@ Stored sizes do not grow with depth throughout: where embedding and head come fr
 they are stored twice. So a limit is held against every member.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
+from patching.architectures.models import predicts_masked_tokens
 from patching.assemble import ParameterCount
-from patching.auto_class import predicts_masked_tokens
-from patching.layout import Layout, tensors_of
+from patching.checkpoints.layout import Layout, tensors_of
+from patching.checkpoints.splice import bytes_of_files, plan_files
+from patching.cli.units import bytes_text, count_text
 from patching.recipe import Parent, Recipe
-from patching.splice import plan_files, weights_bytes
 
 CACHED_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers, as `layer_types` has them, that keep a key and a value of each token."""
@@ -62,7 +62,7 @@ def size_of(
     return Size(
         depth=recipe.depth,
         parameters=ParameterCount(both - again, both),
-        bytes_on_disk=weights_bytes(files),
+        bytes_on_disk=bytes_of_files(files),
         kv_cache_bytes_per_token=None if None in cached else sum(cached) * dtype.itemsize,
         flops_per_token=sum(layout.costs[part].flops for layout, part in parts),
     )
@@ -85,52 +85,18 @@ def cached_numbers(config: PreTrainedConfig, layer_idx: int) -> int | None:
     return 2 * num_heads * head_dim
 
 
-def deepest_that_fits(
-    sizes: Sequence[Size], measure: Callable[[Size], int], limit: int, flag: str, unit: str
-) -> int:
-    """Index of the deepest member whose measure is at most `limit`, every member looked at.
+def deepest_that_fits(costs: Sequence[int], limit: int, name: str, unit: str) -> int:
+    """Index of the deepest member that costs at most `limit`, with members in order of depth.
 
-    Raises ValueError, naming the flag and the smallest member's measure, where none is.
+    Raises ValueError, with the name of the limit and the smallest cost, if none does.
     """
-    fitting = [i for i, size in enumerate(sizes) if measure(size) <= limit]
+    fitting = [k for k, cost in enumerate(costs) if cost <= limit]
     if not fitting:
-        smallest = min(map(measure, sizes))
         raise ValueError(
-            f"{flag}: no member of this family fits, the smallest takes {smallest:,}{unit}"
+            f"{name}={limit:,}: no member of this family fits, the smallest takes "
+            f"{min(costs):,} {unit}"
         )
-    return max(fitting, key=lambda i: sizes[i].depth)
-
-
-PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-BINARY_PREFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_bytes(text: str, name: str) -> int:
-    """Bytes from `6GB` (10^9 each), `6GiB` (2^30 each) or a plain number; `name` is the flag, for
-    the message.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
-    if found:
-        number, prefix, binary = found[1], (found[2] or "").upper(), found[3]
-        if not binary or prefix:
-            factors = BINARY_PREFIXES if binary else PREFIXES
-            num_bytes = int(float(number) * factors[prefix])
-            if num_bytes > 0:
-                return num_bytes
-    raise ValueError(f"{name}={text}: write a size such as 500MB, 6GB or 6GiB")
-
-
-COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def parse_count(text: str, name: str) -> int:
-    """A number of parameters from `3.1B`, `350M` or digits alone; `name` is the flag, for the
-    message.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
-    if found and (count := int(float(found[1]) * COUNT_SUFFIXES[found[2].upper()])) > 0:
-        return count
-    raise ValueError(f"{name}={text}: write a number of parameters such as 350M or 3.1B")
+    return fitting[-1]
 
 
 def table(sizes: Sequence[Size]) -> str:
@@ -154,22 +120,3 @@ def table(sizes: Sequence[Size]) -> str:
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows
     )
-
-
-def count_text(count: int) -> str:
-    """A count for a person: `4.02 B`, `135.27 M`."""
-    return _scaled(count, {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3})
-
-
-def bytes_text(num_bytes: int | None) -> str:
-    """Bytes for a person, decimal: `8.05 GB`; `-` for None."""
-    if num_bytes is None:
-        return "-"
-    return _scaled(num_bytes, {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1})
-
-
-def _scaled(value: int, units: dict[str, int]) -> str:
-    for unit, factor in units.items():
-        if value >= factor:
-            return f"{value} {unit}" if factor == 1 else f"{value / factor:.2f} {unit}"
-    return str(value)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from patching.architectures.lookup import architecture_of
 from patching.assemble import assemble
-from patching.divergence import CHUNK_LOGITS
-from patching.families import family_of
 from patching.recipe import Recipe
+from patching.running.chunks import CHUNK_LOGITS
 
 LayerPath = tuple[Any, ...]
 """What hidden states depend on, the embedding's parent and layer by layer: equal paths, equal
@@ -155,9 +155,11 @@ def _parts_of(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
     """The layers, and what reads the state behind them: the head in the few models without a final
     norm.
     """
-    family = family_of(model.config)
+    architecture = architecture_of(model.config)
     modules = dict(model.named_modules())
-    return modules[family.layers], modules.get(family.norm, model.get_output_embeddings())
+    return modules[architecture.layers], modules.get(
+        architecture.norm, model.get_output_embeddings()
+    )
 
 
 def _run(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from patching.divergence import vocabulary_loss
+from train.vocabulary_loss import vocabulary_loss
 
 IGNORED_LABEL = -100
 """Label of a padding position."""
@@ -41,6 +41,10 @@ class LossWeights(NamedTuple):
     def for_evaluation(self) -> "LossWeights":
         """The same with cross entropy and KL always measured."""
         return self._replace(cross_entropy=self.cross_entropy or 1.0, kl=self.kl or 1.0)
+
+
+def active_terms(weights: LossWeights) -> list[str]:
+    return [name for name in ("cross_entropy", "kl", "cosine") if getattr(weights, name)]
 
 
 class StepCounts(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
-from patching.families import family_of
-from patching.hidden_states import hidden_states_at
+from patching.architectures.lookup import architecture_of
+from patching.running.hidden_states import hidden_states_at
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def similarity_by_depth(model: PreTrainedModel, batches: Iterable[Mapping[str, T
     A batch has `input_ids` and `attention_mask`, both (B, T). The states behind the last layer are
     taken before the final norm. Raises ValueError where there is no token.
     """
-    layers = model.get_submodule(family_of(model.config).layers)
+    layers = model.get_submodule(architecture_of(model.config).layers)
     num_depths = len(layers) + 1
     totals_JJ = torch.zeros(num_depths, num_depths, dtype=torch.float64)
     num_tokens = 0

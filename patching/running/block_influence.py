@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from patching.recipe import LayerSource, Recipe
-from patching.state_similarity import similarity_by_depth
+from patching.running.similarity import similarity_by_depth
 
 
 def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> list[float]:

@@ -16,8 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "safetensors")
 
 
@@ -139,7 +137,9 @@ def num_ranks() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit, device and command line: what a run writes down beside its arguments."""
+    """Versions, commit, device and command line: what a run records alongside its arguments."""
+    import torch  # takes a second, and command lines show their help without it
+
     return {
         "command": sys.argv,
         "python": platform.python_version(),

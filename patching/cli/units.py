@@ -1,0 +1,87 @@
+"""TODO."""
+
+import re
+
+PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY_PREFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Bytes from `6GB` (10^9 each), `6GiB` (2^30 each) or a plain number; `name` is the flag, for
+    the message.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
+    if found:
+        number, prefix, binary = found[1], (found[2] or "").upper(), found[3]
+        if not binary or prefix:
+            factors = BINARY_PREFIXES if binary else PREFIXES
+            num_bytes = int(float(number) * factors[prefix])
+            if num_bytes > 0:
+                return num_bytes
+    raise ValueError(f"{name}={text}: write a size such as 500MB, 6GB or 6GiB")
+
+
+COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(text: str, name: str) -> int:
+    """A number of parameters from `3.1B`, `350M` or digits alone; `name` is the flag, for the
+    message.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
+    if found and (count := int(float(found[1]) * COUNT_SUFFIXES[found[2].upper()])) > 0:
+        return count
+    raise ValueError(f"{name}={text}: write a number of parameters such as 350M or 3.1B")
+
+
+def count_text(count: int) -> str:
+    """A count for a person: `4.02 B`, `135.27 M`."""
+    return _scaled(count, {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3})
+
+
+def bytes_text(num_bytes: int | None) -> str:
+    """Bytes for a person, decimal: `8.05 GB`; `-` for None."""
+    if num_bytes is None:
+        return "-"
+    return _scaled(num_bytes, {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1})
+
+
+def _scaled(value: int, units: dict[str, int]) -> str:
+    for unit, factor in units.items():
+        if value >= factor:
+            return f"{value} {unit}" if factor == 1 else f"{value / factor:.2f} {unit}"
+    return str(value)
+
+
+def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:
+    """Sizes named as `4`, `1,3,5`, `0-5` (inclusive) or `all`, as increasing k without repetition.
+
+    Raises ValueError where the text is none of these or a size lies outside 0..max_layers_to_patch.
+    """
+    if text.strip() == "all":
+        return list(range(max_layers_to_patch + 1))
+    sizes = set(parse_ranges(text, "num_layers_to_patch"))
+    outside = sorted(k for k in sizes if k > max_layers_to_patch)
+    if outside:
+        raise ValueError(
+            f"num_layers_to_patch={text}: this student has {max_layers_to_patch} patchable layers, "
+            f"choose 0-{max_layers_to_patch}"
+        )
+    return sorted(sizes)
+
+
+def parse_ranges(text: str, name: str) -> list[int]:
+    """Numbers and inclusive ranges, `0,2,4-7`, in the order given; `name` is the flag, for the
+    message.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        start, dash, stop = (piece.strip() for piece in part.partition("-"))
+        if (
+            not start.isdecimal()
+            or (dash and not stop.isdecimal())
+            or (dash and int(stop) < int(start))
+        ):
+            raise ValueError(f"{name}={text}: write numbers and ranges such as 4, 1,3,5 or 0-5")
+        numbers.extend(range(int(start), int(stop or start) + 1))
+    return numbers

@@ -1,0 +1,93 @@
+"""Text as users name it, local files or a hub dataset, and the few documents that calibrate.
+
+Shapes: B rows, T positions.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+LONG_LINE = 40
+"""Characters of a line that hardly stands in two documents by chance."""
+
+
+def num_found_in(texts: Iterable[str], others: Iterable[str]) -> int:
+    """How many texts stand in the others, however either are cut into documents: half of their
+    lines, those of a few words aside, or the whole text where it has only such.
+    """
+    known = {line for other in others for line in _long_lines(other)}
+    lines = [_long_lines(text) for text in texts]
+    return sum(2 * len(of_text & known) >= len(of_text) for of_text in lines)
+
+
+def _long_lines(text: str) -> set[str]:
+    lines = {line.strip() for line in text.splitlines()}
+    return {line for line in lines if len(line) >= LONG_LINE} or {text.strip()}
+
+
+def load_documents(
+    name: str,
+    *,
+    text_column: str = "text",
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Documents in one column, `text`. A hub dataset is streamed, local files only when asked.
+
+    Raises ValueError where there is no text, no such column, or no file of a known kind.
+    """
+    path = Path(name)
+    column = text_column
+    if path.exists():
+        builder, files = _local_files(path)
+        extra = {"sample_by": "document"} if builder == "text" else {}
+        try:
+            documents = load_dataset(
+                builder, data_files=files, split="train", streaming=streaming, **extra
+            )
+        except DatasetGenerationError as error:
+            cause = str(error.__cause__ or error)
+            raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
+        column = "text" if builder == "text" else column
+    else:
+        documents = load_dataset(name, dataset_config, split=dataset_split, streaming=True)
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if not columns:
+        raise ValueError(f"dataset={name}: there is no text in it")
+    if column not in columns:
+        raise ValueError(
+            f"text_column={column}: {name} has the columns {', '.join(columns)}, choose one of them"
+        )
+    documents = documents.select_columns([column])
+    if column != "text":
+        documents = documents.rename_column(column, "text")
+    if path.exists() and builder == "text":
+        documents = documents.map(_split_at_blank_lines, batched=True, batch_size=1)
+    return documents
+
+
+def _local_files(path: Path) -> tuple[str, list[str]]:
+    """The `datasets` builder for a file or folder, and the files in it."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    known = [file for file in files if file.suffix in BUILDERS]
+    builders = {BUILDERS[file.suffix] for file in known}
+    if len(builders) != 1:
+        found = "none of these" if not builders else "several kinds"
+        raise ValueError(
+            f"dataset={path}: name a .txt, .jsonl or .parquet file or a folder of one kind; "
+            f"there is {found}"
+        )
+    files_with_text = [str(file) for file in known if file.stat().st_size]
+    if not files_with_text:
+        raise ValueError(f"dataset={path}: there is no text in it")
+    return builders.pop(), files_with_text
+
+
+def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {"text": [piece for text in batch["text"] for piece in BLANK_LINES.split(text)]}

@@ -1,0 +1,70 @@
+"""The order in which layers are patched, as users name it: `last`, `first`, a file, or the name of a
+search.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from patching.blocks import Order
+
+NAMED_ORDERS = ("last", "first")
+SEARCHED_ORDERS = ("klpatch", "block_influence")
+"""Orders found by measuring a family on calibration text: see `patching.orders`."""
+
+OLD_SPELLINGS = {"block-influence": "block_influence"}
+
+
+def current_spelling(name: str) -> str:
+    """The name of an order as it is written today."""
+    return OLD_SPELLINGS.get(name, name)
+
+
+def read_order(
+    order: Order | Sequence[int] | str | os.PathLike[str],
+) -> tuple[Order, Mapping[str, Any]]:
+    """An order by name, as a list of student layers, or from a JSON file; and for a searched order
+    the settings it was found with, which say for which family.
+
+    The file holds a list, or an object with the list as `order`. The first layer of the list is
+    patched at k = 1; `LayerMap.sequence` says what a list must hold.
+
+    Raises ValueError if it is none of these.
+    """
+    if not isinstance(order, str | os.PathLike):
+        return order_from_json(list(order), "order"), {}
+    if order in NAMED_ORDERS:
+        return order, {}
+    path = Path(order)
+    if not path.is_file():
+        raise ValueError(
+            f"order={order}: choose last, first, {', '.join(SEARCHED_ORDERS)}, or an existing "
+            "JSON file"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"order={order}: the file is not JSON ({error})") from error
+    settings = None
+    if isinstance(values, dict):
+        settings, values = values.get("settings"), values.get("order")
+    found = order_from_json(values, f"order in {order}")
+    return found, settings if isinstance(settings, dict) else {}
+
+
+def order_from_json(value: object, where: str) -> Order:
+    """An order from JSON, a name or a list of layers. Raises ValueError starting with `where`."""
+    if value in NAMED_ORDERS:
+        return value
+    if isinstance(value, list) and all(type(layer) is int for layer in value):
+        return tuple(value)
+    raise ValueError(f"{where}={value}: choose last or first, or write a list of student layers")
+
+
+def recommended_order(model_type: str) -> Order:
+    """The order the paper found to work for an architecture: Llamas from the first layer, all
+    others from the last.
+    """
+    return "first" if model_type == "llama" else "last"
