@@ -14,7 +14,7 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-import patching.texts
+import patching.files.texts
 from train.data_args import DataArguments
 
 DOCUMENTS_PER_BATCH = 1000

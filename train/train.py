@@ -34,7 +34,6 @@ from patching.cli.command_line import CommandLineParser, user_errors
 from patching.files.outputs import check_writable, environment, follow_umask, write_json
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
-from patching.running.calibration import Calibration
 from patching.student_config import StudentConfig
 from train.checkpoints import check_resumable, find_checkpoint
 from train.choose_layers import choose_layers
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("; ".join(problems))
             layer_map, reasons = choose_layers(
                 model_args,
-                Calibration.read(text_args),
+                text_args.read_calibration(),
                 args,
                 teacher_config,
                 AutoTokenizer.from_pretrained(
