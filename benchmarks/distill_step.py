@@ -1,9 +1,9 @@
-"""One optimiser step of distillation, ours against the straightforward way.
+"""One optimizer step of distillation: this toolkit's against a straightforward implementation.
 
-Straightforward: both models' full logits and all their hidden states, `log_softmax` on both, one
-backward pass. Ours: what `train.train` runs. Same weights, same tokens, same process for the time;
-peak memory is read in a process of its own for each side. Also how both grow with tokens and with
-vocabulary, and where our step's time goes.
+The straightforward one computes both models' full logits and all hidden states, `log_softmax` on
+both, and one backward pass. Both sides have the same weights and tokens. They are timed in turn in
+one process, and the peak memory of each is measured in a process of its own. With --growth: how
+both grow with the number of tokens and with the vocabulary.
 
     python -m benchmarks.distill_step
     python -m benchmarks.distill_step --growth
@@ -15,7 +15,6 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from benchmarks.ratios import ratio_of_pairs
 from patching.blocks import LayerMap
+from patching.running.peak_memory import peak_bytes_during
 from train.distillation import install_distillation_forward
 from train.loss import LossWeights, count
 from train.student import new_student
@@ -37,8 +37,8 @@ Step = Callable[[], Tensor]
 def models(
     vocab_size: int, hidden_size: int, num_layers: int, device: str
 ) -> tuple[PreTrainedModel, PreTrainedModel, LayerMap]:
-    """A bf16 teacher shaped like a Qwen3, with tied head, and its fp32 student of half the
-    layers.
+    """Return a bf16 teacher shaped like a Qwen3 with a tied head, and its fp32 student with half
+    of the layers.
     """
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -56,7 +56,7 @@ def models(
     teacher.requires_grad_(False)
     layer_map = LayerMap((*range(0, num_layers - 1, 2), num_layers - 1), num_layers)
     student = new_student(teacher, layer_map)
-    with torch.no_grad():  # moved a little, or teacher and student would agree
+    with torch.no_grad():  # a little noise, otherwise teacher and student would agree
         for parameter in student.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     return student.train(), teacher, layer_map
@@ -65,7 +65,7 @@ def models(
 def straightforward_loss(
     student: PreTrainedModel, teacher: PreTrainedModel, layer_map: LayerMap, ids_BT: Tensor
 ) -> Tensor:
-    """Every line as one would first write it."""
+    """The loss as one would first write it."""
     with torch.no_grad():
         from_teacher = teacher(ids_BT, output_hidden_states=True, use_cache=False)
     from_student = student(ids_BT, output_hidden_states=True, use_cache=False)
@@ -86,7 +86,7 @@ def straightforward_loss(
 
 
 class Side:
-    """One way to take the step, on weights of its own."""
+    """One implementation of the step, with its own weights."""
 
     def __init__(self, name: str, student, teacher, layer_map: LayerMap, ids_BT: Tensor) -> None:
         self.name, self.student = name, student
@@ -108,7 +108,7 @@ class Side:
     def step(self) -> Tensor:
         loss = self.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # gradients stay in memory, as while summing
+        self.optimizer.zero_grad(set_to_none=False)  # as while accumulating
         return loss
 
 
@@ -121,47 +121,34 @@ def both_sides(settings: argparse.Namespace) -> tuple[Side, Side]:
         (settings.num_tokens // settings.row_length, settings.row_length),
         device=settings.device,
     )
-    # The teacher's forward is replaced on our side: each side has one of its own.
+    # Ours replaces the teacher's forward, so each side has its own teacher.
     plain = Side(
         "straightforward", copy.deepcopy(student), copy.deepcopy(teacher), layer_map, ids_BT
     )
     return Side("ours", student, teacher, layer_map, ids_BT), plain
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     if device != "cpu":
         torch.accelerator.synchronize()
 
 
 def seconds(run: Step, device: str) -> float:
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     run()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def peak_bytes(side: Side) -> int:
-    """Most memory of a step beyond what stays: weights, gradients, optimiser."""
+def peak_of_step(side: Side) -> int:
+    """Return the most memory of a step beyond what stays: weights, gradients, optimizer states."""
     side.step()
-    if side.device != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
-        side.step()
-        return torch.accelerator.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
-    before = status_bytes("VmRSS")
-    side.step()
-    return status_bytes("VmHWM") - before
-
-
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    return peak_bytes_during(side.step, side.device)
 
 
 def peak_in_own_process(settings: argparse.Namespace, index: int) -> int:
-    """Peak of side `index` in a fresh process, where nothing freed earlier is waiting for it."""
+    """Measure side `index` in a new process, where it cannot reuse memory freed earlier."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (settings, index))
 
@@ -171,11 +158,11 @@ def _peak(settings: argparse.Namespace, index: int) -> int:
     sides = list(both_sides(settings))
     side = sides.pop(index)
     del sides
-    return peak_bytes(side)
+    return peak_of_step(side)
 
 
 def agreement(ours: Side, plain: Side) -> tuple[float, float]:
-    """Relative difference of the loss, and of all gradients as one vector."""
+    """Return the relative differences of the loss, and of all gradients as one vector."""
     losses, norms = [], []
     for side in (ours, plain):
         side.optimizer.zero_grad()
@@ -187,7 +174,7 @@ def agreement(ours: Side, plain: Side) -> tuple[float, float]:
 
 
 def matrix_product_rate(device: str, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a large bf16 product on this machine, its best of a few."""
+    """Return the FLOP/s of a large bf16 matrix product on this machine, the best of a few."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     a @ b
     return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(repeats))

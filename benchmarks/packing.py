@@ -1,7 +1,7 @@
-"""Useful tokens per second with packed rows and with one padded document a row.
+"""Useful tokens per second with packed rows, against one padded document per row.
 
-Both sides train the demo's student on the demo's corpus, the standard library's source, for the
-same number of micro-batches, in turn.
+Both sides take turns training the demo's student on the demo's corpus, the source of Python's
+standard library, for the same number of micro-batches.
 
     python -m benchmarks.packing
 """
@@ -69,7 +69,7 @@ def main(max_length: int, batch_size: int, num_batches: int, repeats: int) -> No
                     optimizer.zero_grad()
                     useful += int(counts.positions)
                     slots += batch["labels"].numel()
-                if repeat:  # the first one warms up
+                if repeat:  # the first round warms up
                     rates[name].append(useful / (time.perf_counter() - start))
                 padding[name] = 1 - useful / slots
         tokens = {name: sum(map(len, side["input_ids"])) for name, side in rows.items()}
