@@ -83,9 +83,9 @@ class StreamBatches:
 class StepPrefetcher:
     """The micro-batches of each optimizer step, fetched while the step before is computed.
 
-    A thread fetches, and for a stream tokenizes, one step ahead of training. A checkpoint must not
-    record how far the thread has read, so this remembers where each step begins in the stream and
-    saves that position; `share` says which rank's it is.
+    A thread fetches, and for a stream tokenizes, one step ahead of training. A checkpoint must
+    record where the next step begins in the stream, and not how far the thread has read. `share`
+    says whose position it is.
     """
 
     def __init__(self, share: Share) -> None:
@@ -94,8 +94,8 @@ class StepPrefetcher:
         self._stream: StreamBatches | None = None
         self._iterator: Iterator[Batch] | None = None
         self._next: Future[tuple[list[Batch], dict[str, Any] | None]]
-        self._position: dict[str, Any] | None = None
-        self._position_of_step: dict[int, dict[str, Any] | None] = {}
+        self._positions: dict[int, dict[str, Any] | None] = {}
+        """Where the current step and the next one begin in the stream."""
 
     def read(self, stream: StreamBatches, checkpoint: str | None) -> None:
         """Take micro-batches from a stream, at a checkpoint's position if one is given."""
@@ -108,12 +108,11 @@ class StepPrefetcher:
     def batches(self, step: int, iterator: Iterator[Batch], num_batches: int) -> list[Batch]:
         """Return the micro-batches of a step, fewer than `num_batches` at the end of an epoch."""
         if iterator is not self._iterator:
-            self._iterator, self._position = iterator, self._stream_position()
+            self._iterator, self._positions = iterator, {step: self._stream_position()}
             self._next = self._thread.submit(self._fetch, iterator, num_batches)
-        batches, position = self._next.result()
+        batches, next_position = self._next.result()
         self._next = self._thread.submit(self._fetch, iterator, num_batches)
-        self._position_of_step = {step: self._position, step + 1: position}
-        self._position = position
+        self._positions = {step: self._positions[step], step + 1: next_position}
         return batches
 
     def save_position(self, checkpoint: Path, step: int) -> None:
@@ -122,7 +121,7 @@ class StepPrefetcher:
         """
         if self._stream is not None:
             # A run resumed after its last step has fetched nothing: it is where it was loaded.
-            position = self._position_of_step.get(step, self._stream_position())
+            position = self._positions.get(step, self._stream_position())
             write_json(checkpoint / stream_file_name(self._share), position)
 
     def _fetch(

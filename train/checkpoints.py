@@ -96,18 +96,12 @@ def staged_checkpoint(
             best = output_dir / Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(best)
             state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-        publish_checkpoint(name, output_dir)
+        if (output_dir / name).exists():  # from an earlier run
+            os.replace(output_dir / name, staging / f"{name}.replaced")
+        os.replace(staging / name, output_dir / name)
+        shutil.rmtree(staging)
         remove_old(output_dir, args.save_total_limit, state.best_model_checkpoint)
     accelerator.wait_for_everyone()
-
-
-def publish_checkpoint(name: str, output_dir: Path) -> None:
-    """Move a finished checkpoint out of `.incomplete`, replacing an earlier one of that name."""
-    staging = output_dir / INCOMPLETE
-    if (output_dir / name).exists():
-        os.replace(output_dir / name, staging / f"{name}.replaced")
-    os.replace(staging / name, output_dir / name)
-    shutil.rmtree(staging)
 
 
 def remove_old(output_dir: Path, save_total_limit: int | None, best: str | None) -> None:

@@ -25,33 +25,6 @@ def held_out_means(
     """Return the training loss, and the unweighted terms, over all rows.
 
     `forward` is the distillation forward pass on this rank, and `share` says which rows it takes.
-    """
-    sums = _sums_of_share(forward, rows, args, share, masking)
-    cross_entropy, kl, cosine, num_targets, num_positions = sum_over_ranks(sums).tolist()
-    means = {
-        "cross_entropy": cross_entropy / max(num_targets, 1),
-        "kl": kl / max(num_targets, 1),
-        "cosine": cosine / num_positions,
-    }
-    weights = args.loss_weights
-    loss = (
-        weights.cross_entropy * means["cross_entropy"]
-        + weights.kl * weights.temperature**2 * means["kl"]
-        + weights.cosine * means["cosine"]
-    )
-    return {"loss": loss} | {name: means[name] for name in weights.for_evaluation().active_terms}
-
-
-def _sums_of_share(
-    forward: Callable[[Batch, StepCounts], LossTerms],
-    rows: Dataset,
-    args: DistillationArguments,
-    share: Share,
-    masking: Masking | None,
-) -> Tensor:
-    """Return the sums of cross entropy, KL and cosine over this rank's rows, and the numbers of
-    target and real positions, as float64 of shape (5,).
-
     Sharded models need every rank in every forward pass, so a rank that has run out of rows repeats
     one without counting it.
     """
@@ -70,7 +43,19 @@ def _sums_of_share(
         counts = count(batch["labels"], is_masked_model=masking is not None)
         values = (terms.cross_entropy, terms.kl, terms.cosine, *counts)
         sums += torch.stack([value.to(args.device, torch.float64) for value in values])
-    return sums
+    cross_entropy, kl, cosine, num_targets, num_positions = sum_over_ranks(sums).tolist()
+    means = {
+        "cross_entropy": cross_entropy / max(num_targets, 1),
+        "kl": kl / max(num_targets, 1),
+        "cosine": cosine / num_positions,
+    }
+    weights = args.loss_weights
+    loss = (
+        weights.cross_entropy * means["cross_entropy"]
+        + weights.kl * weights.temperature**2 * means["kl"]
+        + weights.cosine * means["cosine"]
+    )
+    return {"loss": loss} | {name: means[name] for name in weights.for_evaluation().active_terms}
 
 
 @contextmanager

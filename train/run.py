@@ -6,7 +6,9 @@ import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -23,7 +25,8 @@ from transformers.training_args import ParallelMode
 from patching.architectures.checks import check_logits_are_the_heads
 from patching.architectures.lookup import max_positions, read_config
 from patching.architectures.models import load_model, predicts_masked_tokens
-from patching.blocks import LayerMap, as_layer_list
+from patching.arguments import CalibrationArguments
+from patching.blocks import as_layer_list
 from patching.cli.command_line import user_errors
 from patching.files.outputs import environment, follow_umask, write_json
 from patching.patch_order import recommended_order
@@ -32,8 +35,8 @@ from patching.student_config import StudentConfig
 from train.checkpoints import check_resumable, find_checkpoint
 from train.choose_layers import choose_layers
 from train.data import Rows, Share, load_rows
+from train.data_args import DataArguments
 from train.dry_run import plan
-from train.flags import Flags
 from train.fsdp_config import check_layer_classes
 from train.masking import Masking
 from train.model_args import ModelArguments
@@ -47,16 +50,24 @@ RUN_FILE_NAME = "run.json"
 PLOT_FILE_NAME = "loss.png"
 
 
-def run(flags: Flags) -> None:
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: DistillationArguments,
+    text_args: CalibrationArguments,
+) -> None:
     """Distill and save a student. What a user can get wrong ends the process with one line and exit
     code 2, almost all of it before weights load.
     """
-    model_args, _, args, _ = flags
     with user_errors():
-        teacher_config = read_teacher_config(flags)
-        layer_map = kept_layers(flags, teacher_config)
+        teacher_config = read_teacher_config(model_args, data_args.max_length)
+        layer_map = model_args.layer_map(teacher_config)
+        if model_args.chooses_layers:
+            text = text_args.read_calibration()
+            layer_map, reasons = choose_layers(model_args, text, args, teacher_config)
+            print_on_main_process(args, reasons)
         if args.dry_run:
-            print_on_main_process(args, plan(teacher_config, layer_map, flags.data, args))
+            print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
             return
         check_acceleration(args, teacher_config)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -65,8 +76,7 @@ def run(flags: Flags) -> None:
             trust_remote_code=model_args.trust_remote_code,
         )
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
-        rows = read_rows(flags, tokenizer)
-        checkpoint = checkpoint_to_resume(args, rows)
+        rows, checkpoint = read_rows(data_args, args, tokenizer)
     print_on_main_process(
         args,
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
@@ -88,35 +98,26 @@ def run(flags: Flags) -> None:
         eval_dataset=rows.held_out,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    exit_if_stopped(trainer)
+    if trainer.stop_on_sigterm.stopped:
+        exit_after_sigterm(trainer)
     student_config = StudentConfig(layer_map, recommended_order(teacher_config.model_type))
-    save_run(flags, trainer, student_config, tokenizer)
+    save_run((model_args, data_args, args, text_args), trainer, student_config, tokenizer)
 
 
-def read_teacher_config(flags: Flags) -> PreTrainedConfig:
+def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrainedConfig:
     """Return the teacher's config. Raises ValueError if it cannot be read, if its architecture is
     not supported, or if rows are longer than its table of positions.
     """
-    name, revision = flags.model.teacher_model_name_or_path, flags.model.revision
-    config = read_config("teacher", name, revision, flags.model.trust_remote_code)
+    name, revision = model_args.teacher_model_name_or_path, model_args.revision
+    config = read_config("teacher", name, revision, model_args.trust_remote_code)
     check_logits_are_the_heads(config)
-    max_length, longest = flags.data.max_length, max_positions(config)
+    longest = max_positions(config)
     if longest is not None and max_length > longest:
         raise ValueError(
             f"max_length={max_length}: this {config.model_type} model has positions for {longest} "
             f"tokens, choose 2-{longest}"
         )
     return config
-
-
-def kept_layers(flags: Flags, teacher_config: PreTrainedConfig) -> LayerMap:
-    """Return the student's layer map. `--kept_layers auto` runs the teacher to choose it."""
-    if not flags.model.chooses_layers:
-        return flags.model.layer_map(teacher_config)
-    text = flags.calibration.read_calibration()
-    layer_map, reasons = choose_layers(flags.model, text, flags.training, teacher_config)
-    print_on_main_process(flags.training, reasons)
-    return layer_map
 
 
 def check_acceleration(args: DistillationArguments, teacher_config: PreTrainedConfig) -> None:
@@ -143,31 +144,24 @@ def check_acceleration(args: DistillationArguments, teacher_config: PreTrainedCo
         check_liger_knows(teacher_config)
 
 
-def read_rows(flags: Flags, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Return rows to train on and held-out rows; local files are tokenized by one process for all.
+def read_rows(
+    data_args: DataArguments, args: DistillationArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Rows, str | None]:
+    """Return the rows, and the checkpoint to resume from if there is one.
 
-    Raises ValueError for unusable text, and for a stream without a number of steps.
+    Raises ValueError for unusable text, for a stream without a number of steps, and for a
+    checkpoint that this run cannot resume from.
     """
-    args = flags.training
     share = Share(args.process_index, args.world_size)
     with args.main_process_first(desc="tokenizing"):
-        rows = load_rows(flags.data, tokenizer, args.seed, share)
-    if isinstance(rows.train, IterableDataset) and args.max_steps < 0:
+        rows = load_rows(data_args, tokenizer, args.seed, share)
+    is_stream = isinstance(rows.train, IterableDataset)
+    if is_stream and args.max_steps < 0:
         raise ValueError("max_steps=-1: a stream has no length, give a number of --max_steps")
-    return rows
-
-
-def checkpoint_to_resume(args: DistillationArguments, rows: Rows) -> str | None:
-    """Return the checkpoint to resume from, None to start from the beginning.
-
-    Raises ValueError if this run cannot resume from the checkpoint that the flags name.
-    """
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is not None:
-        share = Share(args.process_index, args.world_size)
-        is_stream = isinstance(rows.train, IterableDataset)
         check_resumable(checkpoint, share, is_stream, is_sharded=bool(args.fsdp))
-    return checkpoint
+    return rows, checkpoint
 
 
 def load_teacher(
@@ -185,39 +179,38 @@ def load_teacher(
     return load_model(reference, "auto", trust, attention)
 
 
-def exit_if_stopped(trainer: DistillationTrainer) -> None:
-    """End the process if SIGTERM has ended the training."""
-    if trainer.stop_on_sigterm.stopped:
-        print_on_main_process(
-            trainer.args,
-            f"stopped by SIGTERM at step {trainer.state.global_step}; run the same command with "
-            "--resume_from_checkpoint last to continue",
-        )
-        sys.exit(128 + signal.SIGTERM)
+def exit_after_sigterm(trainer: DistillationTrainer) -> NoReturn:
+    print_on_main_process(
+        trainer.args,
+        f"stopped by SIGTERM at step {trainer.state.global_step}; run the same command with "
+        "--resume_from_checkpoint last to continue",
+    )
+    sys.exit(128 + signal.SIGTERM)
 
 
 def save_run(
-    flags: Flags,
+    flags: Sequence[Any],
     trainer: DistillationTrainer,
     student_config: StudentConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Save the student and what made it. Files appear in `save_directory` once all are written."""
+    """Save the student and what made it. Files appear in `save_directory` once all are written.
+
+    `flags` are the groups of flags, for run.json.
+    """
     from train.plot import plot_terms  # imports matplotlib
 
-    args, save_directory = flags.training, Path(flags.training.save_directory)
-    run_record = {
-        "arguments": {
-            **dataclasses.asdict(flags.model),
-            **dataclasses.asdict(flags.data),
-            **args.to_dict(),
-            **dataclasses.asdict(flags.calibration),
-        },
+    args, arguments = trainer.args, {}
+    for group in flags:
+        arguments |= group.to_dict() if group is args else dataclasses.asdict(group)
+    values = {
+        "arguments": arguments,
         "student": student_config.to_dict(),
         "held_out": held_out_metrics(trainer),
         "log": trainer.state.log_history,
         "environment": environment(),
     }
+    save_directory = Path(args.save_directory)
     save_directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=save_directory, prefix=".incomplete-") as folder:
         staging = Path(folder)
@@ -225,7 +218,7 @@ def save_run(
         if args.should_save:
             tokenizer.save_pretrained(staging)
             student_config.save(staging)
-            write_json(staging / RUN_FILE_NAME, run_record)
+            write_json(staging / RUN_FILE_NAME, values)
             plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
             follow_umask(staging)
             move_into_place(staging, save_directory)

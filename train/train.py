@@ -14,20 +14,35 @@ by running the teacher.
 
 from pathlib import Path
 
-from patching.cli.command_line import user_errors
+from patching.arguments import CalibrationArguments
+from patching.cli.command_line import CommandLineParser, user_errors
 from patching.files.outputs import check_writable
-from train.flags import parse_flags
+from train.data_args import DataArguments
+from train.model_args import ModelArguments
+from train.training_args import DistillationArguments
 
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        flags = parse_flags(argv, __doc__)
-        check_save_directory(Path(flags.training.save_directory))
+        groups = (ModelArguments, DataArguments, DistillationArguments, CalibrationArguments)
+        parser = CommandLineParser(groups, prog="train.train", description=__doc__)
+        model_args, data_args, args, text_args = parser.parse_args_into_dataclasses(argv)
+        check_calibration(model_args, text_args)
+        check_save_directory(Path(args.save_directory))
 
     # Imported here, so that --help and wrong flags do not wait for the trainer.
     from train.run import run
 
-    run(flags)
+    run(model_args, data_args, args, text_args)
+
+
+def check_calibration(model_args: ModelArguments, text_args: CalibrationArguments) -> None:
+    """Raise ValueError unless there is calibration text exactly if the kept layers are chosen."""
+    if model_args.chooses_layers:
+        if problems := text_args.check_calibration("--kept_layers auto needs text"):
+            raise ValueError("; ".join(problems))
+    elif text_args.calibration is not None:
+        raise ValueError("--calibration only applies with --kept_layers auto")
 
 
 def check_save_directory(save_directory: Path) -> None:
