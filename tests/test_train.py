@@ -278,6 +278,21 @@ def test_the_layers_to_shard_are_the_teachers(pair_folders, tmp_path):
         layer_classes(str(tmp_path))
 
 
+def test_help_and_wrong_flags_do_not_import_the_trainer(tmp_path):
+    """Those imports take seconds."""
+    code = (
+        "import sys; from train.train import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('imported:', *(name for name in ('matplotlib', 'datasets', 'lm_eval', "
+        "'train.run', 'train.trainer', 'transformers.modeling_utils') if name in sys.modules))"
+    )
+    for flags in (["--help"], ["--teacher_model_name_or_path", "t", "--max_steps", "0"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines()[-1] == "imported:", done.stdout + done.stderr
+
+
 def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_file, tmp_path):
     folder = tmp_path / "student"
     main(
@@ -318,22 +333,7 @@ def test_the_help_shows_the_example_as_it_is_and_a_flag_once(command_line, capsy
     assert "default: None" not in text
 
 
-def test_help_and_wrong_flags_do_not_import_the_trainer(tmp_path):
-    """Those imports take seconds."""
-    code = (
-        "import sys; from train.train import main\n"
-        "try:\n    main(sys.argv[1:])\n"
-        "finally:\n    print('imported:', *(name for name in ('matplotlib', 'datasets', 'lm_eval', "
-        "'train.run', 'train.trainer', 'transformers.modeling_utils') if name in sys.modules))"
-    )
-    for flags in (["--help"], ["--teacher_model_name_or_path", "t", "--max_steps", "0"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.stdout.splitlines()[-1] == "imported:", done.stdout + done.stderr
-
-
-def test_the_readme_names_flags_that_exist():
+def test_the_readme_names_flags_that_there_are():
     readme = (ROOT / "README.md").read_text()
     assert "--module train.train" in readme
     assert "--fsdp_config $TEACHER" in readme
