@@ -162,8 +162,8 @@ class Family:
         if order is None:
             recommended = recommended_order(configs["teacher"].model_type)
             order = student_config.patch_order or recommended
-        order, searched_for = read_order(order)
-        student_config.layer_map.sequence(order)  # raises for an order of other layers
+        layer_order, searched_for = read_order(order)
+        student_config.layer_map.sequence(layer_order)  # raises for an order of other layers
         weights = Weights(
             references,
             _dtype_of(dtype, configs["teacher"], models.get("teacher")),
@@ -174,9 +174,8 @@ class Family:
             models,
             frozenset(models),
         )
-        family = cls(configs, student_config.layer_map, order, weights)
-        if searched_for:
-            _check_order_belongs_to(family, searched_for)
+        family = cls(configs, student_config.layer_map, layer_order, weights)
+        _check_order_belongs_to(family, order, searched_for)
         return family
 
     @property
@@ -340,6 +339,11 @@ def plain_model(parent: Parent, model: nn.Module) -> PreTrainedModel:
             )
         if kind.startswith("FSDP"):
             raise ValueError(f"the {parent} is sharded ({kind}): save it and name the folder")
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"the {parent} is a {kind}, which has no language modeling head: load it with "
+                "AutoModelForCausalLM, or AutoModelForMaskedLM for an encoder"
+            )
         return model
     remedies = {
         "OptimizedModule": "give the model that torch.compile was called on",
@@ -418,13 +422,17 @@ def _check_depths(
             )
 
 
-def _check_order_belongs_to(family: Family, searched_for: Mapping[str, Any]) -> None:
+def _check_order_belongs_to(
+    family: Family, order_file: object, searched_for: Mapping[str, Any]
+) -> None:
     """Raise ValueError if an order was searched for different layers. Different weights only warn:
     the order still names the right layers, but a search might find another.
     """
+    if not searched_for:
+        return
     for name, own in family.identity.items():
         other = searched_for.get(name, own)
-        found = f"order {as_layer_list(family.order)} was found for {name}={other}"
+        found = f"order={order_file} was found for {name}={other}"
         if name not in ("teacher", "student"):
             if other != own:
                 raise ValueError(
