@@ -33,9 +33,9 @@ from patching.checkpoints.layout import Layout, layout_of
 from patching.checkpoints.sizes import Size, deepest_that_fits, size_of
 from patching.patch_order import read_order, recommended_order
 from patching.recipe import Parent, Recipe, Reference, naively_pruned, patched_model
+from patching.running.placement import dispatch
 from patching.student_config import FILE_NAME, StudentConfig, read_student_config
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest weights file unless the caller says otherwise, as in transformers."""
 
@@ -268,7 +268,8 @@ class Family:
         `patched_layers`.
         """
         recipe = self.recipe(num_layers_to_patch, **size)
-        return assemble(recipe, **self.weights.load(recipe.parents))
+        model = assemble(recipe, **self.weights.load(recipe.parents))
+        return dispatch(model) if self.weights.device_map else model
 
     def with_order(self, order: Order) -> "Family":
         """The same family patched in another order, sharing the weights loaded so far."""
@@ -448,13 +449,12 @@ def _dtype_of(
     """`auto` is the teacher's dtype, float32 if its config names none."""
     if isinstance(name, torch.dtype):
         return name
-    if name not in DTYPES:
-        raise ValueError(f"dtype={name}: choose one of {', '.join(DTYPES)}")
-    if name != "auto":
-        return getattr(torch, name)
-    if in_memory is not None:
-        return in_memory.dtype
-    return teacher.dtype or torch.float32
+    if name == "auto":
+        return in_memory.dtype if in_memory is not None else teacher.dtype or torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={name}: choose auto, bfloat16, float16 or float32")
+    return dtype
 
 
 def _device_of(

@@ -12,6 +12,7 @@ from patching.checkpoints.layout import layout_of
 from patching.family import Family
 from patching.patch import build_intermediate_model, iter_family
 from patching.recipe import intermediate_model, patched_model
+from patching.running.placement import device_map_of, dispatch
 from patching.student_config import StudentConfig
 
 TOKENS = torch.arange(8)[None]
@@ -112,13 +113,25 @@ def test_how_weights_are_loaded(folders):
     model = family.model(1)
     assert model.config._attn_implementation == "eager"
     torch.testing.assert_close(model(TOKENS).logits, expected)
-    with pytest.raises(ValueError, match="dtype=int8: choose one of auto"):
+    with pytest.raises(ValueError, match="dtype=int8: choose auto, bfloat16"):
         Family.from_pretrained(*folders, dtype="int8")
 
 
 def with_adapters(model):
     model._hf_peft_config_loaded = True  # what add_adapter of transformers leaves
     return model
+
+
+def test_several_devices_are_told_apart_by_layer(folders):
+    model = Family.from_pretrained(*folders).model(1)
+    model.model.layers[2].to("meta")  # the only second device there is everywhere
+    places = device_map_of(model)
+    assert places.pop("model.layers.2") == torch.device("meta")
+    assert set(places.values()) == {torch.device("cpu")}
+    layers = {f"model.layers.{i}" for i in range(len(model.model.layers)) if i != 2}
+    assert places.keys() == layers | {"model.embed_tokens", "model.norm", "lm_head"}
+    with pytest.raises(ValueError, match="device_map offloads some of the weights"):
+        dispatch(model)
 
 
 class PeftModelForCausalLM(nn.Module):
