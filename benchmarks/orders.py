@@ -166,7 +166,7 @@ def main(arguments: argparse.Namespace) -> None:
         batches, name = padded_batches(ids), "random pair"
     else:
         family = Family.from_pretrained(arguments.teacher, arguments.student, dtype=torch.float32)
-        layer_map, models = family.layer_map, family.weights.load(("teacher", "student"))
+        layer_map, models = family.layer_map, family.parents.load(("teacher", "student"))
         text = Calibration.read(
             arguments.calibration, num_texts=arguments.texts, length=arguments.length
         )

@@ -84,7 +84,7 @@ def splice(parents: Parents, num_layers_to_patch: int, out: Path) -> None:
     """Save a complete checkpoint by copying bytes."""
     family = Family.from_pretrained(*parents)
     recipe = family.recipe(num_layers_to_patch)
-    references = family.weights.references
+    references = family.parents.references
     plan = plan_splice(
         recipe, family.configs, family.layouts, references, family.dtype, MAX_SHARD_BYTES
     )

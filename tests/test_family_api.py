@@ -77,7 +77,7 @@ def test_orders_are_names_lists_and_files(folders, tmp_path):
 def test_weights_are_loaded_late_and_once(folders, monkeypatch):
     loads = []
     monkeypatch.setattr(
-        "patching.family.load_model", lambda *a: loads.append(a[0].name_or_path) or load_model(*a)
+        "patching.parents.load_model", lambda *a: loads.append(a[0].name_or_path) or load_model(*a)
     )
     family = Family.from_pretrained(*folders, dtype=torch.float32)
     family.sizes(), family.recipe(1)
@@ -89,7 +89,7 @@ def test_weights_are_loaded_late_and_once(folders, monkeypatch):
     assert sorted(loads) == sorted(folders)
     assert family.with_order("first").model(1).dtype == torch.float32
     assert len(loads) == 2
-    family.weights.release()
+    family.parents.release()
     family.model(2)
     assert len(loads) == 3
 
@@ -97,13 +97,13 @@ def test_weights_are_loaded_late_and_once(folders, monkeypatch):
 def test_a_parent_by_name_follows_the_other_ones_device(folders):
     teacher = AutoModelForCausalLM.from_pretrained(folders[0]).to("meta")
     family = Family.from_pretrained(teacher, folders[1])
-    assert family.weights.device == torch.device("meta")
-    assert family.weights.load(["student"])["student"].device == torch.device("meta")
+    assert family.parents.device == torch.device("meta")
+    assert family.parents.load(["student"])["student"].device == torch.device("meta")
     student = AutoModelForCausalLM.from_pretrained(folders[1])
     with pytest.raises(ValueError, match="are on cpu and meta: move both to one device"):
         Family.from_pretrained(teacher, student)
-    family.weights.release()
-    assert family.weights.models.keys() == {"teacher"}  # what the caller gave stays
+    family.parents.release()
+    assert family.parents.models.keys() == {"teacher"}  # what the caller gave stays
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def test_a_loaded_model_knows_its_folder(folders):
 def test_every_size_in_turn_over_one_copy_of_the_parents(folders, monkeypatch):
     loads = []
     monkeypatch.setattr(
-        "patching.family.load_model", lambda *a: loads.append(a[0].name_or_path) or load_model(*a)
+        "patching.parents.load_model", lambda *a: loads.append(a[0].name_or_path) or load_model(*a)
     )
     members = iter_family(*folders, patch_first_k_layers=True)
     assert loads == []
@@ -214,7 +214,7 @@ def test_every_size_in_turn_over_one_copy_of_the_parents(folders, monkeypatch):
         seen.append(k)
         assert recipe.depth == model.config.num_hidden_layers
         with monkeypatch.context() as counted:
-            counted.setattr("patching.family.load_model", load_model)
+            counted.setattr("patching.parents.load_model", load_model)
             built, _ = build_intermediate_model(*folders, k, True)
         assert torch.equal(model(tokens).logits, built(tokens).logits)
         pointers |= {p.data_ptr() for p in model.parameters()}

@@ -17,11 +17,12 @@ from evaluate.evaluate import EvaluationArguments
 from evaluate.evaluate import main as evaluate_main
 from evaluate.plan import second_family
 from patching.blocks import LayerMap
-from patching.family import Family, Weights
+from patching.family import Family
 from patching.orders import __main__ as orders
 from patching.orders import findings, measurements
 from patching.orders.findings import most_restored_first
 from patching.orders.measurements import Measurements
+from patching.parents import Parents
 from patching.patch import build_intermediate_model
 from patching.patch import main as patch_main
 from patching.recipe import patched_model
@@ -87,7 +88,7 @@ def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
     family = Family.from_pretrained(*map(str, pair_folders), dtype=torch.float32)
     text = Calibration.read(str(text_file), num_texts=6, length=12)
     measure = TeacherKL(
-        **family.weights.load(("teacher", "student")),
+        **family.parents.load(("teacher", "student")),
         batches=text.batches(family.tokenizer, family.configs["teacher"]),
     )
     patched = LAYERS.patched_layers(2, "last")
@@ -131,7 +132,7 @@ def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_aft
     for name in ("order", "orders", "best_sets", "settings"):
         assert again[name] == whole[name]
 
-    monkeypatch.setattr(Weights, "load", lambda *_: pytest.fail("everything is measured"))
+    monkeypatch.setattr(Parents, "load", lambda *_: pytest.fail("everything is measured"))
     orders.main(asked)
 
 
@@ -236,7 +237,7 @@ def test_an_order_of_other_layers_is_refused(
     exact, tmp_path, capsys, monkeypatch, command, kind, kept, num_layers, message
 ):
     teacher, student = save_pair(tmp_path, kind, kept, num_layers)
-    monkeypatch.setattr(Weights, "load", lambda *_: pytest.fail("weights load"))
+    monkeypatch.setattr(Parents, "load", lambda *_: pytest.fail("weights load"))
     with pytest.raises(SystemExit, match="2"):
         command(
             [
