@@ -5,7 +5,8 @@
     family.model(4)              # the model itself, in memory
     for member in family: ...    # every size, sharing one copy of both models' weights
 
-Opening a family reads and checks configs only. Weights are loaded when the first model is asked for.
+Opening a family reads and checks configs only. Weights are loaded when the first model is asked
+for.
 """
 
 import dataclasses
@@ -131,13 +132,13 @@ class Family:
         order.json. If None, it is the order recorded in student_config.json, or else the one the
         paper recommends for the architecture. `revision` and `student_revision` are branches, tags
         or commits on the hub. `student_config` or `kept_layers` replaces student_config.json.
-        `dtype` "auto" is the teacher's. A parent given as a name is loaded onto `device`, by default
-        the device of the other parent if that one is in memory, else the CPU; `device_map` places
-        it as in transformers.
+        `dtype` "auto" is the teacher's. A parent given as a name is loaded onto `device`, by
+        default the device of the other parent if that one is in memory, else the CPU; `device_map`
+        places it as in transformers.
 
-        Raises ValueError or OSError, before any weights load, if a file is missing, the architecture
-        cannot be cut and joined, the two models do not fit together, or one is wrapped (PEFT, DDP,
-        torch.compile).
+        Raises ValueError or OSError, before any weights load, if a file is missing, the
+        architecture cannot be cut and joined, the two models do not fit together, or one is wrapped
+        (PEFT, DDP, torch.compile).
         """
         models = {
             parent: as_bert(plain_model(parent, model))

@@ -1,5 +1,5 @@
-"""The order in which layers are patched, as users name it: `last`, `first`, a file, or the name of a
-search.
+"""The order in which layers are patched, as users name it: `last`, `first`, a file, or the name of
+a search.
 """
 
 import json
