@@ -113,7 +113,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds. Fields without a value are left out."""
-        always = ("num_layers_to_patch", "tasks", "results")
+        always = ("num_layers_to_patch", "tasks", "results", "group_subtasks")
         return {
             LM_EVAL_KEYS.get(name, name): value
             for name, value in asdict(self).items()
