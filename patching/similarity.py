@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(folder)
 
         from patching.assemble import assemble
-        from patching.family import usable_device
         from patching.files.plot import plot_lines, save_figure
+        from patching.parents import usable_device
         from patching.recipe import initial_student
         from patching.running.similarity import similarity_to_teacher
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         family = arguments.open_family(dtype=arguments.dtype, device=device)
         text = arguments.read_calibration()
         batches = text.batches(family.tokenizer, family.configs["teacher"])
-        models = family.weights.load(("teacher", "student"))
+        models = family.parents.load(("teacher", "student"))
     teacher, layer_map = models["teacher"], family.layer_map
     students = (assemble(initial_student(layer_map), teacher=teacher), models["student"].eval())
     before, after = (

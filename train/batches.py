@@ -1,27 +1,61 @@
-"""TODO."""
+"""Micro-batches: rows padded into tensors, read from a stream, and fetched one step ahead.
 
+Shapes: B rows, T positions.
+"""
+
+import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import IterableDataset
 from torch import Tensor
 
-from train.data import DOCUMENTS_PER_BATCH
-from train.loss import IGNORED_LABEL
+from patching.files.outputs import write_json
+from train.checkpoints import stream_file_name
+from train.data import DOCUMENTS_PER_BATCH, Share
+from train.loss import IGNORED_LABEL, count
+
+Batch = dict[str, Tensor]
+
+
+def collate(rows: list[dict[str, list[int]]]) -> Batch:
+    """Return rows as tensors of shape (B, T), padded on the right to the longest row.
+
+    `labels` are the tokens, with IGNORED_LABEL at padding. Padding is known from the lengths and
+    never from a token's id: the end-of-text token often serves as padding but is a real target.
+    Rows of equal length get no `attention_mask`, so that attention can use its plain causal path.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+    lengths_B1 = torch.tensor([[len(row["input_ids"])] for row in rows])
+    input_ids_BT = torch.tensor(
+        [row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows]
+    )
+    mask_BT = torch.arange(length)[None] < lengths_B1
+    batch = {
+        "input_ids": input_ids_BT,
+        "labels": input_ids_BT.masked_fill(~mask_BT, IGNORED_LABEL),
+    }
+    if not mask_BT.all():
+        batch["attention_mask"] = mask_BT.long()
+    return batch
 
 
 class StreamBatches:
-    """Micro-batches of a stream, pass after pass without end, from any state it was left in."""
+    """Endless micro-batches of a stream, starting over at its end, from any saved position."""
 
     def __init__(self, rows: IterableDataset, batch_size: int) -> None:
         self.rows, self.batch_size = rows, batch_size
         self.state: dict[str, Any] | None = None
-        """Where the next micro-batch begins, None for the start."""
+        """Position of the next micro-batch in the stream, None for its start."""
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield micro-batches. Raises ValueError if the stream holds no text."""
         num_passes_without_rows = 0
-        while num_passes_without_rows < 2:  # a resumed pass may be at its end
+        while num_passes_without_rows < 2:  # a resumed pass may already be at its end
             num_passes_without_rows += 1
             batch = []
             for row in self.rows:
@@ -36,8 +70,8 @@ class StreamBatches:
                 yield collate(batch)
             self.rows.set_epoch(self.rows.epoch + 1)
         raise ValueError(
-            "the stream holds no text for this rank: give each rank "
-            f"{DOCUMENTS_PER_BATCH} documents or more, or use fewer ranks"
+            "the stream holds no text for this rank: give each rank at least "
+            f"{DOCUMENTS_PER_BATCH} documents, or use fewer ranks"
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -46,25 +80,65 @@ class StreamBatches:
         self.state = state
 
 
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Rows as tensors of shape (B, T), padded on the right to the longest.
+class StepPrefetcher:
+    """The micro-batches of each optimizer step, fetched while the step before is computed.
 
-    `labels` are the tokens, IGNORED_LABEL at padding. What is padding follows from the lengths,
-    never from a token's id: end of text is often the padding token too and yet a real target.
-    Without padding there is no `attention_mask`, which lets attention take its plain causal path.
+    A thread fetches, and for a stream tokenizes, one step ahead of training. A checkpoint must not
+    record how far the thread has read, so this remembers where each step begins in the stream and
+    saves that position; `share` says which rank's it is.
     """
-    length = max(len(row["input_ids"]) for row in rows)
-    lengths_B1 = torch.tensor([[len(row["input_ids"])] for row in rows])
-    input_ids_BT = torch.tensor([_padded(row["input_ids"], length) for row in rows])
-    mask_BT = torch.arange(length)[None] < lengths_B1
-    batch: dict[str, Tensor] = {
-        "input_ids": input_ids_BT,
-        "labels": input_ids_BT.masked_fill(~mask_BT, IGNORED_LABEL),
-    }
-    if not mask_BT.all():
-        batch["attention_mask"] = mask_BT.long()
-    return batch
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="micro-batches")
+        self._stream: StreamBatches | None = None
+        self._iterator: Iterator[Batch] | None = None
+        self._next: Future[tuple[list[Batch], dict[str, Any] | None]]
+        self._position: dict[str, Any] | None = None
+        self._position_of_step: dict[int, dict[str, Any] | None] = {}
+
+    def read(self, stream: StreamBatches, checkpoint: str | None) -> None:
+        """Take micro-batches from a stream, at a checkpoint's position if one is given."""
+        if checkpoint is not None:
+            saved = Path(checkpoint, stream_file_name(self._share)).read_text(encoding="utf-8")
+            if (position := json.loads(saved)) is not None:
+                stream.load_state_dict(position)
+        self._stream = stream
+
+    def batches(self, step: int, iterator: Iterator[Batch], num_batches: int) -> list[Batch]:
+        """Return the micro-batches of a step, fewer than `num_batches` at the end of an epoch."""
+        if iterator is not self._iterator:
+            self._iterator, self._position = iterator, self._stream_position()
+            self._next = self._thread.submit(self._fetch, iterator, num_batches)
+        batches, position = self._next.result()
+        self._next = self._thread.submit(self._fetch, iterator, num_batches)
+        self._position_of_step = {step: self._position, step + 1: position}
+        self._position = position
+        return batches
+
+    def save_position(self, checkpoint: Path, step: int) -> None:
+        """Write where the micro-batches of `step` begin, which is the last step or the next one.
+        Without a stream there is nothing to write.
+        """
+        if self._stream is not None:
+            # A run resumed after its last step has fetched nothing: it is where it was loaded.
+            position = self._position_of_step.get(step, self._stream_position())
+            write_json(checkpoint / stream_file_name(self._share), position)
+
+    def _fetch(
+        self, iterator: Iterator[Batch], num_batches: int
+    ) -> tuple[list[Batch], dict[str, Any] | None]:
+        return list(islice(iterator, num_batches)), self._stream_position()
+
+    def _stream_position(self) -> dict[str, Any] | None:
+        return None if self._stream is None else self._stream.state
 
 
-def _padded(ids: list[int], length: int) -> list[int]:
-    return [*ids, *[0] * (length - len(ids))]
+def count_positions(batches: list[Batch], is_masked_model: bool, device: torch.device) -> Tensor:
+    """Count the target positions, the real positions and all positions including padding."""
+    totals = torch.zeros(3, dtype=torch.long, device=device)
+    for batch in batches:
+        labels_BT = batch["labels"]
+        num_slots = torch.tensor(labels_BT.numel(), device=labels_BT.device)
+        totals += torch.stack([*count(labels_BT, is_masked_model), num_slots]).to(device)
+    return totals

@@ -1,32 +1,38 @@
-"""Checkpoints that are there whole or not at all, and a last one when the run is told to stop.
+"""Checkpoints that are complete or absent, and a last one when the run is told to stop.
 
-A checkpoint is written in `.incomplete` beside the others and takes its name `checkpoint-N` when
-every rank has finished, so that a name means a whole checkpoint whenever the run is killed.
+A checkpoint is written in `.incomplete` next to the others and is renamed to `checkpoint-N` once
+every rank has finished. A folder with that name is therefore always complete, whenever the run is
+killed. All ranks must see one file system, as Trainer's checkpoints of sharded models require too.
 """
 
 import os
 import random
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import torch
-from transformers import TrainerCallback
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from train.data import Share
+from train.training_args import DistillationArguments
 
 INCOMPLETE = ".incomplete"
 LAST = ("last", "true")
-"""What `--resume_from_checkpoint` takes in place of a folder."""
+"""Values of `--resume_from_checkpoint` that ask for the newest checkpoint."""
 
 
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str | None:
-    """The folder to resume from; None to begin at the start, as `last` does where there is none.
+    """Return the folder to resume from, or None to start from the beginning. `last` also starts
+    from the beginning if there is no checkpoint yet.
 
-    Raises ValueError for a folder that holds no checkpoint.
+    Raises ValueError for a folder that is not a checkpoint.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint.lower() == "false":
         return None
@@ -35,46 +41,68 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str 
     if not (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
         raise ValueError(
             f"resume_from_checkpoint={resume_from_checkpoint}: no checkpoint there, name a folder "
-            f"checkpoint-N of {output_dir}, or `last`"
+            f"checkpoint-N in {output_dir}, or `last`"
         )
     return resume_from_checkpoint
 
 
 def stream_file_name(share: Share) -> str:
-    """The file of a checkpoint that says where a rank was in its share of a stream."""
+    """The name of a checkpoint's file with a rank's position in its share of a stream."""
     return f"stream_{share.rank}_of_{share.world_size}.json"
 
 
 def check_resumable(checkpoint: str, share: Share, is_stream: bool, is_sharded: bool) -> None:
-    """Raise ValueError unless this run can go on from the checkpoint: its text is read the same
-    way, a stream by as many ranks, and its models are sharded as they were.
+    """Raise ValueError unless this run can resume from the checkpoint: it must read its data the
+    same way, a stream on the same number of ranks, and shard its models or not as before.
     """
     folder = Path(checkpoint)
     problems = []
     if any(folder.glob(f"{FSDP_MODEL_NAME}*")) != is_sharded:
         was = "was not sharded" if is_sharded else "was sharded"
-        problems.append(f"its run {was}, give --fsdp_config and ranks as it had them")
+        problems.append(f"its run {was}, use the same --fsdp_config and ranks")
     states = {path.name for path in folder.glob("stream_*_of_*.json")}
     if is_stream and not states:
-        problems.append("its run did not read a stream, give --dataset and --streaming as it had")
+        problems.append("its run did not read a stream, use the same --dataset and --streaming")
     elif is_stream and stream_file_name(share) not in states:
         problems.append(
-            f"it knows the places of {len(states)} ranks in the stream and this run has "
+            f"it has stream positions for {len(states)} ranks and this run has "
             f"{share.world_size}, start {len(states)}"
         )
     elif states and not is_stream:
-        problems.append("its run read a stream, give --dataset and --streaming as it had")
+        problems.append("its run read a stream, use the same --dataset and --streaming")
     if problems:
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint}: {'; '.join(problems)}, or begin anew in "
+            f"resume_from_checkpoint={checkpoint}: {'; '.join(problems)}, or start over in "
             "another --output_dir"
         )
 
 
-def publish_checkpoint(name: str, output_dir: Path) -> None:
-    """Move the finished checkpoint out of `.incomplete`, in the place of an earlier one of that
-    name.
+@contextmanager
+def staged_checkpoint(
+    args: DistillationArguments, state: TrainerState, accelerator: Accelerator
+) -> Iterator[Path]:
+    """Yield the folder to write this step's checkpoint into, the same one on every rank. It is
+    renamed after the block, and old checkpoints are removed.
     """
+    output_dir, name = Path(args.output_dir), f"checkpoint-{state.global_step}"
+    staging = output_dir / INCOMPLETE
+    if args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    yield staging / name
+    accelerator.wait_for_everyone()
+    if args.should_save:
+        if state.best_model_checkpoint is not None:  # Trainer has recorded its path in `staging`
+            best = output_dir / Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(best)
+            state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+        publish_checkpoint(name, output_dir)
+        remove_old(output_dir, args.save_total_limit, state.best_model_checkpoint)
+    accelerator.wait_for_everyone()
+
+
+def publish_checkpoint(name: str, output_dir: Path) -> None:
+    """Move a finished checkpoint out of `.incomplete`, replacing an earlier one of that name."""
     staging = output_dir / INCOMPLETE
     if (output_dir / name).exists():
         os.replace(output_dir / name, staging / f"{name}.replaced")
@@ -83,22 +111,22 @@ def publish_checkpoint(name: str, output_dir: Path) -> None:
 
 
 def remove_old(output_dir: Path, save_total_limit: int | None, best: str | None) -> None:
-    """Keep the newest `save_total_limit` checkpoints, and the best one."""
+    """Remove all checkpoints but the newest `save_total_limit` and the best one."""
     if not save_total_limit or save_total_limit < 0:
         return
     for checkpoint in sort_checkpoints(str(output_dir))[:-save_total_limit]:
         if best is None or Path(checkpoint).name != Path(best).name:
-            # Renamed first: what is left when deletion is cut short must not look whole.
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = output_dir / INCOMPLETE
             os.replace(checkpoint, doomed)
             shutil.rmtree(doomed)
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM to any rank, stop behind the current micro-batch and leave a checkpoint.
+    """On SIGTERM to any rank, stop after the current micro-batch and leave a checkpoint.
 
-    An optimiser step that is cut short counts for nothing: the checkpoint is of the step before,
-    and random states are put back to the step's beginning.
+    An interrupted optimizer step is discarded: the checkpoint is that of the step before, with the
+    random states of the interrupted step's beginning.
     """
 
     def __init__(self) -> None:
@@ -106,7 +134,7 @@ class StopOnSigterm(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self._previous = signal.signal(signal.SIGTERM, self._receive)
-        # Ranks agree on the CPU, so that no accelerator waits for it.
+        # Ranks agree on the CPU, so that no accelerator has to synchronize.
         self._group = torch.distributed.new_group(backend="gloo") if args.world_size > 1 else None
 
     def _receive(self, *_) -> None:
@@ -132,6 +160,7 @@ class StopOnSigterm(TrainerCallback):
         control.should_evaluate = False
 
     def _agreed(self) -> bool:
+        """Whether any rank has received the signal."""
         if self._group is None:
             return self.received
         received = torch.tensor(int(self.received))

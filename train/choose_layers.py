@@ -1,11 +1,11 @@
-"""`--kept_layers auto`: the layers chosen from the teacher on calibration text, before training."""
+"""`--kept_layers auto`: choose the kept layers by running the teacher on calibration text."""
 
 from collections.abc import Iterator
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from patching.architectures.config import config_for
 from patching.architectures.models import load_model
@@ -25,23 +25,26 @@ def choose_layers(
     text: Calibration,
     args: DistillationArguments,
     config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[LayerMap, str]:
-    """The chosen map, and what to tell of it. The first rank reads the teacher for all.
+    """Return the chosen layer map, and a comparison with the default one as text. The first rank
+    runs the teacher and tells the others.
 
-    Raises ValueError where no student has that size, and where the teacher's weights are damaged.
+    Raises ValueError if no student has the wanted size, or if the teacher's weights are damaged.
     """
     default = model_args.layer_map(config)
     num_depths = config.num_hidden_layers + 1
-    # A size that is not there is noticed before weights load.
+    # With any similarities, to notice an impossible size before weights load.
     fitting_map(model_args, torch.zeros(num_depths, num_depths), config, len(default.kept))
     found: list[tuple[LayerMap, str] | None] = [None]
     if args.process_index == 0:
         reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
-        teacher = load_model(
-            reference, "auto", model_args.trust_remote_code, model_args.attn_implementation
-        ).to(args.device)
-        similarity_JJ = similarity_by_depth(teacher, text.batches(tokenizer, config))
+        trust = model_args.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(
+            reference.name_or_path, revision=reference.revision, trust_remote_code=trust
+        )
+        teacher = load_model(reference, "auto", trust, model_args.attn_implementation)
+        batches = text.batches(tokenizer, config)
+        similarity_JJ = similarity_by_depth(teacher.to(args.device), batches)
         chosen = fitting_map(model_args, similarity_JJ, config, len(default.kept))
         found = [(chosen, comparison(chosen, default, similarity_JJ, text.name))]
     if args.world_size > 1:
@@ -50,13 +53,19 @@ def choose_layers(
 
 
 def fitting_map(
-    model_args: ModelArguments, similarity_JJ: Tensor, config: PreTrainedConfig, default: int
+    model_args: ModelArguments, similarity_JJ: Tensor, config: PreTrainedConfig, num_default: int
 ) -> LayerMap:
-    """The best map of as many layers as the flags say; `default` where they do not."""
+    """Return the best layer map of the size that the flags ask for, by default `num_default` kept
+    layers. `similarity_JJ` compares the teacher's hidden states at all pairs of depths.
+
+    Raises ValueError if no student is that small.
+    """
     longest = model_args.longest_block
     if model_args.target_params is None:
-        num_kept = default if model_args.num_kept_layers is None else model_args.num_kept_layers
-        return most_similar_layers(similarity_JJ, num_kept, longest)
+        num_kept = model_args.num_kept_layers
+        return most_similar_layers(
+            similarity_JJ, num_default if num_kept is None else num_kept, longest
+        )
     limit = parse_count(model_args.target_params, "target_params")
     for layer_map in _from_largest(similarity_JJ, longest):
         student = config_for(initial_student(layer_map), {"teacher": config})
@@ -78,7 +87,7 @@ def _from_largest(similarity_JJ: Tensor, longest_block: int | None) -> Iterator[
 
 
 def comparison(chosen: LayerMap, default: LayerMap, similarity_JJ: Tensor, text: str) -> str:
-    """Both maps with the measure that decided."""
+    """Return both maps with their mean similarity, as lines to print."""
     lines = [f"kept layers by similarity to the end of their blocks, on {text}:"]
     for name, layer_map in (("chosen", chosen), ("default", default)):
         lines.append(

@@ -1,11 +1,10 @@
-"""Text to rows of tokens: local files or a stream, a held-out part, packing.
+"""Text to rows of tokens: local files or a stream, held-out documents, packing.
 
-Documents are joined by the end-of-text token and cut into full rows. What is left over at the end
-of a batch of documents becomes a shorter row, so no text is lost. Rows are padded only when they
-meet in a batch.
+Documents are joined with the end-of-text token and cut into full rows. The rest of a batch of
+documents becomes a shorter row, so no text is lost. Rows are padded only when they are batched.
 
-Local files are tokenised once, by the main process. A stream is tokenised on the way: each rank
-takes every `world_size`-th batch of documents, and can say where it is and go on from there.
+Local files are tokenized once, by the main process. A stream is tokenized during training: each
+rank takes every `world_size`-th batch of documents, and can save its position and resume there.
 """
 
 import random
@@ -14,14 +13,14 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-import patching.files.texts
+from patching.files.texts import load_documents
 from train.data_args import DataArguments
 
 DOCUMENTS_PER_BATCH = 1000
 
 
 class Share(NamedTuple):
-    """Which part of a stream a rank reads."""
+    """Which part of the data a rank reads."""
 
     rank: int = 0
     world_size: int = 1
@@ -38,17 +37,17 @@ def load_rows(
     seed: int,
     share: Share = Share(),  # noqa: B008
 ) -> Rows:
-    """Rows to train on and rows that training never sees, each row `{"input_ids": [...]}`.
+    """Return rows to train on and held-out rows, each row `{"input_ids": [...]}`.
 
-    Of a stream, the rows to train on are those of this rank's share.
+    The training rows of a stream are this rank's share of it.
 
-    Raises ValueError where there is no text, no such column, or no file of a known kind.
+    Raises ValueError if there is no text, no such column, or no file of a known kind.
     """
     documents = documents_of(arguments, arguments.dataset)
     if arguments.eval_dataset is not None:
         held_out = documents_of(arguments, arguments.eval_dataset)
         if isinstance(held_out, IterableDataset):
-            held_out = _materialise(held_out.take(max(arguments.heldout_documents, 1)))
+            held_out = _in_memory(held_out.take(max(arguments.heldout_documents, 1)))
     else:
         documents, held_out = split_held_out(documents, arguments.heldout_documents, seed)
     if isinstance(documents, IterableDataset):
@@ -62,14 +61,16 @@ def load_rows(
         if len(held_out) == 0:
             raise ValueError(
                 f"eval_dataset={arguments.eval_dataset or arguments.dataset}: the held-out "
-                "documents hold no text, give another --eval_dataset"
+                "documents are empty, give another --eval_dataset"
             )
     return Rows(train, held_out)
 
 
 def documents_of(arguments: DataArguments, name: str) -> Dataset | IterableDataset:
-    """Documents in one column, `text`. A hub dataset is streamed, local files only when asked."""
-    return patching.texts.documents_of(
+    """Return documents in one column, `text`. A hub dataset is always streamed, local files only
+    with `--streaming`.
+    """
+    return load_documents(
         name,
         text_column=arguments.text_column,
         dataset_config=arguments.dataset_config,
@@ -81,17 +82,16 @@ def documents_of(arguments: DataArguments, name: str) -> Dataset | IterableDatas
 def split_held_out(
     documents: Dataset | IterableDataset, num_documents: int, seed: int
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Documents for training, and others that are held out of it.
-
-    Of local text a random sample, at most a tenth; of a stream the first ones.
+    """Return documents to train on and held-out ones: a random sample of local text, at most a
+    tenth of it, or the first documents of a stream.
     """
     if num_documents == 0:
         return documents, None
     if isinstance(documents, IterableDataset):
-        return documents.skip(num_documents), _materialise(documents.take(num_documents))
+        return documents.skip(num_documents), _in_memory(documents.take(num_documents))
     if len(documents) < 2:
         raise ValueError(
-            "the dataset is a single document, so none can be held out: give --eval_dataset, or "
+            "the dataset is a single document, so none can be held out: give --eval_dataset or "
             "--heldout_documents 0"
         )
     num_documents = min(num_documents, max(1, len(documents) // 10))
@@ -99,14 +99,14 @@ def split_held_out(
     return parts["train"], parts["test"]
 
 
-def _materialise(documents: IterableDataset) -> Dataset:
+def _in_memory(documents: IterableDataset) -> Dataset:
     return Dataset.from_list(list(documents))
 
 
 def tokenize(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
 ) -> Dataset:
-    """Documents as rows of at most `max_length` token ids."""
+    """Return documents as rows of at most `max_length` token ids."""
     return documents.map(
         rows_of_documents,
         batched=True,
@@ -127,14 +127,14 @@ def tokenize_share(
     seed: int,
     share: Share,
 ) -> IterableDataset:
-    """A rank's share of a stream of documents as rows: shuffled batches of documents in turn."""
+    """Return a rank's share of a stream as rows. Documents are shuffled within their batch."""
 
     def rows_of_share(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list]:
         batch_idx = indices[0] // DOCUMENTS_PER_BATCH
         if batch_idx % share.world_size != share.rank:
             return {"input_ids": []}
         texts = list(batch["text"])
-        # Not IterableDataset.shuffle: its buffer is not part of the state, resuming would lose it.
+        # Not IterableDataset.shuffle: its buffer is not saved, so resuming would lose documents.
         random.Random(f"{seed} {batch_idx}").shuffle(texts)
         return rows_of_documents(
             {"text": texts}, tokenizer, arguments.max_length, arguments.packing
@@ -155,9 +155,9 @@ def rows_of_documents(
     max_length: int,
     packing: bool,
 ) -> dict[str, list[list[int]]]:
-    """Rows of token ids from a batch of documents, the end-of-text token behind each document.
+    """Return rows of token ids from a batch of documents, with end-of-text after each document.
 
-    A row of one token predicts nothing and is left out.
+    A row of one token predicts nothing and is dropped.
     """
     texts = [text for text in batch["text"] if text and text.strip()]
     documents = tokenizer(texts, verbose=False)["input_ids"] if texts else []

@@ -1,4 +1,4 @@
-"""Flags that say which text is read and how it is cut into rows."""
+"""Flags for the text to train on and how it is cut into rows."""
 
 from dataclasses import dataclass, field
 
@@ -10,8 +10,8 @@ class DataArguments:
     dataset: str = field(
         default="EleutherAI/the_pile_deduplicated",
         metadata={
-            "help": "text to learn from: a .txt, .jsonl or .parquet file, a folder of them, or a "
-            "hub dataset, which is streamed. In .txt files blank lines separate documents"
+            "help": "text to train on: a .txt, .jsonl or .parquet file, a folder of them, or a hub "
+            "dataset, which is streamed. In .txt files, blank lines separate documents"
         },
     )
     dataset_config: str | None = field(
@@ -20,36 +20,36 @@ class DataArguments:
     dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset"})
     streaming: bool = field(
         default=False,
-        metadata={"help": "tokenise local files on the way instead of before, as a hub dataset is"},
+        metadata={"help": "tokenize local files during training, not before, like a hub dataset"},
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     eval_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "held-out text, named like --dataset; by default some documents of --dataset "
-            "are held out"
+            "help": "held-out text, named like --dataset (default: hold out some documents of "
+            "--dataset)"
         },
     )
     heldout_documents: int = field(
         default=64,
         metadata={
-            "help": "documents of --dataset that training never sees: a sample of local text, at "
-            "most a tenth of it, or the first ones of a stream; 0 for none"
+            "help": "number of documents of --dataset to hold out: a random sample of local text, "
+            "at most a tenth of it, or the first ones of a stream; 0 for none"
         },
     )
-    max_length: int = field(default=2048, metadata={"help": "tokens in a row"})
+    max_length: int = field(default=2048, metadata={"help": "tokens per row"})
     packing: bool = field(
         default=True,
         metadata={
-            "help": "join documents by the end-of-text token into full rows; off, a document is a "
-            "row, cut at --max_length"
+            "help": "join documents with the end-of-text token into full rows; if off, each "
+            "document is one row, cut at --max_length"
         },
     )
 
     def __post_init__(self) -> None:
         problems = []
         if self.max_length < 2:
-            problems.append(f"max_length={self.max_length}: a row needs 2 tokens or more")
+            problems.append(f"max_length={self.max_length}: a row needs at least 2 tokens")
         if self.heldout_documents < 0:
             problems.append(f"heldout_documents={self.heldout_documents}: choose 0 or more")
         if problems:

@@ -1,7 +1,20 @@
-"""TODO."""
+"""Distillation on one page: the teacher's forward pass, the student's, and the loss they return.
+
+Each student layer stands for a block of teacher layers. The student learns to predict the next (or
+masked) token, to predict it as the teacher does, and to reach the end of each block with the hidden
+state that the teacher has there, so that any block can later take its layer's place. On a
+micro-batch, `distillation_forward` therefore
+
+1. runs the teacher and keeps its hidden states at the ends of blocks,
+2. runs the student and compares each of its hidden states as soon as it appears (cosine),
+3. lets both output heads read the last pair, after the final norms (cross entropy and KL),
+4. returns the weighted sum as this micro-batch's share of the optimizer step's loss.
+
+The formula is in `train.loss`, and `install_distillation_forward` turns all of this into the
+student's own `forward`. Shapes: B rows, T positions, N target positions, D hidden size.
+"""
 
 import types
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,19 +34,84 @@ from train.loss import (
     StepCounts,
     cosine_distance,
     distillation_loss,
+    targets_at,
 )
 from train.sharding import gather, release
+
+
+def distillation_forward(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    student_indices: tuple[int, ...],
+    weights: LossWeights,
+    counts: StepCounts,
+    input_ids_BT: Tensor,
+    labels_BT: Tensor,
+    attention_mask_BT: Tensor | None,
+) -> LossTerms:
+    """Return a micro-batch's share of the loss of an optimizer step that has `counts` positions.
+
+    `student_indices` are the student's hidden states to compare, in order. Calling `teacher`
+    returns its states in the same order. Labels are those of `train.loss.targets_at`, with
+    IGNORED_LABEL at padding.
+    """
+    # 1. The teacher's hidden states.
+    with torch.no_grad():
+        teacher_states = dict(zip(student_indices, teacher(input_ids_BT, attention_mask_BT)))
+
+    # 2. The student's hidden states. Each teacher state is freed once it has been compared.
+    is_real_BT = labels_BT != IGNORED_LABEL
+    cosine_distances, last_pair = [], []
+
+    def compare(j: int, student_BTD: Tensor) -> None:
+        teacher_BTD = teacher_states.pop(j)
+        if weights.cosine:
+            cosine_distances.append(cosine_distance(student_BTD, teacher_BTD, is_real_BT))
+        if j == student_indices[-1]:
+            last_pair.extend((student_BTD, teacher_BTD))
+
+    visit_hidden_states(student, student_indices, compare, input_ids_BT, attention_mask_BT)
+
+    # 3. What the output heads read at target positions. Logits are only computed inside the loss.
+    student_head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    student_ND, teacher_ND, targets_N = None, None, None
+    if weights.needs_logits:
+        is_masked_model = predicts_masked_tokens(student.config)
+        if is_masked_model:  # a causal model's head is gathered along with its final norm
+            gather(student_head)
+            gather(teacher_head)
+        student_BTD, teacher_BTD = last_pair
+        targets_BT = targets_at(labels_BT, is_masked_model)
+        is_target_BT = targets_BT >= 0
+        with torch.no_grad():
+            teacher_ND = before_output_embeddings(teacher, teacher_BTD[is_target_BT])
+        student_ND = before_output_embeddings(student, student_BTD[is_target_BT])
+        targets_N = targets_BT[is_target_BT]
+
+    # 4. The loss.
+    terms = distillation_loss(
+        student_ND,
+        teacher_ND,
+        student_head,
+        teacher_head,
+        targets_N,
+        cosine_distances,
+        weights,
+        counts,
+    )
+    release(teacher_head)  # without a backward pass nothing else does
+    return terms
 
 
 def install_distillation_forward(
     student: PreTrainedModel, teacher: PreTrainedModel, layer_map: LayerMap, weights: LossWeights
 ) -> None:
-    """Make `student(...)` return the distillation loss of a micro-batch, and freeze the teacher,
-    whose own call returns its aligned hidden states.
+    """Make `student(...)` return the loss of a micro-batch, and `teacher(...)` its hidden states.
 
-    With the cosine term alone no head is run, and an untied head of the student is frozen with it.
+    Whatever wraps the student, such as autocast, DDP or FSDP, then wraps the whole computation. In
+    eval mode, cross entropy and KL are always computed. The teacher is frozen. With the cosine term
+    alone no head runs, and an untied head of the student is frozen too.
     """
-    is_masked_model = predicts_masked_tokens(student.config)
     teacher.eval().requires_grad_(False)
     pairs = layer_map.alignment_pairs if weights.cosine else layer_map.alignment_pairs[-1:]
     student_indices, teacher_indices = zip(*pairs)
@@ -45,43 +123,18 @@ def install_distillation_forward(
     ) -> list[Tensor]:
         return hidden_states_at(self, teacher_indices, input_ids, attention_mask)
 
-    def forward(
+    def student_forward(
         self: PreTrainedModel,
         input_ids: Tensor,
         labels: Tensor,
         counts: StepCounts,
         attention_mask: Tensor | None = None,
     ) -> LossTerms:
-        with torch.no_grad():
-            teacher_states = dict(zip(student_indices, teacher(input_ids, attention_mask)))
-        is_real_BT = labels != IGNORED_LABEL
-        last, last_pair, distances = student_indices[-1], [], []
-
-        def compare(j: int, student_BTD: Tensor) -> None:
-            teacher_BTD = teacher_states.pop(j)
-            if weights.cosine:
-                distances.append(cosine_distance(student_BTD, teacher_BTD, is_real_BT))
-            if j == last:
-                last_pair.extend((student_BTD, teacher_BTD))
-
-        visit_hidden_states(self, student_indices, compare, input_ids, attention_mask)
-        if is_masked_model and weights.needs_logits:
-            gather(self.get_output_embeddings())
-            gather(teacher.get_output_embeddings())
-        terms = distillation_loss(
-            *last_pair,
-            self.get_output_embeddings(),
-            teacher.get_output_embeddings(),
-            labels,
-            distances,
-            weights if self.training else weights.for_evaluation(),
-            counts,
-            is_masked_model,
-            partial(before_output_embeddings, self),
-            partial(before_output_embeddings, teacher),
+        active = weights if self.training else weights.for_evaluation()
+        return distillation_forward(
+            self, teacher, student_indices, active, counts, input_ids, labels, attention_mask
         )
-        release(teacher.get_output_embeddings())
-        return terms
 
-    student.forward = types.MethodType(forward, student)
+    # Bound methods, which accelerate knows how to wrap.
     teacher.forward = types.MethodType(teacher_forward, teacher)
+    student.forward = types.MethodType(student_forward, student)

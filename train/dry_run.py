@@ -1,4 +1,4 @@
-"""What `--dry_run` prints: layers, sizes, tokens, FLOPs and memory of a run, from configs alone."""
+"""`--dry_run`: layers, sizes, tokens, FLOPs and memory of a run, from configs alone."""
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,6 +18,7 @@ def plan(
     data_args: DataArguments,
     args: DistillationArguments,
 ) -> str:
+    """Return the plan of a run as text."""
     student = student_config(teacher, layer_map)
     order = recommended_order(teacher.model_type)
     num_ranks = args.dry_run_ranks or args.world_size
@@ -60,16 +61,16 @@ def plan(
         )
     lines += [
         "",
-        f"tokens per optimiser step: {tokens_per_step:,} ({batch.num_rows} rows of "
+        f"tokens per optimizer step: {tokens_per_step:,} ({batch.num_rows} rows of "
         f"{batch.num_positions} x {args.gradient_accumulation_steps} micro-batches x "
         f"{num_ranks} ranks)",
-        f"FLOPs per optimiser step:  {tokens_per_step * flops:.3g}",
+        f"FLOPs per optimizer step:  {tokens_per_step * flops:.3g}",
     ]
     if args.max_steps > 0:
         tokens = tokens_per_step * args.max_steps
         lines.append(f"in {args.max_steps} steps: {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
     else:
-        lines.append(f"{args.num_train_epochs:g} passes over the text: its length decides")
+        lines.append(f"{args.num_train_epochs:g} passes over the text; its length sets the steps")
     lines += ["", f"memory per rank, AdamW{', sharded' if is_sharded else ''} (estimate, GiB)"]
     lines += [f"  {name:12}{num_bytes / GIB:8.2f}" for name, num_bytes in parts._asdict().items()]
     lines.append(f"  {'total':12}{parts.total / GIB:8.2f}")

@@ -1,16 +1,16 @@
 """The distillation loss (arXiv 2510.05064, section 3), as pure functions of tensors.
 
-    L = CE(z_S, y) + w_kl T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + w_cos / (M + 1) sum over
-    pairs (1 - cos(h_S, h_T))
+    L = CE(z_S, y) + w_kl T^2 KL(softmax(z_T / T) || softmax(z_S / T))
+        + w_cos / (M + 1) sum over aligned pairs (1 - cos(h_S, h_T))
 
-CE and KL are means over target positions (those with a real next token, or, for a masked language
-model, the masked ones), the cosine distance is a mean over real positions, and both means are over
-the whole optimiser step, so that the result does not depend on how the step is split.
+CE and KL are means over target positions: those with a real next token for a causal model, the
+masked ones for a masked language model. The cosine term is a mean over real positions, which are
+those that are not padding. All means are over the whole optimizer step, so the result does not
+depend on how the step is split into micro-batches and ranks.
 
-Shapes: B rows, T positions, D hidden size.
+Shapes: B rows, T positions, N target positions, D hidden size.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,13 +21,14 @@ from train.vocabulary_loss import vocabulary_loss
 IGNORED_LABEL = -100
 """Label of a padding position."""
 NO_TARGET = -101
-"""Label of a real position at which a masked language model has nothing to predict."""
-SMALLEST_LENGTH = 1e-8
-"""A hidden state shorter than this counts as this long."""
+"""Label of a real position where a masked language model has nothing to predict."""
+SMALLEST_NORM = 1e-8
+"""Smaller norms of hidden states are treated as this, to avoid dividing by zero."""
+TERMS = ("cross_entropy", "kl", "cosine")
 
 
 class LossWeights(NamedTuple):
-    """Weight of each term; a term of weight 0 costs nothing."""
+    """Weight of each term. A term of weight 0 is not computed."""
 
     cross_entropy: float
     kl: float
@@ -38,24 +39,24 @@ class LossWeights(NamedTuple):
     def needs_logits(self) -> bool:
         return bool(self.cross_entropy or self.kl)
 
+    @property
+    def active_terms(self) -> list[str]:
+        return [name for name in TERMS if getattr(self, name)]
+
     def for_evaluation(self) -> "LossWeights":
-        """The same with cross entropy and KL always measured."""
+        """Return the same weights, with cross entropy and KL switched on if they are off."""
         return self._replace(cross_entropy=self.cross_entropy or 1.0, kl=self.kl or 1.0)
 
 
-def active_terms(weights: LossWeights) -> list[str]:
-    return [name for name in ("cross_entropy", "kl", "cosine") if getattr(weights, name)]
-
-
 class StepCounts(NamedTuple):
-    """What the means of one optimiser step divide by, summed over its micro-batches and ranks."""
+    """Target and real positions of a whole optimizer step, which its means are divided by."""
 
     targets: Tensor
     positions: Tensor
 
 
 class LossTerms(NamedTuple):
-    """A micro-batch's share of the step's loss and of each unweighted mean."""
+    """One micro-batch's share of the step's loss and of each unweighted mean."""
 
     loss: Tensor
     cross_entropy: Tensor
@@ -64,10 +65,10 @@ class LossTerms(NamedTuple):
 
 
 def targets_at(labels_BT: Tensor, is_masked_model: bool) -> Tensor:
-    """The token that each position is to predict, negative where there is none.
+    """Return the token to predict at each position, negative where there is none.
 
-    A causal model's labels are the tokens themselves, and the next one is predicted; a masked
-    model's are what the masked positions hid.
+    The labels of a causal model are the tokens themselves, and the next one is predicted. The
+    labels of a masked language model are the hidden tokens, at the masked positions.
     """
     if is_masked_model:
         return labels_BT
@@ -75,16 +76,53 @@ def targets_at(labels_BT: Tensor, is_masked_model: bool) -> Tensor:
 
 
 def count(labels_BT: Tensor, is_masked_model: bool = False) -> StepCounts:
-    """Target positions and real positions of a micro-batch."""
+    """Count the target positions and the real positions of a micro-batch."""
     targets_BT = targets_at(labels_BT, is_masked_model)
     return StepCounts(targets=(targets_BT >= 0).sum(), positions=(labels_BT != IGNORED_LABEL).sum())
 
 
-def cosine_distance(student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
-    """Sum over real positions of 1 - cos(h_S, h_T), for one pair of hidden states.
+def distillation_loss(
+    student_ND: Tensor | None,
+    teacher_ND: Tensor | None,
+    student_head: nn.Linear,
+    teacher_head: nn.Linear,
+    targets_N: Tensor | None,
+    cosine_distances: list[Tensor],
+    weights: LossWeights,
+    counts: StepCounts,
+) -> LossTerms:
+    """Return a micro-batch's share of the loss; the shares of all micro-batches of a step add up.
 
-    Differentiable in the student, once. The gradient is formed at once and is all that is kept, so
-    the teacher's state can go as soon as the student's has been compared with it.
+    `student_ND` and `teacher_ND` are the states that the heads read at target positions, and
+    `targets_N` the tokens to predict there. All three may be None if the weights need no logits.
+    `cosine_distances` holds the `cosine_distance` of each aligned pair.
+    """
+    zero = torch.zeros((), device=counts.positions.device)
+    loss, cross_entropy, kl, cosine = zero, zero, zero, zero
+    if weights.needs_logits:
+        sums = vocabulary_loss(
+            student_ND,
+            student_head,
+            targets_N,
+            teacher_ND,
+            teacher_head,
+            cross_entropy_weight=weights.cross_entropy,
+            kl_weight=weights.kl * weights.temperature**2,
+            temperature=weights.temperature,
+        )
+        loss = loss + sums.loss / counts.targets
+        cross_entropy, kl = sums.cross_entropy / counts.targets, sums.kl / counts.targets
+    if weights.cosine:
+        cosine = torch.stack(cosine_distances).mean() / counts.positions
+        loss = loss + weights.cosine * cosine
+    return LossTerms(loss, cross_entropy.detach(), kl.detach(), cosine.detach())
+
+
+def cosine_distance(student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
+    """Return the sum over real positions of 1 - cos(h_S, h_T) for one pair of hidden states.
+
+    It can be differentiated once, with respect to the student. The gradient is computed right away
+    and nothing else is kept, so the teacher's state can be freed as soon as it has been compared.
     """
     return _CosineDistance.apply(student_BTD, teacher_BTD, is_real_BT)
 
@@ -92,20 +130,17 @@ def cosine_distance(student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor
 class _CosineDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
-        def unit(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-            hidden_BTD = hidden_BTD.float()
-            length_BT1 = hidden_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_LENGTH)
-            return hidden_BTD / length_BT1, length_BT1
-
         with torch.autocast(student_BTD.device.type, enabled=False):
-            student_BTD, length_BT1, dtype = *unit(student_BTD), student_BTD.dtype
-            teacher_BTD, _ = unit(teacher_BTD)
-            cosine_BT1 = (student_BTD * teacher_BTD).sum(-1, keepdim=True)
+            student_unit_BTD, norm_BT1 = _unit(student_BTD)
+            teacher_unit_BTD, _ = _unit(teacher_BTD)
+            cosine_BT1 = (student_unit_BTD * teacher_unit_BTD).sum(-1, keepdim=True)
             is_real_BT1 = is_real_BT[..., None]
             if ctx.needs_input_grad[0]:
-                # d(1 - cos) / ds = (cos s / |s| - t / |t|) / |s|, a step on the unit sphere
-                gradient_BTD = (cosine_BT1 * student_BTD - teacher_BTD) / length_BT1 * is_real_BT1
-                ctx.gradient = gradient_BTD.to(dtype)
+                # d(1 - cos) / ds = (cos s / |s| - t / |t|) / |s|
+                gradient_BTD = (
+                    (cosine_BT1 * student_unit_BTD - teacher_unit_BTD) / norm_BT1 * is_real_BT1
+                )
+                ctx.gradient = gradient_BTD.to(student_BTD.dtype)
             return ((1 - cosine_BT1) * is_real_BT1).sum()
 
     @staticmethod
@@ -114,50 +149,8 @@ class _CosineDistance(torch.autograd.Function):
         return gradient_BTD.mul_(distance_gradient), None, None
 
 
-def _as_it_is(hidden_ND: Tensor) -> Tensor:
-    return hidden_ND
-
-
-def distillation_loss(
-    student_hidden_BTD: Tensor,
-    teacher_hidden_BTD: Tensor,
-    student_head: nn.Linear,
-    teacher_head: nn.Linear,
-    labels_BT: Tensor,
-    cosine_distances: list[Tensor],
-    weights: LossWeights,
-    counts: StepCounts,
-    is_masked_model: bool = False,
-    student_transform: Callable[[Tensor], Tensor] = _as_it_is,
-    teacher_transform: Callable[[Tensor], Tensor] = _as_it_is,
-) -> LossTerms:
-    """A micro-batch's share of the loss above; the shares of a step's micro-batches add up to it.
-
-    The hidden states are those after the final norms, which feed the heads; the transforms are what
-    an encoder does between the two, at its targets alone. Labels are as `targets_at` has them, not
-    shifted, with IGNORED_LABEL at padding. `cosine_distances` holds `cosine_distance` of each
-    aligned pair.
-    """
-    zero = labels_BT.new_zeros((), dtype=torch.float32)
-    loss, cross_entropy, kl, cosine = zero, zero, zero, zero
-    if weights.needs_logits:
-        targets_BT = targets_at(labels_BT, is_masked_model)
-        is_target_BT = targets_BT >= 0
-        with torch.no_grad():
-            teacher_hidden_ND = teacher_transform(teacher_hidden_BTD[is_target_BT])
-        terms = vocabulary_loss(
-            student_transform(student_hidden_BTD[is_target_BT]),
-            student_head,
-            targets_BT[is_target_BT],
-            teacher_hidden_ND,
-            teacher_head,
-            cross_entropy_weight=weights.cross_entropy,
-            kl_weight=weights.kl * weights.temperature**2,
-            temperature=weights.temperature,
-        )
-        loss = loss + terms.loss / counts.targets
-        cross_entropy, kl = terms.cross_entropy / counts.targets, terms.kl / counts.targets
-    if weights.cosine:
-        cosine = torch.stack(cosine_distances).mean() / counts.positions
-        loss = loss + weights.cosine * cosine
-    return LossTerms(loss, cross_entropy.detach(), kl.detach(), cosine.detach())
+def _unit(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states divided by their norms, and the norms (B, T, 1), in fp32."""
+    hidden_BTD = hidden_BTD.float()
+    norm_BT1 = hidden_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    return hidden_BTD / norm_BT1, norm_BT1

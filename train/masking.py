@@ -1,8 +1,8 @@
-"""Masked language modelling: which tokens of a row are to be predicted, and what stands in their
-place (Devlin et al., arXiv 1810.04805, section 3.1).
+"""Masked language modeling: which tokens of a row are to be predicted, and what replaces them in
+the input (Devlin et al., arXiv 1810.04805, section 3.1).
 
-Masks are drawn anew each time a row is trained on. What is drawn depends on the generator and the
-rows' lengths alone, not on how rows are padded or split into micro-batches.
+New masks are drawn each time a row is trained on. They depend only on the generator and the rows'
+lengths, not on how rows are padded or split into micro-batches.
 
 Shapes: B rows, T positions.
 """
@@ -16,13 +16,11 @@ from train.loss import IGNORED_LABEL, NO_TARGET
 
 SHARE_OF_TARGETS = 0.15
 SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1
-"""Of the targets: those the mask token stands for, and those another token stands for; the rest
-stay.
-"""
+"""Shares of the targets replaced by the mask token and by a random token. The rest stay."""
 
 
 class Masking(NamedTuple):
-    """What a tokenizer says about masks."""
+    """How a tokenizer's tokens are hidden."""
 
     mask_token_id: int
     special_ids: tuple[int, ...]
@@ -31,11 +29,11 @@ class Masking(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Masking":
-        """Raises ValueError for a tokenizer without a mask token."""
+        """Read the ids from a tokenizer. Raises ValueError if it has no mask token."""
         if tokenizer.mask_token_id is None:
             raise ValueError(
-                f"{tokenizer.name_or_path}: a masked language model learns from masked tokens, and "
-                "its tokenizer has no mask token; set mask_token in its tokenizer_config.json"
+                f"{tokenizer.name_or_path}: this masked language model needs a mask token and its "
+                "tokenizer has none; set mask_token in its tokenizer_config.json"
             )
         return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), len(tokenizer))
 
@@ -45,14 +43,14 @@ class Masking(NamedTuple):
         generator: torch.Generator,
         share_of_targets: float = SHARE_OF_TARGETS,
     ) -> dict[str, Any]:
-        """A batch with some of its tokens hidden, and labels for those alone.
+        """Return a copy of a batch with some tokens hidden and with labels only for those.
 
-        In the batch labels are the tokens, IGNORED_LABEL at padding; in the result they are
+        The batch's labels are its tokens, and IGNORED_LABEL at padding. In the result they are
         NO_TARGET at real positions that are not to be predicted.
         """
         input_ids_BT, labels_BT = batch["input_ids"].clone(), batch["labels"].clone()
         is_real_BT = labels_BT != IGNORED_LABEL
-        # Two numbers a real position, row by row, so that padding and splitting change no draw.
+        # Two numbers per real position, row by row, so that padding and splitting change no draw.
         uniform_N2 = torch.rand(int(is_real_BT.sum()), 2, generator=generator)
         draws_BT = torch.ones(labels_BT.shape, device=labels_BT.device)
         draws_BT[is_real_BT] = uniform_N2[:, 0].to(labels_BT.device)
@@ -69,9 +67,16 @@ class Masking(NamedTuple):
         labels_BT[is_real_BT & ~is_target_BT] = NO_TARGET
         return batch | {"input_ids": input_ids_BT, "labels": labels_BT}
 
+    def hide_step(
+        self, batches: list[dict[str, Any]], seed: int, step: int, rank: int
+    ) -> list[dict[str, Any]]:
+        """Hide tokens in the micro-batches of one optimizer step on one rank."""
+        generator = generator_for(seed, step, rank)
+        return [self.hide(batch, generator) for batch in batches]
+
     def hide_each(self, batch: dict[str, Any], seed: int, first_row: int) -> dict[str, Any]:
-        """The same for rows to measure on, numbered from `first_row`: each row's masks are always
-        the same ones, whatever batch it lies in.
+        """Hide tokens in held-out rows, numbered from `first_row`. A row always gets the same
+        masks, whatever batch it is in.
         """
         rows = [
             self.hide({name: batch[name][i : i + 1] for name in batch}, generator_for(seed, row))
@@ -81,7 +86,7 @@ class Masking(NamedTuple):
 
 
 def generator_for(*numbers: int) -> torch.Generator:
-    """A generator that depends on all of the numbers: seed, step, rank."""
+    """Return a generator seeded by all of the numbers, such as seed, step and rank."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)

@@ -1,15 +1,22 @@
-"""Flags that say what is distilled: the teacher and the layers its student keeps."""
+"""Flags for the teacher and for the layers its student keeps."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from patching.blocks import LayerMap, default_kept_layers
 from patching.cli.units import parse_count, parse_ranges
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 PAPER_LAYERS = {"llama": (2, 2, 1)}
-"""first_layers_to_keep, alternate_every_n_layers, last_layers_to_keep by model_type."""
+"""The paper's first_layers_to_keep, alternate_every_n_layers and last_layers_to_keep, by
+model_type.
+"""
 PAPER_LAYERS_OTHERWISE = (1, 2, 2)
+"""The same for every other model_type."""
 
 
 @dataclass
@@ -23,55 +30,55 @@ class ModelArguments:
         default=None, metadata={"help": "the teacher's branch, tag or commit"}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "run modelling code that comes with the teacher"}
+        default=False, metadata={"help": "run modeling code that comes with the teacher"}
     )
     alternate_every_n_layers: int | None = field(
-        default=None, metadata={"help": "keep every n-th teacher layer, by default every 2nd"}
+        default=None, metadata={"help": "keep every n-th teacher layer (default: every 2nd)"}
     )
     first_layers_to_keep: int | None = field(
         default=None,
-        metadata={"help": "first teacher layers, all kept; by default 2 for a llama, else 1"},
+        metadata={"help": "keep all of the first layers (default: 2 for a llama, else 1)"},
     )
     last_layers_to_keep: int | None = field(
         default=None,
-        metadata={"help": "last teacher layers, all kept; by default 1 for a llama, else 2"},
+        metadata={"help": "keep all of the last layers (default: 1 for a llama, else 2)"},
     )
     kept_layers: str | None = field(
         default=None,
         metadata={
-            "help": "teacher layers to keep by number, such as 0,1,3-5, instead of the above; or "
-            "auto: those whose states are nearest to the end of their blocks, by the teacher's "
-            "states on --calibration text"
+            "help": "keep these teacher layers instead, such as 0,1,3-5; or `auto`: keep the "
+            "layers whose output is most similar to the end of their block, measured with the "
+            "teacher on --calibration text"
         },
     )
     num_kept_layers: int | None = field(
         default=None,
-        metadata={"help": "with --kept_layers auto: how many, by default as many as without it"},
+        metadata={"help": "with --kept_layers auto: how many (default: as many as without it)"},
     )
     target_params: str | None = field(
         default=None,
         metadata={
-            "help": "with --kept_layers auto: as many as give at most so many stored parameters: "
-            "3.1B, 350M"
+            "help": "with --kept_layers auto: as many layers as fit in this many stored "
+            "parameters, such as 3.1B or 350M"
         },
     )
     longest_block: int | None = field(
         default=None,
         metadata={
-            "help": "with --kept_layers auto: most teacher layers that one layer may stand for, by "
-            "default no more than the number of layers asks for, which gives the most sizes"
+            "help": "with --kept_layers auto: most teacher layers that one student layer may stand "
+            "for (default: as few as the number of layers allows, which gives the most sizes)"
         },
     )
     random_initialization: bool = field(
         default=False,
-        metadata={"help": "start the student from random weights instead of the kept layers'"},
+        metadata={"help": "start from random weights instead of the kept layers"},
     )
 
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "how both models compute attention: sdpa, flash_attention_2, eager, ...; by "
-            "default what transformers chooses"
+            "help": "how both models compute attention: sdpa, flash_attention_2, eager, ... "
+            "(default: what transformers chooses)"
         },
     )
 
@@ -80,9 +87,9 @@ class ModelArguments:
         names = ("num_kept_layers", "target_params", "longest_block")
         given = [f"--{name}" for name in names if getattr(self, name) is not None]
         if given and not self.chooses_layers:
-            problems.append(f"{' and '.join(given)} belongs to --kept_layers auto")
+            problems.append(f"{' and '.join(given)} only applies with --kept_layers auto")
         if self.num_kept_layers is not None and self.target_params is not None:
-            problems.append("--num_kept_layers and --target_params both name a size: give one")
+            problems.append("--num_kept_layers and --target_params both set the size: give one")
         if self.longest_block is not None and self.longest_block < 1:
             problems.append(f"longest_block={self.longest_block}: choose 1 or more")
         if self.target_params is not None:
@@ -95,10 +102,10 @@ class ModelArguments:
         return self.kept_layers == "auto"
 
     def layer_map(self, teacher: PreTrainedConfig) -> LayerMap:
-        """The kept layers that the flags name; what they leave open follows the paper, as does
-        `auto`, which chooses elsewhere.
+        """Return the layer map that the flags ask for, with the paper's numbers as defaults.
+        `auto` is treated as if it were not given: `train.choose_layers` handles it.
 
-        Raises ValueError for numbers out of range, and for a list beside the numbers it replaces.
+        Raises ValueError for numbers out of range, or if both a list and numbers are given.
         """
         numbers = (
             self.first_layers_to_keep,

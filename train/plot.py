@@ -1,16 +1,16 @@
-"""The loss and its terms over the steps of a run."""
+"""A plot of the loss and its terms over the steps of a run."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-TERMS = ("loss", "cross_entropy", "kl", "cosine")
+from train.loss import TERMS
 
 
 def plot_terms(log: list[dict[str, Any]], path: Path) -> None:
-    """One panel a term, from a Trainer's log: training as a line, held-out rows as dots."""
-    names = [name for name in TERMS if any(name in line for line in log)]
+    """Plot one panel per term from a Trainer's log: training as a line, held-out rows as dots."""
+    names = [name for name in ("loss", *TERMS) if any(name in line for line in log)]
     figure = Figure(figsize=(4 * max(len(names), 1), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False)[0], names):
         for key, style, label in ((name, "-", "training"), (f"eval_{name}", "o", "held out")):

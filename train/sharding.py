@@ -1,7 +1,8 @@
-"""FSDP2 for student and teacher: a rank holds its share of both and gathers a layer when it runs.
+"""FSDP2 for student and teacher: each rank holds a share of both and gathers a layer to run it.
 
-accelerate shards the student beside its optimiser. The frozen teacher has none, so it is sharded
-here by the same function. The first rank alone reads weights; the others receive their shares.
+accelerate shards the student together with its optimizer. The frozen teacher has no optimizer, so
+it is sharded here, by the same function. Only the first rank reads weights, and the others receive
+their shares from it.
 """
 
 from typing import Any
@@ -13,31 +14,21 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from patching.architectures.models import auto_class, empty_model
+from patching.architectures.models import auto_class
 from train.training_args import DistillationArguments
 
 
-def check_layer_classes(fsdp_config: dict[str, Any], teacher: PreTrainedConfig) -> None:
-    """Raise ValueError where the layers to shard are those of another architecture."""
-    wanted = set(fsdp_config.get("transformer_layer_cls_to_wrap") or ())
-    if missing := wanted - {type(module).__name__ for module in empty_model(teacher).modules()}:
-        raise ValueError(
-            f"fsdp_config: a {teacher.model_type} model has no {', '.join(sorted(missing))}, "
-            "give the teacher itself as --fsdp_config"
-        )
-
-
 def reads_weights(args: DistillationArguments) -> bool:
-    """Whether this rank reads the teacher's weights; of sharded ranks the first does it for all,
-    unless `cpu_ram_efficient_loading` is off.
+    """Whether this rank reads the teacher's weights. Of sharded ranks only the first does, unless
+    `cpu_ram_efficient_loading` is off.
     """
-    one_for_all = bool(args.fsdp) and args.fsdp_plugin_args["cpu_ram_efficient_loading"]
-    return args.process_index == 0 or not one_for_all
+    first_reads_for_all = bool(args.fsdp) and args.fsdp_plugin_args["cpu_ram_efficient_loading"]
+    return args.process_index == 0 or not first_reads_for_all
 
 
 def without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-    """A model whose parameters are on the meta device, for ranks that receive them; what is in no
-    checkpoint, such as rotary frequencies, is there.
+    """Return a model for a rank that receives its weights: parameters are on the meta device, and
+    buffers that no checkpoint holds, such as rotary frequencies, are real.
     """
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, **kwargs)
@@ -46,10 +37,10 @@ def without_weights(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
 
 
 def with_room_for_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with parameters of its own in place of those on the meta device.
+    """Replace a model's meta parameters by uninitialized ones on the CPU.
 
-    Their memory is named but never touched, so it is not taken up: sharding needs different
-    addresses for different parameters, and fills in the shares.
+    Sharding tells parameters apart by their addresses and fills in the shares later. The memory is
+    never touched before, so the system does not provide it.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -60,26 +51,32 @@ def with_room_for_weights(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def compute_in(accelerator: Accelerator, dtype: torch.dtype) -> None:
-    """Gather weights and run layers in `dtype`; sum gradients, and return the loss, in fp32."""
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32
-    )
+def place_teacher(accelerator: Accelerator, teacher: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Shard the teacher if the student will be sharded, else move it to the accelerator's device.
 
-
-def shard_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> PreTrainedModel:
-    return fsdp2_prepare_model(accelerator, teacher)
+    Sharded models gather weights and run layers in `dtype`, and sum gradients in fp32.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        teacher.to(accelerator.device)
+        return
+    if dtype != torch.float32:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32
+        )
+    fsdp2_prepare_model(accelerator, teacher)
 
 
 def gather(head: nn.Module) -> None:
-    """Make a head whole whose weight is read though neither it nor a final norm before it, which
-    would gather it too, is called: an encoder's.
+    """Gather a sharded head whose weight is about to be read without calling the head.
+
+    A causal model needs no such call: its head is gathered together with its final norm.
     """
     if isinstance(head, FSDPModule):
         head.unshard()
 
 
 def release(head: nn.Module) -> None:
-    """Give back a head, which stays gathered behind a forward pass that has no backward pass."""
+    """Release a gathered head. Without a backward pass FSDP does not do so itself."""
     if isinstance(head, FSDPModule):
         head.reshard()

@@ -1,4 +1,4 @@
-"""Faster layers, the same numbers: torch.compile and Liger kernels."""
+"""Faster layers that compute the same: torch.compile and Liger kernels."""
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -9,7 +9,7 @@ from train.training_args import DistillationArguments
 
 
 def check_liger_knows(teacher: PreTrainedConfig) -> None:
-    """Raise ValueError for an architecture that Liger would leave as it is without a word."""
+    """Raise ValueError for an architecture without Liger kernels, which Liger silently ignores."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if teacher.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
@@ -19,14 +19,14 @@ def check_liger_knows(teacher: PreTrainedConfig) -> None:
 
 
 def speed_up(model: PreTrainedModel, args: DistillationArguments) -> None:
-    """Change how a model's layers are computed, in place, as the flags say."""
+    """Change in place how a model's layers are computed, as the flags ask."""
     if args.use_liger_kernel:
-        # Without its losses: they would take the place of the distillation loss.
-        own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-        apply_liger_kernel(model, (args.liger_kernel_config or {}) | own)
+        # Without Liger's losses, which would replace the distillation loss.
+        no_losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        apply_liger_kernel(model, (args.liger_kernel_config or {}) | no_losses)
     if args.torch_compile:
-        # Layer by layer: one graph serves them all, and what is hooked in between, the hidden
-        # states and the gathering of shards, stays outside.
+        # Layer by layer: all layers share one graph, and the hooks between them, which compare
+        # hidden states and gather shards, stay outside of it.
         for layer in model.get_submodule(architecture_of(model.config).layers):
             layer.forward = torch.compile(
                 layer.forward, backend=args.torch_compile_backend, mode=args.torch_compile_mode

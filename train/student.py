@@ -1,8 +1,10 @@
-"""The student before training: the kept teacher layers, or random weights of the same shape."""
+"""The student: made from the teacher before training, and saved after it."""
 
 import copy
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from patching.architectures.config import config_for
@@ -16,10 +18,11 @@ from train.sharding import with_room_for_weights
 def new_student(
     teacher: PreTrainedModel, layer_map: LayerMap, random_initialization: bool = False
 ) -> PreTrainedModel:
-    """A student in fp32 with tensors of its own. Random weights follow torch's global seed.
+    """Return a student in fp32 with its own tensors: copies of the kept teacher layers, or random
+    weights, which follow torch's global seed.
 
-    From a teacher whose weights another rank holds (they are on the meta device) the student only
-    has room for its weights.
+    If the teacher's weights are on another rank (its parameters are on the meta device), the
+    student's weights are allocated but not filled.
     """
     recipe = initial_student(layer_map)
     if any(parameter.is_meta for parameter in teacher.parameters()):
@@ -35,25 +38,47 @@ def new_student(
 
 
 def drop_second_names(model: PreTrainedModel) -> None:
-    """Leave an encoder's head one name of its bias, in place.
+    """Remove, in place, the second name under which an encoder registers the bias of its head.
 
-    The other one is no part of its forward pass: sharding refuses a parameter that lies in two
-    groups, and data parallelism one without a gradient. Saved models have both again.
+    The forward pass does not use it, but FSDP rejects a parameter that is in two groups, and DDP
+    one without a gradient. Saved models have both names again. Causal models are left alone.
     """
     tied = dict(model._tied_weights_keys or {})
-    for name, second in list(tied.items()):
-        if name.endswith(".bias"):
-            path, _, last = second.rpartition(".")
-            delattr(model.get_submodule(path), last)
-            del tied[name]
-    model._tied_weights_keys = tied
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    biases = [name for name in tied if name.endswith(".bias")]
+    for name in biases:
+        path, _, last = tied.pop(name).rpartition(".")
+        delattr(model.get_submodule(path), last)
+    if biases:
+        model._tied_weights_keys = tied
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model's parameters in place and leave its buffers, unlike `.to(dtype)`.
+    """Cast a model's parameters in place but not its buffers, unlike `.to(dtype)`.
 
-    Rotary frequencies lie in buffers, and rounding them to bf16 changes every position.
+    Rotary frequencies are buffers, and rounding them to bf16 would change every position.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def save_student(
+    student: PreTrainedModel, state_dict: dict[str, Tensor], folder: Path, dtype: torch.dtype
+) -> None:
+    """Write a trained student in `dtype`. `state_dict` holds its whole tensors, gathered from
+    whatever wraps it.
+    """
+    with torch.device("meta"):
+        saved = auto_class(student.config).from_config(student.config, dtype=dtype)
+    if student.can_generate():
+        saved.generation_config = student.generation_config
+    state_dict = {
+        name.replace("_checkpoint_wrapped_module.", ""): tensor.to(dtype)
+        for name, tensor in state_dict.items()
+    }
+    for name, second in (saved._tied_weights_keys or {}).items():
+        if name in state_dict and second not in state_dict:  # removed by `drop_second_names`
+            state_dict[second] = state_dict[name].clone()
+    saved.load_state_dict(state_dict, assign=True)
+    saved.tie_weights()
+    saved.save_pretrained(folder)

@@ -1,13 +1,12 @@
-"""Cross entropy and Kullback-Leibler divergence over a large vocabulary, chunk by chunk of tokens.
+"""Cross entropy and Kullback-Leibler divergence over a large vocabulary, in chunks of tokens.
 
-Logits of a whole batch are by far its largest tensors (151,936 entries a token for Qwen3). Here
-they exist for a chunk of tokens at a time: the gradient of each chunk takes the place of its
-logits, and only what it adds to the gradients of states and head is kept.
+The logits of a whole batch would be by far its largest tensors (151,936 entries per token for
+Qwen3). Here they exist for one chunk of tokens at a time: the gradient of each chunk overwrites its
+logits, and only its contribution to the gradients of the hidden states and the head is kept.
 
 Shapes: N tokens, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,49 +35,20 @@ def vocabulary_loss(
     kl_weight: float,
     temperature: float = 1.0,
 ) -> VocabularyLoss:
-    """Sums over tokens of CE(z_S, y) and KL(softmax(z_T / T) || softmax(z_S / T)), differentiable
-    in the student.
+    """Return the sums over tokens of CE(z_S, y) and KL(softmax(z_T / T) || softmax(z_S / T)).
 
-    `loss` is `cross_entropy_weight * cross_entropy + kl_weight * kl`; the factor T^2 of Hinton et
-    al. (arXiv 1503.02531) belongs into `kl_weight`. A term of weight 0 is not computed and its sum
-    is 0. Gradients reach `student_hidden_ND` and the head's parameters; the teacher gets none.
-    Softmaxes are taken in fp32. The loss can be differentiated once.
+    `loss` is `cross_entropy_weight * cross_entropy + kl_weight * kl`. The factor T^2 of Hinton et
+    al. (arXiv 1503.02531) belongs in `kl_weight`. A term of weight 0 is not computed and its sum is
+    0. Gradients reach `student_hidden_ND` and the parameters of `student_head`, never the teacher.
+    Softmaxes are computed in fp32. The loss can be differentiated only once.
+
+    Raises ValueError if `kl_weight` is not 0 and the teacher's states or head are missing.
     """
     if kl_weight and (teacher_hidden_ND is None or teacher_head is None):
         raise ValueError("the KL term needs the teacher's hidden states and head")
-
-    def terms(logits_NV: Tensor, teacher_logits_NV: Tensor | None, targets_N: Tensor):
-        """Both sums over some tokens, and the gradient of their loss in the logits, all in fp32."""
-        log_p_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
-        cross_entropy = -log_p_NV.gather(-1, targets_N[:, None]).sum() * bool(cross_entropy_weight)
-        if not kl_weight:
-            gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight)
-            kl = torch.zeros_like(cross_entropy)
-        else:
-            log_q_NV = _at(temperature, teacher_logits_NV).log_softmax(-1, dtype=torch.float32)
-            student_log_q_NV = log_p_NV
-            if temperature != 1:
-                student_log_q_NV = _at(temperature, logits_NV).log_softmax(-1)
-            q_NV = log_q_NV.exp()
-            kl = log_q_NV.sub_(student_log_q_NV).mul_(q_NV).sum()
-            weight = kl_weight / temperature
-            if temperature == 1:
-                gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight + weight)
-            else:
-                gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight)
-                gradient_NV.add_(student_log_q_NV.exp_(), alpha=weight)
-            gradient_NV.sub_(q_NV, alpha=weight)
-        gradient_NV.scatter_add_(
-            -1,
-            targets_N[:, None],
-            gradient_NV.new_full((len(targets_N), 1), -cross_entropy_weight),
-        )
-        return cross_entropy, kl, gradient_NV
-
     return VocabularyLoss(
-        *_Chunked.apply(
-            terms,
-            (cross_entropy_weight, kl_weight),
+        *_ChunkedLoss.apply(
+            (cross_entropy_weight, kl_weight, temperature),
             targets_N,
             teacher_hidden_ND,
             teacher_head if kl_weight else None,
@@ -89,22 +59,57 @@ def vocabulary_loss(
     )
 
 
-def _at(temperature: float, logits_NV: Tensor) -> Tensor:
-    return logits_NV if temperature == 1 else logits_NV.float() / temperature
+def sums_and_gradient(
+    logits_NV: Tensor,
+    teacher_logits_NV: Tensor | None,
+    targets_N: Tensor,
+    cross_entropy_weight: float,
+    kl_weight: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both sums over some tokens, and the gradient of their weighted sum with respect to
+    the student's logits, all in fp32.
+    """
+    log_p_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
+    cross_entropy = -log_p_NV.gather(-1, targets_N[:, None]).sum() * bool(cross_entropy_weight)
+    if not kl_weight:
+        gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight)
+        kl = torch.zeros_like(cross_entropy)
+    else:
+        teacher_log_q_NV = _tempered(teacher_logits_NV, temperature)
+        log_q_NV = log_p_NV if temperature == 1 else _tempered(logits_NV, temperature)
+        teacher_q_NV = teacher_log_q_NV.exp()
+        kl = teacher_log_q_NV.sub_(log_q_NV).mul_(teacher_q_NV).sum()
+        weight = kl_weight / temperature
+        if temperature == 1:
+            gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight + weight)
+        else:
+            gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight)
+            gradient_NV.add_(log_q_NV.exp_(), alpha=weight)
+        gradient_NV.sub_(teacher_q_NV, alpha=weight)
+    at_targets_N1 = gradient_NV.new_full((len(targets_N), 1), -cross_entropy_weight)
+    gradient_NV.scatter_add_(-1, targets_N[:, None], at_targets_N1)
+    return cross_entropy, kl, gradient_NV
 
 
-class _Chunked(torch.autograd.Function):
-    """Runs the head over chunks of tokens, forming each chunk's gradient in place of its logits.
+def _tempered(logits_NV: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(z / T) in fp32."""
+    if temperature != 1:
+        logits_NV = logits_NV.float() / temperature
+    return logits_NV.log_softmax(-1, dtype=torch.float32)
 
-    The head's weight is read, its module is not called: inside a sharded model the weight is whole
-    between the final norm and the end of the forward pass.
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Runs the heads chunk by chunk and accumulates the gradients during the forward pass.
+
+    The heads' weights are read and their modules are not called: in a sharded model the weights are
+    gathered from the final norm until the end of the forward pass.
     """
 
     @staticmethod
     def forward(
         ctx,
-        terms: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]],
-        term_weights: tuple[float, float],
+        weights_and_temperature: tuple[float, float, float],
         targets_N: Tensor,
         teacher_hidden_ND: Tensor | None,
         teacher_head: nn.Linear | None,
@@ -116,32 +121,31 @@ class _Chunked(torch.autograd.Function):
         dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[-3:]
-        student = _Projection(hidden_ND, weight_VD, bias_V, dtype)
+        student = _Head(hidden_ND, weight_VD, bias_V, dtype)
         teacher = None
         if teacher_head is not None:
-            teacher = _Projection(teacher_hidden_ND, teacher_head.weight, teacher_head.bias, dtype)
+            teacher = _Head(teacher_hidden_ND, teacher_head.weight, teacher_head.bias, dtype)
 
-        sums = hidden_ND.new_zeros(2, dtype=torch.float32)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[-3:]
+        fp32 = {"dtype": torch.float32}
         hidden_gradient_ND = torch.zeros_like(hidden_ND) if needs_hidden else None
-        weight_gradient_VD = (
-            torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        )
-        bias_gradient_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        weight_gradient_VD = torch.zeros_like(weight_VD, **fp32) if needs_weight else None
+        bias_gradient_V = torch.zeros_like(bias_V, **fp32) if needs_bias else None
+        sums = hidden_ND.new_zeros(2, **fp32)
+        softmax_logits = CPU_SOFTMAX_LOGITS if device == "cpu" else CHUNK_LOGITS
         with torch.autocast(device, enabled=False):
             for chunk in slices(len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
-                logits_NV = student.logits(chunk)
+                logits_NV, chunk_targets_N = student.logits(chunk), targets_N[chunk]
                 teacher_logits_NV = None if teacher is None else teacher.logits(chunk)
-                chunk_targets_N = targets_N[chunk]
-                at_once = CPU_SOFTMAX_LOGITS if device == "cpu" else CHUNK_LOGITS
-                for rows in slices(len(logits_NV), at_once // len(weight_VD)):
-                    *values, gradient_NV = terms(
+                for rows in slices(len(logits_NV), softmax_logits // len(weight_VD)):
+                    *values, gradient_NV = sums_and_gradient(
                         logits_NV[rows],
                         None if teacher_logits_NV is None else teacher_logits_NV[rows],
                         chunk_targets_N[rows],
+                        *weights_and_temperature,
                     )
                     sums += torch.stack(values)
-                    logits_NV[rows] = gradient_NV
+                    logits_NV[rows] = gradient_NV  # from here on it holds the gradient
                 if needs_hidden:
                     hidden_gradient_ND[chunk] = logits_NV @ student.weight_VD
                 if needs_weight:
@@ -151,20 +155,20 @@ class _Chunked(torch.autograd.Function):
         ctx.gradients = [hidden_gradient_ND, weight_gradient_VD, bias_gradient_V]
         cross_entropy, kl = sums[0].clone(), sums[1].clone()
         ctx.mark_non_differentiable(cross_entropy, kl)
-        loss = term_weights[0] * cross_entropy + term_weights[1] * kl
-        return loss, cross_entropy, kl
+        cross_entropy_weight, kl_weight, _ = weights_and_temperature
+        return cross_entropy_weight * cross_entropy + kl_weight * kl, cross_entropy, kl
 
     @staticmethod
     def backward(ctx, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, and let go of: the gradient of a large head is not copied.
+        # Scaled in place and released, so that the gradient of a large head is never copied.
         gradients, ctx.gradients = ctx.gradients, None
-        return (None,) * 5 + tuple(
+        return (None,) * 4 + tuple(
             None if gradient is None else gradient.mul_(loss_gradient) for gradient in gradients
         )
 
 
-class _Projection:
-    """A head over the states it reads, both in the dtype of the matrix product."""
+class _Head:
+    """A projection to the vocabulary with the states it reads, in the dtype of their product."""
 
     def __init__(
         self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype
@@ -177,7 +181,7 @@ class _Projection:
 
 
 def _add_product(total_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:
-    """`total += a @ b`; the total stays in fp32 whatever the dtype of the factors."""
+    """Compute `total += a @ b` in place. The total stays in fp32 whatever the factors' dtype."""
     if a_VN.dtype == total_VD.dtype:
         total_VD.addmm_(a_VN, b_ND)
     else:

@@ -68,7 +68,7 @@ class SavePlan:
     def _fill(self, folder: Path, title: str, arguments: Mapping[str, Any]) -> None:
         """Write the files. What makes the folder loadable, config.json, comes last."""
         family, recipe, weights = self.family, self.recipe, self.weights
-        references = family.weights.references
+        references = family.parents.references
         origins = {parent: origin_of(references[parent]) for parent in sorted(recipe.parents)}
         if isinstance(weights, Splice):
             weights.write(folder)
@@ -120,11 +120,11 @@ def plan_save(
             recipe,
             family.configs,
             family.layouts,
-            family.weights.references,
+            family.parents.references,
             family.dtype,
             max_shard_bytes,
         )
     except OtherLayout as error:
         reason = str(error)
-        weights = assemble(recipe, **family.weights.load(recipe.parents))
+        weights = assemble(recipe, **family.parents.load(recipe.parents))
     return SavePlan(family, patched_layers, recipe, size, weights, reason, max_shard_bytes)

@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = arguments.save_directory
         check_writable(folder)
 
-        from patching.family import usable_device
         from patching.files.plot import save_figure
         from patching.orders.findings import findings, kl_figure, table, tried_orders
         from patching.orders.measurements import MEASURED_FILE_NAME, Measurements
         from patching.orders.search import all_sets
+        from patching.parents import usable_device
 
         device = usable_device(arguments.device)
         family = arguments.open_family(dtype=arguments.dtype, device=device)

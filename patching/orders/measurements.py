@@ -64,7 +64,7 @@ class Measurements:
 
     @cached_property
     def teacher_kl(self) -> TeacherKL:
-        parents = self.family.weights.load(("teacher", "student"))
+        parents = self.family.parents.load(("teacher", "student"))
         return TeacherKL(**parents, batches=self.batches)
 
     def __call__(self, sets: Collection[PatchedLayers]) -> Mapping[PatchedLayers, float]:
@@ -90,7 +90,7 @@ class Measurements:
     def influences(self) -> list[float]:
         """Block influence of each teacher layer."""
         if self._influences is None:
-            teacher = self.family.weights.load(["teacher"])["teacher"]
+            teacher = self.family.parents.load(["teacher"])["teacher"]
             self._influences = block_influence(teacher, self.batches)
             self._write()
         return self._influences

@@ -1,0 +1,67 @@
+"""`--fsdp_config`: settings of FSDP from a .json file, or for the layers of a model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from patching.architectures.distilbert import as_bert_config
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import empty_model
+
+
+def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
+    """Return the settings given as a dict, as JSON text, as a .json file, or as a model whose
+    layers are to be wrapped.
+
+    Raises ValueError if it is none of these, and for FSDP1, which cannot shard the teacher.
+    """
+    values: Any = fsdp_config
+    if isinstance(fsdp_config, str):
+        text = fsdp_config
+        if not text.startswith("{"):
+            if not fsdp_config.endswith(".json"):
+                return {"transformer_layer_cls_to_wrap": layer_classes(fsdp_config)}
+            if not os.path.isfile(fsdp_config):
+                raise ValueError(
+                    f"fsdp_config={fsdp_config}: no such file; name a .json file or a model"
+                )
+            text = Path(fsdp_config).read_text(encoding="utf-8")
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"fsdp_config={fsdp_config} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"fsdp_config={fsdp_config}: not a JSON object of settings")
+    values = {name.removeprefix("fsdp_"): value for name, value in values.items()}
+    if str(values.get("version", 2)) != "2":
+        raise ValueError(f"fsdp_config: version={values['version']}: choose 2, or leave it out")
+    return values
+
+
+def layer_classes(model_name_or_path: str) -> list[str]:
+    """Return the class names of a language model's layers.
+
+    Raises ValueError for a name that is no model and for an unsupported architecture.
+    """
+    try:
+        config = as_bert_config(AutoConfig.from_pretrained(model_name_or_path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"fsdp_config={model_name_or_path}: neither a .json file nor a model that can be read "
+            f"({error})"
+        ) from error
+    layers = empty_model(config).get_submodule(architecture_of(config).layers)
+    return sorted({type(layer).__name__ for layer in layers})
+
+
+def check_layer_classes(fsdp_config: dict[str, Any], teacher: PreTrainedConfig) -> None:
+    """Raise ValueError if the layers to wrap belong to another architecture than the teacher's."""
+    wanted = set(fsdp_config.get("transformer_layer_cls_to_wrap") or ())
+    if missing := wanted - {type(module).__name__ for module in empty_model(teacher).modules()}:
+        raise ValueError(
+            f"fsdp_config: a {teacher.model_type} model has no {', '.join(sorted(missing))}, "
+            "name the teacher itself as --fsdp_config"
+        )

@@ -1,0 +1,254 @@
+"""A run of training, from parsed flags to the saved student."""
+
+import dataclasses
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import IterableDataset
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.training_args import ParallelMode
+
+from patching.architectures.checks import check_logits_are_the_heads
+from patching.architectures.lookup import max_positions, read_config
+from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.blocks import LayerMap, as_layer_list
+from patching.cli.command_line import user_errors
+from patching.files.outputs import environment, follow_umask, write_json
+from patching.patch_order import recommended_order
+from patching.recipe import Reference
+from patching.student_config import StudentConfig
+from train.checkpoints import check_resumable, find_checkpoint
+from train.choose_layers import choose_layers
+from train.data import Rows, Share, load_rows
+from train.dry_run import plan
+from train.flags import Flags
+from train.fsdp_config import check_layer_classes
+from train.masking import Masking
+from train.model_args import ModelArguments
+from train.sharding import reads_weights, without_weights
+from train.speed import check_liger_knows
+from train.student import cast_parameters, new_student
+from train.trainer import DistillationTrainer
+from train.training_args import DistillationArguments
+
+RUN_FILE_NAME = "run.json"
+PLOT_FILE_NAME = "loss.png"
+
+
+def run(flags: Flags) -> None:
+    """Distill and save a student. What a user can get wrong ends the process with one line and exit
+    code 2, almost all of it before weights load.
+    """
+    model_args, _, args, _ = flags
+    with user_errors():
+        teacher_config = read_teacher_config(flags)
+        layer_map = kept_layers(flags, teacher_config)
+        if args.dry_run:
+            print_on_main_process(args, plan(teacher_config, layer_map, flags.data, args))
+            return
+        check_acceleration(args, teacher_config)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.teacher_model_name_or_path,
+            revision=model_args.revision,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+        masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
+        rows = read_rows(flags, tokenizer)
+        checkpoint = checkpoint_to_resume(args, rows)
+    print_on_main_process(
+        args,
+        f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
+        f"{as_layer_list(layer_map.kept)}",
+    )
+
+    set_seed(args.seed)
+    with user_errors():
+        teacher = load_teacher(model_args, teacher_config, args)
+    student = new_student(teacher, layer_map, model_args.random_initialization)
+    cast_parameters(teacher, args.compute_dtype)
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        layer_map,
+        args,
+        masking,
+        train_dataset=rows.train,
+        eval_dataset=rows.held_out,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    exit_if_stopped(trainer)
+    student_config = StudentConfig(layer_map, recommended_order(teacher_config.model_type))
+    save_run(flags, trainer, student_config, tokenizer)
+
+
+def read_teacher_config(flags: Flags) -> PreTrainedConfig:
+    """Return the teacher's config. Raises ValueError if it cannot be read, if its architecture is
+    not supported, or if rows are longer than its table of positions.
+    """
+    name, revision = flags.model.teacher_model_name_or_path, flags.model.revision
+    config = read_config("teacher", name, revision, flags.model.trust_remote_code)
+    check_logits_are_the_heads(config)
+    max_length, longest = flags.data.max_length, max_positions(config)
+    if longest is not None and max_length > longest:
+        raise ValueError(
+            f"max_length={max_length}: this {config.model_type} model has positions for {longest} "
+            f"tokens, choose 2-{longest}"
+        )
+    return config
+
+
+def kept_layers(flags: Flags, teacher_config: PreTrainedConfig) -> LayerMap:
+    """Return the student's layer map. `--kept_layers auto` runs the teacher to choose it."""
+    if not flags.model.chooses_layers:
+        return flags.model.layer_map(teacher_config)
+    text = flags.calibration.read_calibration()
+    layer_map, reasons = choose_layers(flags.model, text, flags.training, teacher_config)
+    print_on_main_process(flags.training, reasons)
+    return layer_map
+
+
+def check_acceleration(args: DistillationArguments, teacher_config: PreTrainedConfig) -> None:
+    """Switch FSDP off, with a warning, where there is nothing to shard. Raises ValueError if FSDP
+    or Liger kernels do not fit the teacher's architecture.
+
+    The documented command has `--fsdp_config`, but one process has nothing to shard, and accelerate
+    does not shard on CPUs.
+    """
+    if args.fsdp:
+        reason = None
+        if args.parallel_mode != ParallelMode.DISTRIBUTED:
+            reason = "on a single process: start it with torchrun"
+        elif args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+            reason = "on CPUs: every rank holds the whole student and teacher"
+        if reason is None:
+            check_layer_classes(args.fsdp_config, teacher_config)
+        else:
+            warnings.warn(f"--fsdp_config has no effect {reason}", stacklevel=2)
+            args.fsdp = args.fsdp_plugin_args = None
+            checkpointing = args.fsdp_config.get("activation_checkpointing", False)
+            args.activation_checkpointing |= checkpointing
+    if args.use_liger_kernel:
+        check_liger_knows(teacher_config)
+
+
+def read_rows(flags: Flags, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Return rows to train on and held-out rows; local files are tokenized by one process for all.
+
+    Raises ValueError for unusable text, and for a stream without a number of steps.
+    """
+    args = flags.training
+    share = Share(args.process_index, args.world_size)
+    with args.main_process_first(desc="tokenizing"):
+        rows = load_rows(flags.data, tokenizer, args.seed, share)
+    if isinstance(rows.train, IterableDataset) and args.max_steps < 0:
+        raise ValueError("max_steps=-1: a stream has no length, give a number of --max_steps")
+    return rows
+
+
+def checkpoint_to_resume(args: DistillationArguments, rows: Rows) -> str | None:
+    """Return the checkpoint to resume from, None to start from the beginning.
+
+    Raises ValueError if this run cannot resume from the checkpoint that the flags name.
+    """
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None:
+        share = Share(args.process_index, args.world_size)
+        is_stream = isinstance(rows.train, IterableDataset)
+        check_resumable(checkpoint, share, is_stream, is_sharded=bool(args.fsdp))
+    return checkpoint
+
+
+def load_teacher(
+    model_args: ModelArguments, config: PreTrainedConfig, args: DistillationArguments
+) -> PreTrainedModel:
+    """Return the teacher in its own dtype. Of sharded ranks only the first reads its weights.
+
+    Raises ValueError if its weights are damaged or incomplete.
+    """
+    trust, attention = model_args.trust_remote_code, model_args.attn_implementation
+    if not reads_weights(args):
+        settings = {"trust_remote_code": trust, "attn_implementation": attention}
+        return without_weights(config, dtype=args.compute_dtype, **settings)
+    reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
+    return load_model(reference, "auto", trust, attention)
+
+
+def exit_if_stopped(trainer: DistillationTrainer) -> None:
+    """End the process if SIGTERM has ended the training."""
+    if trainer.stop_on_sigterm.stopped:
+        print_on_main_process(
+            trainer.args,
+            f"stopped by SIGTERM at step {trainer.state.global_step}; run the same command with "
+            "--resume_from_checkpoint last to continue",
+        )
+        sys.exit(128 + signal.SIGTERM)
+
+
+def save_run(
+    flags: Flags,
+    trainer: DistillationTrainer,
+    student_config: StudentConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Save the student and what made it. Files appear in `save_directory` once all are written."""
+    from train.plot import plot_terms  # imports matplotlib
+
+    args, save_directory = flags.training, Path(flags.training.save_directory)
+    run_record = {
+        "arguments": {
+            **dataclasses.asdict(flags.model),
+            **dataclasses.asdict(flags.data),
+            **args.to_dict(),
+            **dataclasses.asdict(flags.calibration),
+        },
+        "student": student_config.to_dict(),
+        "held_out": held_out_metrics(trainer),
+        "log": trainer.state.log_history,
+        "environment": environment(),
+    }
+    save_directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=save_directory, prefix=".incomplete-") as folder:
+        staging = Path(folder)
+        trainer.save_student(staging, getattr(torch, args.save_dtype))
+        if args.should_save:
+            tokenizer.save_pretrained(staging)
+            student_config.save(staging)
+            write_json(staging / RUN_FILE_NAME, run_record)
+            plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
+            follow_umask(staging)
+            move_into_place(staging, save_directory)
+    print_on_main_process(args, f"student saved in {save_directory}")
+
+
+def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
+    """Return the finished student's metrics on the held-out rows; empty if none are held out."""
+    if trainer.eval_dataset is None:
+        return {}
+    last_lines = trainer.state.log_history[-2:]  # only the summary of training may come after it
+    for line in last_lines:
+        if "eval_loss" in line and line["step"] == trainer.state.global_step:
+            return {name: value for name, value in line.items() if name.startswith("eval_")}
+    return trainer.evaluate()
+
+
+def move_into_place(staging: Path, folder: Path) -> None:
+    """Move a finished student into its folder, config.json last: without it nothing loads."""
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+
+
+def print_on_main_process(args: DistillationArguments, text: str) -> None:
+    if args.process_index == 0:
+        print(text, flush=True)
