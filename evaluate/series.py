@@ -6,8 +6,10 @@
     random_student   every size between a second student and the same teacher
     compare_NAME     any other model
 
-Baselines are parts of the teacher, so they load and run together with the family.
+Baselines are made of the teacher's layers, so they load and run together with the family.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,38 +32,6 @@ from patching.files.outputs import write_json
 from patching.recipe import Recipe, Reference
 from patching.running.block_influence import block_influence, most_influential
 from patching.running.prefix_tree import PrefixTree
-
-
-class SeriesMember(NamedTuple):
-    """One model of a sweep."""
-
-    series: str
-    num_layers_to_patch: int | None
-    """None for a compared model."""
-    recipe: Recipe | None = None
-
-    @property
-    def name(self) -> str:
-        if self.num_layers_to_patch is None:
-            return self.series
-        return f"{self.series}_k{self.num_layers_to_patch}"
-
-
-class Series(Protocol):
-    """Models that are loaded together."""
-
-    members: Sequence[SeriesMember]
-    teacher: PreTrainedModel | None
-    """The model that members' last hidden states are compared with."""
-
-    def facts(self, member: SeriesMember) -> dict[str, Any]:
-        """Fields of the member's `Result` that are known before it runs."""
-
-    def load(self, members: Sequence[SeriesMember]) -> MemberLM:
-        """Some of the members as one lm-eval model."""
-
-    def release(self) -> None:
-        """Let go of weights that no other series needs."""
 
 
 def all_series(plan: Plan, ranks: Accelerator | None = None) -> list[Series]:
@@ -94,6 +64,38 @@ def baseline(name: str, plan: Plan, ranks: Accelerator | None) -> Callable[[int]
 def below_teacher(family: Family, sizes: Sequence[int]) -> list[int]:
     """Sizes whose model is not the teacher itself, which the family has already."""
     return [k for k in sizes if k < family.max_layers_to_patch]
+
+
+class SeriesMember(NamedTuple):
+    """One model of a sweep."""
+
+    series: str
+    num_layers_to_patch: int | None
+    """None for a compared model."""
+    recipe: Recipe | None = None
+
+    @property
+    def name(self) -> str:
+        if self.num_layers_to_patch is None:
+            return self.series
+        return f"{self.series}_k{self.num_layers_to_patch}"
+
+
+class Series(Protocol):
+    """One or several series that load together."""
+
+    members: Sequence[SeriesMember]
+    teacher: PreTrainedModel | None
+    """The model that members' last hidden states are compared with."""
+
+    def facts(self, member: SeriesMember) -> dict[str, Any]:
+        """Fields of the member's `Result` that are known before it runs."""
+
+    def load(self, members: Sequence[SeriesMember]) -> MemberLM:
+        """Some of the members as one lm-eval model."""
+
+    def release(self) -> None:
+        """Let go of weights that no other series needs."""
 
 
 @dataclass(frozen=True)
