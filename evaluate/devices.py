@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from lm_eval.api.model import LM
 
-from patching.family import usable_device
 from patching.files.outputs import num_ranks
+from patching.parents import usable_device
 
 
 def device_of_rank(name: str | None) -> torch.device:

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         if not arguments.searches_order:
             plan.check_settings()
         (tasks, failures), line = plan.tasks()
-    ranks = ranks_of(plan.family.weights.device)
+    ranks = ranks_of(plan.family.parents.device)
     if ranks is not None:
         for of_rank in gather_object([failures]):  # what one rank cannot load none evaluates
             failures |= of_rank

@@ -104,7 +104,7 @@ class Plan:
         arguments, family = self.arguments, self.family
         path = arguments.include_path
         shared = {
-            "teacher": family.fingerprint("teacher"),
+            "teacher": family.parents.fingerprint("teacher"),
             "dtype": str(family.dtype).removeprefix("torch."),
             "limit": arguments.limit,
             "num_fewshot": arguments.num_fewshot,
@@ -116,7 +116,7 @@ class Plan:
         settings = {}
         for series, of_series in (("family", family), ("random_student", self.random_family)):
             if of_series is not None:
-                student, order = of_series.fingerprint("student"), of_series.order
+                student, order = of_series.parents.fingerprint("student"), of_series.order
                 settings[series] = shared | {"student": student, "order": order}
         for baseline, needs_text in BASELINES.items():
             if not needs_text:
@@ -162,7 +162,7 @@ def second_family(family: Family, arguments: EvaluationArguments) -> Family:
         student_model_name_or_path=arguments.random_student,
         student_revision=None,
         order=arguments.order if arguments.order in NAMED_ORDERS else None,
-    ).open_family(dtype=family.dtype, device=family.weights.device)
+    ).open_family(dtype=family.dtype, device=family.parents.device)
     return other.with_order(family.order) if other.layer_map == family.layer_map else other
 
 

@@ -109,7 +109,7 @@ class FamilySeries:
 
     @property
     def teacher(self) -> PreTrainedModel:
-        return self.plan.family.weights.load(["teacher"])["teacher"]  # read once for all families
+        return self.plan.family.parents.load(["teacher"])["teacher"]  # read once for all families
 
     def facts(self, member: SeriesMember) -> dict[str, Any]:
         return {
@@ -125,12 +125,12 @@ class FamilySeries:
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
         recipes = {member.name: member.recipe for member in members}
-        student = self.family.weights.load(["student"])["student"]
+        student = self.family.parents.load(["student"])["student"]
         tree = PrefixTree(recipes, teacher=self.teacher, student=student)
         return lm_of(tree, self.teacher.config, self.family.tokenizer, self.plan, self.ranks)
 
     def release(self) -> None:
-        self.family.weights.models.pop("student", None)
+        self.family.parents.models.pop("student", None)
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,10 @@ class ComparedSeries:
         }
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
-        weights, (name_or_path, _, tokenizer) = (
-            self.plan.family.weights,
-            self.plan.compared[self.name],
-        )
-        model = load_model(Reference(name_or_path), weights.dtype, weights.trust_remote_code)
-        model = model.to(weights.device).eval()
+        name_or_path, _, tokenizer = self.plan.compared[self.name]
+        like = self.plan.family.parents
+        model = load_model(Reference(name_or_path), like.dtype, like.trust_remote_code)
+        model = model.to(like.device).eval()
         tree = SingleModel(self.name, model)
         return lm_of(tree, model.config, tokenizer, self.plan, self.ranks)
 
@@ -199,7 +197,7 @@ def teacher_influences(plan: Plan, writes: bool) -> list[float]:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept.get("made_from") == made_from:
             return kept["block_influence"]
-    teacher = plan.family.weights.load(["teacher"])["teacher"]
+    teacher = plan.family.parents.load(["teacher"])["teacher"]
     influences = block_influence(teacher, text.batches(plan.family.tokenizer, teacher.config))
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)

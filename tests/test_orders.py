@@ -322,7 +322,7 @@ def test_calibration_text_that_is_evaluated_on_is_told(flags, tmp_path):
     calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     write_task(tmp_path, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
     write_task(tmp_path, "others", [{"text": text} for text in TEXTS[2:]], **ROLLING)
-    with pytest.warns(UserWarning, match="calibration texts stand in") as told:
+    with pytest.warns(UserWarning, match="calibration texts also appear in") as told:
         evaluate_main(
             [
                 *(*flags, "--calibration", str(calibration), "--order", "klpatch"),
@@ -331,7 +331,7 @@ def test_calibration_text_that_is_evaluated_on_is_told(flags, tmp_path):
                 *("--num_layers_to_patch", "1", "--dataset", str(calibration)),
             ]
         )
-    found = [re.match(r"(\d of the 3) .* stand in (\w+)", str(w.message)) for w in told]
+    found = [re.match(r"(\d of the 3) .* appear in (\w+)", str(w.message)) for w in told]
     assert {match[2]: match[1] for match in found if match} == {
         "rolling": "2 of the 3",
         "calibration": "3 of the 3",
