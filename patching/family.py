@@ -118,10 +118,6 @@ class Family:
         return self.parents.tokenizer
 
     @property
-    def weights(self) -> Parents:
-        return self.parents
-
-    @property
     def max_layers_to_patch(self) -> int:
         """The size k at which the member is the teacher."""
         return self.layer_map.max_layers_to_patch

@@ -97,10 +97,12 @@ class Parents:
                 )
         return {parent: self.models[parent] for parent in sorted(parents)}
 
-    def release(self) -> None:
-        """Let go of the weights that `load` has read; models given in memory stay."""
-        for parent in self.models.keys() - self.given:
-            del self.models[parent]
+    def release(self, *parents: Parent) -> None:
+        """Let go of weights that `load` has read, of both parents unless some are named. Models
+        given in memory stay.
+        """
+        for parent in set(parents or self.models) - self.given:
+            self.models.pop(parent, None)
 
     def fingerprint(self, parent: Parent) -> str:
         """What tells a parent's weights from others at the same place."""

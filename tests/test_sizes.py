@@ -11,7 +11,6 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen3Conf
 
 from patching.architectures.config import config_for
 from patching.architectures.models import MASKED_LANGUAGE_MODELS
-from patching.arguments import FamilyArguments
 from patching.assemble import assemble, count_parameters
 from patching.blocks import LayerMap, default_kept_layers
 from patching.checkpoints.layout import layout_of
