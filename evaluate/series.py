@@ -130,7 +130,7 @@ class FamilySeries:
         return lm_of(tree, self.teacher.config, self.family.tokenizer, self.plan, self.ranks)
 
     def release(self) -> None:
-        self.family.parents.models.pop("student", None)
+        self.family.parents.release("student")
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ class ComparedSeries:
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
         name_or_path, _, tokenizer = self.plan.compared[self.name]
-        like = self.plan.family.parents
-        model = load_model(Reference(name_or_path), like.dtype, like.trust_remote_code)
-        model = model.to(like.device).eval()
+        parents = self.plan.family.parents
+        model = load_model(Reference(name_or_path), parents.dtype, parents.trust_remote_code)
+        model = model.to(parents.device).eval()
         tree = SingleModel(self.name, model)
         return lm_of(tree, model.config, tokenizer, self.plan, self.ranks)
 
