@@ -143,7 +143,7 @@ def in_one_process(
 ) -> None:
     """Compare with HFLM on one model after another. Parents are loaded once for both sides."""
     recipes = recipes_of(family)
-    parents = family.weights.load(["teacher", "student"])
+    parents = family.parents.load(["teacher", "student"])
     options = {"tokenizer": family.tokenizer, "batch_size": settings.batch_size}
     ours = FamilyLM(PrefixTree(recipes, **parents), **options)
     models = [assemble(recipe, **parents) for recipe in recipes.values()]
@@ -246,7 +246,7 @@ def report_memory(teacher: Path, student: Path, include_path: Path, batch_size: 
     family = open_family(teacher, student)
     tokenizer = family.tokenizer
     before = resident_bytes()
-    parents = family.weights.load(["teacher", "student"])
+    parents = family.parents.load(["teacher", "student"])
     weights = sum(
         parameter.untyped_storage().nbytes()
         for model in parents.values()

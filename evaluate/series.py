@@ -157,10 +157,8 @@ class ComparedSeries:
         }
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
-        parents, (name_or_path, _, tokenizer) = (
-            self.plan.family.parents,
-            self.plan.compared[self.name],
-        )
+        name_or_path, _, tokenizer = self.plan.compared[self.name]
+        parents = self.plan.family.parents
         model = load_model(Reference(name_or_path), parents.dtype, parents.trust_remote_code)
         model = model.to(parents.device).eval()
         tree = SingleModel(self.name, model)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, run_module, save_pair, tiny_config, tiny_model
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from evaluate import harness
 from evaluate.evaluate import main
 from evaluate.harness import write_samples
-from evaluate.result import Result, read_results
+from evaluate.result import LM_EVAL_KEYS, Result, read_results
+from evaluate.tasks import load_tasks
 from patching.running.block_influence import block_influence, most_influential
 from patching.running.calibration import Calibration
 
@@ -219,6 +223,28 @@ def test_samples_are_written_as_lm_eval_does(pair_folders, tasks, tmp_path, monk
             lines = (folder / f"samples_{task}.jsonl").read_text().splitlines()
             assert [json.loads(line) for line in lines] == expected
         assert len(expected) == 3
+
+
+@pytest.mark.parametrize("num_fewshot", [None, 1])
+def test_scores_are_those_of_simple_evaluate(pair_folders, tasks, tmp_path, num_fewshot):
+    shutil.copytree(tasks, tmp_path / "tasks")
+    group = {"group": "both", "task": ["choice", "generation"], "metadata": {"version": 1.0}}
+    group["aggregate_metric_list"] = [{"metric": "acc"}]
+    (tmp_path / "tasks" / "both.yaml").write_text(json.dumps(group))
+    model = AutoModelForCausalLM.from_pretrained(pair_folders[0]).eval()
+    lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4)
+    loaded = load_tasks(["both", "rolling"], str(tmp_path / "tasks")).by_name
+    for name, of_name in loaded.items():
+        found = harness.Harness(num_fewshot, limit=5).score(lm, of_name)
+        manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        expected = simple_evaluate(
+            lm, tasks=[name], task_manager=manager, num_fewshot=num_fewshot, limit=5,
+            log_samples=False,
+        )  # fmt: skip
+        for key in LM_EVAL_KEYS.values():
+            ours, theirs = harness.as_json(found.get(key)), harness.as_json(expected.get(key))
+            assert ours == theirs, (name, key)
+    assert found["results"]
 
 
 @torch.no_grad()
