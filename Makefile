@@ -1,5 +1,5 @@
-# `make demo` and `make test` need nothing but Python 3.11 or later: each makes .venv where it is missing and
-# installs what it lacks. A second call installs nothing.
+# `make demo` and `make test` need nothing but Python 3.11 or later. Each creates .venv if it is missing and
+# installs what it lacks; a second call installs nothing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ demo-variants: $(VENV)/requirements.done
 	$(RUN) -m examples.stdlib.demo --variants
 
 test: $(VENV)/requirements_dev.done
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/requirements_dev.done
 	$(RUN) -m pytest -m slow

@@ -1,15 +1,16 @@
-"""Searching an order: candidates that share their layers against each as a model of its own.
+"""Searching an order: candidates that share layers, against each candidate as a separate model.
 
     python -m benchmarks.orders [--teacher DIR --student DIR --calibration TEXT]
     python -m benchmarks.orders --count
 
-All sides measure the same sets of a KLPatch search, of a beam and of all sets, on the same text and
-with the same KL. They differ in what they run for it: `shared`, as patching.orders does, each
-distinct prefix of layers once; `alone`, each candidate from its embedding on; `beside`, the teacher
-again beside each candidate, as where its logits are too large to keep. Without a pair of your own
-it is a random one of 16 layers. Prints layer forwards of candidates and of the teacher and seconds,
-and that all sides choose the same sets. --count says of published layer maps, from integers alone,
-what a KLPatch search takes, by the order that it finds.
+All sides measure the same sets of a KLPatch search, of a beam and of an exact search, on the same
+text and with the same KL. They differ in what they run for it. `shared`, as patching.orders does,
+runs each distinct prefix of layers once. `alone` runs each candidate from its embedding on.
+`beside` also runs the teacher again for each candidate, as one must where its logits are too large
+to keep. Without --teacher and --student, the models are a random pair of 16 layers. The output has
+layer forwards of candidates and teacher, seconds, and whether all sides choose the same sets.
+--count works out, from integers alone, what a KLPatch search takes for published layer maps, by the
+order that it finds.
 """
 
 import argparse
@@ -24,7 +25,6 @@ from typing import NamedTuple
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from patching.arguments import CalibrationArguments, FamilyArguments
 from patching.assemble import assemble
 from patching.blocks import LayerMap, as_layer_list, default_kept_layers
 from patching.family import Family
@@ -36,7 +36,7 @@ from patching.running.teacher_kl import TeacherKL
 
 
 def random_models() -> tuple[LayerMap, dict[str, Qwen3ForCausalLM]]:
-    """Teacher and student, whose layers differ by noise."""
+    """A teacher, and a student whose layers differ from it by noise."""
     config = Qwen3Config(
         vocab_size=4096,
         hidden_size=256,
@@ -61,24 +61,24 @@ SIDES = ("shared", "alone", "beside")
 
 
 class Forwards(NamedTuple):
-    """Layers that are run, over all batches or for one of them."""
+    """Layers run, over all batches or for one of them."""
 
     candidates: int
     teacher: int
 
     def times(self, other: "Forwards") -> str:
-        """How many times as many as another side's: candidates' alone, and all."""
+        """How many times the layers of another side, for the candidates alone and in all."""
         return f"{self.candidates / other.candidates:.2f} x, {sum(self) / sum(other):.2f} x in all"
 
 
 class Side:
-    """Measures sets in one of the three ways, and remembers what was measured."""
+    """Measures sets in one of the three ways and remembers the results."""
 
     def __init__(self, name: str, layer_map: LayerMap, teacher_kl: Callable[[], TeacherKL]) -> None:
         self.name, self.layer_map, self.teacher_kl = name, layer_map, teacher_kl
         self.found: dict[PatchedLayers, float] = {}
         self.kls = [teacher_kl()]
-        """Each has run the teacher."""
+        """Measurers used so far; each has run the teacher once."""
 
     @property
     def forwards(self) -> Forwards:
@@ -112,8 +112,8 @@ PUBLISHED = {
 
 
 def forwards_of_search(layer_map: LayerMap, found: str | int) -> dict[str, Forwards]:
-    """Layers that a batch goes through on each side, in a KLPatch search that finds the order
-    `last` or `first`, or one that is random (by its seed).
+    """Layers that each side runs per batch, in a KLPatch search that finds the order `last`,
+    `first`, or a random one (named by its seed).
     """
     asked: set[PatchedLayers] = set()
     draw = random.Random(found)
@@ -165,16 +165,10 @@ def main(arguments: argparse.Namespace) -> None:
         ids = torch.randint(4096, (arguments.texts, arguments.length)).tolist()
         batches, name = padded_batches(ids), "random pair"
     else:
-        family = Family.from_pretrained(
-            FamilyArguments(str(arguments.teacher), str(arguments.student))
-        )
-        layer_map, models = family.layer_map, family.load(["teacher", "student"], torch.float32)
+        family = Family.from_pretrained(arguments.teacher, arguments.student, dtype=torch.float32)
+        layer_map, models = family.layer_map, family.parents.load(("teacher", "student"))
         text = Calibration.read(
-            CalibrationArguments(
-                arguments.calibration,
-                calibration_texts=arguments.texts,
-                calibration_length=arguments.length,
-            )
+            arguments.calibration, num_texts=arguments.texts, length=arguments.length
         )
         batches = text.batches(family.tokenizer, family.configs["teacher"])
         name = f"{arguments.student.parent.name}/{arguments.student.name}"
@@ -198,7 +192,7 @@ def main(arguments: argparse.Namespace) -> None:
             sides[name] = Side(name, layer_map, partial(TeacherKL, **models, batches=batches))
             found[name] = find(sides[name])
             seconds[name] = time.perf_counter() - start
-        same = "the same sets" if len(set(found.values())) == 1 else f"other sets, {found}"
+        same = "the same sets" if len(set(found.values())) == 1 else f"different sets, {found}"
         order = as_layer_list(order_of_sets(layer_map, found["shared"]))
         print(f"{title}: {len(sides['shared'].found)} models; order {order}, {same}")
         for name, side in sides.items():
@@ -215,9 +209,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--student", type=Path)
-    parser.add_argument("--calibration", help="as patching.orders takes it")
+    parser.add_argument("--calibration", help="calibration text, as for patching.orders")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--skip", nargs="*", default=[], help="searches to leave out")
-    parser.add_argument("--count", action="store_true", help="count layers, run none")
+    parser.add_argument("--skip", nargs="*", default=[], help="searches to skip")
+    parser.add_argument("--count", action="store_true", help="count layers without running any")
     main(parser.parse_args())

@@ -1,11 +1,11 @@
-"""Saving a patched model: copied file to file, the straightforward way, and plain `cp`, in one run.
+"""Saving a patched model: file to file, the straightforward way, and plain `cp`, in one run.
 
     python -m benchmarks.patch --folder /somewhere/with/20GB
 
-The models have Qwen3-1.7B's shape and random weights, made here. Each save runs in a process of its
-own, its imports done before the clock starts; for all three, inputs lie in the page cache and
-memory for the output was just freed. Rounds are interleaved, and the medians of each way and of
-splice / cp within a round are reported; the straightforward way runs once per size. A whole
+The models have Qwen3-1.7B's shape and random weights, made here. Each save runs in its own process,
+with imports done before the clock starts. For all three ways the inputs are in the page cache, and
+memory for the output was freed just before. Rounds are interleaved. The table has the median of
+each way and of splice / cp within a round; the straightforward way runs once per size. A whole
 command, imports included, is timed at the end.
 """
 
@@ -28,13 +28,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from transformers.utils import logging
 
 from patching.architectures.config import config_for
-from patching.arguments import FamilyArguments, references
 from patching.blocks import LayerMap, default_kept_layers
 from patching.checkpoints.layout import layout_of, tensors_of
 from patching.checkpoints.splice import generation_config_of, plan_splice
-from patching.family import Family
+from patching.family import MAX_SHARD_BYTES, Family
 from patching.files.outputs import new_folder
 from patching.recipe import initial_student, whole_model
+from patching.running.peak_memory import peak_resident_bytes
 from patching.student_config import StudentConfig
 
 TEACHER = Qwen3Config(
@@ -49,11 +49,12 @@ TEACHER = Qwen3Config(
     dtype="bfloat16",
 )
 LAYER_MAP = LayerMap(default_kept_layers(28, 2, 1, 2), 28)
-SHARD_BYTES = 5 * 10**9
+Parents = tuple[str, str]
+"""Folders of teacher and student."""
 
 
-def make_pair(folder: Path) -> FamilyArguments:
-    """Teacher and student with random weights, one tensor in memory at a time but for writing."""
+def make_pair(folder: Path) -> Parents:
+    """Write a teacher and a student with random weights."""
     student = config_for(initial_student(LAYER_MAP), {"teacher": TEACHER})
     for name, config, seed in (("teacher", TEACHER, 0), ("student", student, 1)):
         if (folder / name / "config.json").exists():
@@ -76,76 +77,61 @@ def make_pair(folder: Path) -> FamilyArguments:
         StudentConfig(LAYER_MAP).save(folder / name)
         config.architectures = ["Qwen3ForCausalLM"]
         config.save_pretrained(folder / name)
-    return FamilyArguments(str(folder / "teacher"), str(folder / "student"))
+    return str(folder / "teacher"), str(folder / "student")
 
 
-def splice(arguments: FamilyArguments, num_layers_to_patch: int, out: Path) -> None:
-    """Two names to a complete checkpoint, by copying bytes."""
-    family = Family.from_pretrained(arguments)
+def splice(parents: Parents, num_layers_to_patch: int, out: Path) -> None:
+    """Save a complete checkpoint by copying bytes."""
+    family = Family.from_pretrained(*parents)
     recipe = family.recipe(num_layers_to_patch)
-    dtype = family.dtype("auto")
-    layouts = {parent: layout_of(config, dtype) for parent, config in family.configs.items()}
-    found = references(arguments)
-    plan = plan_splice(recipe, family.configs, layouts, found, dtype, SHARD_BYTES)
+    references = family.parents.references
+    plan = plan_splice(
+        recipe, family.configs, family.layouts, references, family.dtype, MAX_SHARD_BYTES
+    )
     with new_folder(out) as folder:
         plan.write(folder)
-        generation_config_of(found[recipe.embedding]).save_pretrained(folder)
+        generation_config_of(references[recipe.embedding]).save_pretrained(folder)
         plan.config.save_pretrained(folder)
 
 
-def straightforward(arguments: FamilyArguments, num_layers_to_patch: int, out: Path) -> None:
-    """Load both, put the layers into a new model, `save_pretrained`."""
-    family = Family.from_pretrained(arguments)
+def straightforward(parents: Parents, num_layers_to_patch: int, out: Path) -> None:
+    """Load both models, put their layers into a new one, and call `save_pretrained`."""
+    family = Family.from_pretrained(*parents)
     recipe = family.recipe(num_layers_to_patch)
-    parents = {
-        "teacher": AutoModelForCausalLM.from_pretrained(
-            arguments.teacher_model_name_or_path, dtype=torch.bfloat16
-        ),
-        "student": AutoModelForCausalLM.from_pretrained(
-            arguments.student_model_name_or_path, dtype=torch.bfloat16
-        ),
+    models = {
+        parent: AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+        for parent, name in zip(("teacher", "student"), parents)
     }
     config = family.config(recipe)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.model.embed_tokens = parents[recipe.embedding].model.embed_tokens
+    model.model.embed_tokens = models[recipe.embedding].model.embed_tokens
     for position, (parent, layer_idx) in enumerate(recipe.layers):
-        layer = parents[parent].model.layers[layer_idx]
+        layer = models[parent].model.layers[layer_idx]
         model.model.layers[position].load_state_dict(layer.state_dict())
-    model.model.norm = parents[recipe.head].model.norm
-    model.lm_head = parents[recipe.head].lm_head
+    model.model.norm = models[recipe.head].model.norm
+    model.lm_head = models[recipe.head].lm_head
     model.save_pretrained(out)
 
 
-WAYS: dict[str, Callable[[FamilyArguments, int, Path], None]] = {
+WAYS: dict[str, Callable[[Parents, int, Path], None]] = {
     "splice": splice,
     "straightforward": straightforward,
 }
 
 
-def peak_bytes(process: int | str = "self") -> int:
-    """The most memory a process held so far, mapped library and weights files included.
-
-    Not `ru_maxrss`: that begins with what the starting process held.
-    """
-    for line in Path("/proc", str(process), "status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0  # the process has ended
-
-
 def child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> None:
-    """One save, its seconds and its peak memory as JSON."""
+    """Save once, and print the seconds and the peak memory as JSON."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    arguments = FamilyArguments(str(folder / "teacher"), str(folder / "student"))
+    parents = str(folder / "teacher"), str(folder / "student")
     # The architecture's code, and transformers' table of how tensors are named in all of them.
     tuple(layout_of(Qwen3Config(num_hidden_layers=1), torch.bfloat16).tensors)
     prepare(folder, out)
-    before = peak_bytes()
+    before = peak_resident_bytes()
     start = time.perf_counter()
-    WAYS[way](arguments, num_layers_to_patch, out)
+    WAYS[way](parents, num_layers_to_patch, out)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": peak_bytes(), "imports": before}))
+    print(json.dumps({"seconds": seconds, "peak": peak_resident_bytes(), "imports": before}))
 
 
 def run_child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> dict[str, float]:
@@ -156,7 +142,7 @@ def run_child(way: str, folder: Path, num_layers_to_patch: int, out: Path) -> di
 
 
 def cp(folder: Path, out: Path) -> float:
-    """Seconds that `cp` takes for as many bytes."""
+    """Seconds that `cp` takes for the same bytes."""
     prepare(folder, out)
     start = time.perf_counter()
     subprocess.run(["cp", "-r", folder / "reference", out], check=True)
@@ -164,8 +150,8 @@ def cp(folder: Path, out: Path) -> float:
 
 
 def prepare(folder: Path, out: Path) -> None:
-    """The same beginning for all: inputs in the page cache, and as much memory just freed as the
-    output takes. A system may clear its cache any time, and take memory away that lies idle.
+    """Start every way from the same state: inputs in the page cache, and as much memory just freed
+    as the output takes. A system may clear its cache, or take idle memory away, at any time.
     """
     for name in ("teacher", "student", "reference"):
         for path in (folder / name).glob("*.safetensors"):
@@ -179,13 +165,13 @@ def prepare(folder: Path, out: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove an output and let the disk finish what it was given."""
+    """Remove an output and wait until the disk has written what it was given."""
     shutil.rmtree(folder, ignore_errors=True)
     os.sync()
 
 
 def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
-    """Print one table row for a size."""
+    """Print the table row of one size."""
     out, reference = folder / "out", folder / "reference"
     splice_once = ("splice", folder, num_layers_to_patch)
     remove(reference)
@@ -193,14 +179,16 @@ def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
     num_bytes = sum(path.stat().st_size for path in reference.glob("*.safetensors"))
     rounds = []
     for i in range(repeats):
-        if i % 2:  # whoever comes first finds the disk busier or less busy: take turns
+        if i % 2:  # take turns, since the first may find the disk busier
             copied = cp(folder, out)
             spliced = run_child(*splice_once, out)
         else:
             spliced = run_child(*splice_once, out)
             copied = cp(folder, out)
         rounds.append((spliced, copied))
-    loaded = run_child("straightforward", folder, num_layers_to_patch, out)  # ten times as long
+    loaded = run_child(
+        "straightforward", folder, num_layers_to_patch, out
+    )  # ten times slower, so only once
     remove(out)
     remove(reference)
     splice_seconds = statistics.median(spliced["seconds"] for spliced, _ in rounds)
@@ -222,7 +210,7 @@ def measure(folder: Path, num_layers_to_patch: int, repeats: int) -> None:
 
 
 def measure_command(folder: Path, num_layers_to_patch: int) -> None:
-    """Print what the whole command line takes, imports included."""
+    """Print what the whole command takes, imports included."""
     out = folder / "out"
     remove(out)
     command = [sys.executable, "-m", "patching.patch", "--save_directory", str(out)]
@@ -233,7 +221,7 @@ def measure_command(folder: Path, num_layers_to_patch: int) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, peak_bytes(process.pid))
+        peak = max(peak, peak_resident_bytes(process.pid))
         time.sleep(0.01)
     seconds = time.perf_counter() - start
     assert process.returncode == 0
@@ -247,7 +235,7 @@ def measure_command(folder: Path, num_layers_to_patch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--folder", type=Path, help="for 12 GB of models (default: a temporary one)"
+        "--folder", type=Path, help="folder for 12 GB of models (default: a temporary one)"
     )
     parser.add_argument("--sizes", default="1,6,12", help="sizes k to measure")
     parser.add_argument("--repeats", type=int, default=5, help="rounds per size")
@@ -264,7 +252,7 @@ def main() -> None:
         make_pair(folder)
         sizes = [int(k) for k in arguments.sizes.split(",")]
         columns = "k | weights | splice | cp | straightforward | splice / cp | splice / straight"
-        columns += " | peak memory | of it behind imports | straightforward's"
+        columns += " | peak memory | of it after imports | straightforward's"
         print(f"| {columns} |")
         print("| ---: " * len(columns.split("|")) + "|", flush=True)
         for k in sizes:

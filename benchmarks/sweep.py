@@ -1,10 +1,10 @@
-"""A sweep over all sizes, ours against the stock harness.
+"""Time of a sweep over all sizes, relative to lm-eval with one model per size.
 
-Two families: the demo's (shipped teacher, its student by `make demo`), and a random pair of 24
-layers of hidden size 512 with a vocabulary of 4,096. Ours runs every distinct prefix of layers once
-per batch, and the context of a question once for its choices. It is compared with one stock harness
-after another in one process, task by task and in turn, and with one stock process per size on saved
-checkpoints, as whole commands.
+There are two families: the demo's (the shipped teacher and the student made by `make demo`), and a
+random pair with 24 layers of hidden size 512 and a vocabulary of 4,096. Our sweep runs every
+distinct prefix of layers once per batch, and the context of a question once for all its choices. It
+is compared with lm-eval's HFLM on one model after another, task by task in the same process, and
+with one `lm_eval` command per size on saved checkpoints.
 
     python -m benchmarks.sweep --student demo_output/student
 """
@@ -32,15 +32,16 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from evaluate.family import FamilyLM
-from evaluate.sweep import Harness, SeriesMember
+from evaluate.harness import Harness
 from evaluate.tasks import load_tasks
 from examples.stdlib.corpus import is_held_out, iter_modules
 from examples.stdlib.tasks import write_tasks
-from patching.arguments import FamilyArguments
 from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.family import Family
-from patching.recipe import initial_student
+from patching.recipe import Recipe, initial_student
+from patching.running.peak_memory import peak_bytes_during, resident_bytes
+from patching.running.prefix_tree import PrefixTree
 from patching.student_config import StudentConfig
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ CONTEXT_CHARACTERS, CHOICE_CHARACTERS = 720, 60
 
 
 def random_pair(folder: Path) -> tuple[Path, Path]:
-    """Teacher and student with the demo's tokenizer, kept layers 0,2,...,22,23 of 24."""
+    """Save a teacher and a student with the demo's tokenizer, kept layers 0,2,...,22,23 of 24."""
     config = Qwen3Config(
         vocab_size=4096,
         hidden_size=512,
@@ -75,7 +76,7 @@ def random_pair(folder: Path) -> tuple[Path, Path]:
 
 
 def write_random_pairs_tasks(folder: Path, num_documents: int) -> None:
-    """Pieces of modules as texts to score, and as contexts with four possible continuations."""
+    """Write tasks with pieces of modules: texts to score, and contexts with four continuations."""
     draw = random.Random(0)
     texts = [module.text for module in iter_modules() if len(module.text) > 4000]
     piece = CONTEXT_CHARACTERS + CHOICE_CHARACTERS
@@ -125,7 +126,7 @@ def seconds(run: Callable[..., None], *arguments: object) -> float:
 
 
 class LayerCalls:
-    """Counts the layers that compute, and the forward passes through whole models."""
+    """Counts the layers that run."""
 
     def __init__(self, models) -> None:
         self.layers = 0
@@ -140,35 +141,36 @@ class LayerCalls:
 def in_one_process(
     name: str, family: Family, include_path: Path, tasks: list[str], settings: argparse.Namespace
 ) -> None:
-    """Ours against one stock harness after another, parents loaded once for each."""
-    members = members_of(family)
-    parents = family.load(["teacher", "student"], torch.bfloat16, torch.device("cpu"))
+    """Compare with HFLM on one model after another. Parents are loaded once for both sides."""
+    recipes = recipes_of(family)
+    parents = family.parents.load(["teacher", "student"])
     options = {"tokenizer": family.tokenizer, "batch_size": settings.batch_size}
-    ours = family_lm(members, **parents, **options)
-    stock = [assemble(member.recipe, **parents) for member in members]
-    calls = LayerCalls(ours.tree.models.values()), LayerCalls(stock)
+    ours = FamilyLM(PrefixTree(recipes, **parents), **options)
+    models = [assemble(recipe, **parents) for recipe in recipes.values()]
+    calls = LayerCalls(ours.tree.models.values()), LayerCalls(models)
 
     def run_ours(task: str) -> None:
-        for member in members:
-            Harness().score(ours, member, loaded[task])
+        for member in recipes:
+            ours.activate(member)
+            Harness().score(ours, loaded[task])
         ours.forget()
 
-    def run_stock(task: str) -> None:
-        for member, model in zip(members, stock):
-            Harness().score(HFLM(pretrained=model, **options), member, loaded[task])
+    def run_theirs(task: str) -> None:
+        for model in models:
+            Harness().score(HFLM(pretrained=model, **options), loaded[task])
 
     loaded, _ = load_tasks(tasks, str(include_path))
-    depths = sum(member.recipe.depth for member in members)
+    depths = sum(recipe.depth for recipe in recipes.values())
     for task in tasks:
         times = []
         for count in calls:
             count.layers = 0
         for _ in range(settings.repeats):
-            times.append((seconds(run_ours, task), seconds(run_stock, task)))
+            times.append((seconds(run_ours, task), seconds(run_theirs, task)))
         ratio = statistics.median(theirs / own for own, theirs in times)
         own, theirs = (statistics.median(side) for side in zip(*times))
         print(
-            f"{name}, {family.order}, {task}: {own:.1f} s, one stock harness after another "
+            f"{name}, {family.order}, {task}: {own:.1f} s, HFLM on one model after another "
             f"{theirs:.1f} s, {ratio:.2f} x faster; layers per batch "
             f"{ours.tree.num_layer_forwards} instead of {depths}, in all "
             f"{calls[0].layers // settings.repeats:,} instead of "
@@ -177,36 +179,32 @@ def in_one_process(
         )
 
 
-def members_of(family: Family) -> list[SeriesMember]:
-    sizes = range(family.layer_map.max_layers_to_patch + 1)
-    return [SeriesMember("family", k, family.recipe(k)) for k in sizes]
+def open_family(teacher: Path, student: Path, order: str | None = None) -> Family:
+    return Family.from_pretrained(teacher, student, order, dtype=torch.bfloat16, device="cpu")
 
 
-def family_lm(members: list[SeriesMember], **options) -> FamilyLM:
-    return FamilyLM({member.name: member.recipe for member in members}, **options)
+def recipes_of(family: Family) -> dict[str, Recipe]:
+    return {f"family_k{k}": family.recipe(k) for k in range(len(family))}
 
 
 def one_process_a_size(
     name: str,
-    arguments: FamilyArguments,
+    parents: tuple[Path, Path],
     include_path: Path,
     tasks: list[str],
     folder: Path,
     settings: argparse.Namespace,
 ) -> None:
-    """Our command against the stock one for each size, its checkpoint saved beforehand."""
-    family = Family.from_pretrained(arguments)
-    parents = [
-        *("--teacher_model_name_or_path", arguments.teacher_model_name_or_path),
-        *("--student_model_name_or_path", arguments.student_model_name_or_path),
+    """Compare our command with one `lm_eval` command per size, on checkpoints saved beforehand."""
+    family = open_family(*parents)
+    flags = [
+        *("--teacher_model_name_or_path", parents[0], "--student_model_name_or_path", parents[1])
     ]
-    saved = [folder / name / member.name for member in members_of(family)]
+    saved = [folder / name / member for member in recipes_of(family)]
     for k, path in enumerate(saved):
         number = ["--num_layers_to_patch", k, "--dtype", "bfloat16"]
-        run("patching.patch", *parents, *number, "--save_directory", path, cwd=ROOT)
-    what = [
-        *("--tasks", ",".join(tasks), "--include_path", include_path.resolve()),
-    ]
+        run("patching.patch", *flags, *number, "--save_directory", path, cwd=ROOT)
+    what = ["--tasks", ",".join(tasks), "--include_path", include_path.resolve()]
     size = str(settings.batch_size)
     theirs = 0.0
     for path in saved:
@@ -216,19 +214,19 @@ def one_process_a_size(
             cwd=folder,  # where no folder hides Hugging Face's package `evaluate`
         )
     own = run(
-        *("evaluate.evaluate", *parents, *what, "--eval_batch_size", size),
+        *("evaluate.evaluate", *flags, *what, "--eval_batch_size", size),
         *("--device", "cpu", "--save_directory", folder / f"{name}_ours"),
         cwd=ROOT,
     )
     print(
-        f"{name}, {family.order}, whole commands: {own:.1f} s, {len(saved)} stock processes "
+        f"{name}, {family.order}, whole commands: {own:.1f} s, {len(saved)} lm_eval commands "
         f"{theirs:.1f} s, {theirs / own:.2f} x faster",
         flush=True,
     )
 
 
 def run(*command: object, cwd: Path) -> float:
-    """Run a module of Python; its wall time in seconds."""
+    """Run a Python module; return its wall time in seconds."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
@@ -242,13 +240,13 @@ def run(*command: object, cwd: Path) -> float:
     return time.perf_counter() - start
 
 
-def report_memory(arguments: FamilyArguments, include_path: Path, batch_size: int) -> None:
-    """What all members hold together beyond their two parents, and the most of a whole run."""
+def report_memory(teacher: Path, student: Path, include_path: Path, batch_size: int) -> None:
+    """Print what all members hold beyond their parents, and the peak of a whole run."""
     hush()
-    family = Family.from_pretrained(arguments)
+    family = open_family(teacher, student)
     tokenizer = family.tokenizer
-    before = status_bytes("VmRSS")
-    parents = family.load(["teacher", "student"], torch.bfloat16, torch.device("cpu"))
+    before = resident_bytes()
+    parents = family.parents.load(["teacher", "student"])
     weights = sum(
         parameter.untyped_storage().nbytes()
         for model in parents.values()
@@ -257,60 +255,55 @@ def report_memory(arguments: FamilyArguments, include_path: Path, batch_size: in
     for model in parents.values():  # weights files are mapped: read them now
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    loaded = status_bytes("VmRSS")
-    members = members_of(family)
-    lm = family_lm(members, **parents, tokenizer=tokenizer, batch_size=batch_size)
-    with_members = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
-    with contextlib.redirect_stderr(io.StringIO()):
+    loaded = resident_bytes()
+    recipes = recipes_of(family)
+    tree = PrefixTree(recipes, **parents)
+    lm = FamilyLM(tree, tokenizer=tokenizer, batch_size=batch_size)
+    with_members = resident_bytes()
+
+    def score_all() -> None:
         for task in load_tasks(["rolling", "choice"], str(include_path))[0].values():
-            for member in members:
-                Harness().score(lm, member, task)
-    peak = status_bytes("VmHWM")
+            for member in recipes:
+                lm.activate(member)
+                Harness().score(lm, task)
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        peak = peak_bytes_during(score_all)
     print(
         f"memory: teacher and student {weights / MIB:,.0f} MiB of weights "
-        f"({(loaded - before) / MIB:,.0f} resident); all {len(lm.tree.names)} members "
+        f"({(loaded - before) / MIB:,.0f} resident); all {len(recipes)} members "
         f"{(with_members - loaded) / MIB:+,.0f} MiB, {(with_members - loaded) / weights:.1%}; "
-        f"activations, requests and results at most {(peak - with_members) / MIB:,.0f} MiB",
+        f"activations, requests and results at most {peak / MIB:,.0f} MiB",
         flush=True,
     )
 
 
 def hush() -> None:
-    """No progress bars and advice between the figures."""
+    """Turn off progress bars and lm-eval's advice."""
     transformers.logging.disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def main(settings: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        teacher, student = random_pair(folder)
+        pair = random_pair(folder)
         write_random_pairs_tasks(folder / "tasks", settings.num_documents)
-        arguments = FamilyArguments(str(teacher), str(student))
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # where nothing was freed yet
-            fresh.apply(report_memory, (arguments, folder / "tasks", settings.batch_size))
+            fresh.apply(report_memory, (*pair, folder / "tasks", settings.batch_size))
+        tasks = ["rolling", "choice"]
         for order in ("last", "first"):
-            family = Family.from_pretrained(
-                FamilyArguments(str(teacher), str(student), order=order)
-            )
-            in_one_process("24 layers", family, folder / "tasks", ["rolling", "choice"], settings)
-        families = [("24 layers", arguments, folder / "tasks", ["rolling", "choice"])]
+            family = open_family(*pair, order)
+            in_one_process("24 layers", family, folder / "tasks", tasks, settings)
+        families = [("24 layers", pair, folder / "tasks", tasks)]
         if settings.student is not None:
             write_tasks(
                 (module for module in iter_modules() if is_held_out(module.name)),
                 folder / "demo_tasks",
             )
-            demo = FamilyArguments(str(TEACHER), str(settings.student.resolve()))
+            demo = (TEACHER, settings.student.resolve())
             tasks = ["stdlib_bits_per_byte", "stdlib_next_line"]
-            in_one_process(
-                "demo", Family.from_pretrained(demo), folder / "demo_tasks", tasks, settings
-            )
+            in_one_process("demo", open_family(*demo), folder / "demo_tasks", tasks, settings)
             families.append(("demo", demo, folder / "demo_tasks", tasks))
         for family in families:
             one_process_a_size(*family, folder, settings)
@@ -318,8 +311,12 @@ def main(settings: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", type=Path, help="the demo's, for its family too")
-    parser.add_argument("--num_documents", type=int, default=12, help="of the random pair's tasks")
+    parser.add_argument(
+        "--student", type=Path, help="the demo's student, to measure its family too"
+    )
+    parser.add_argument(
+        "--num_documents", type=int, default=12, help="documents in each task of the random pair"
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     hush()

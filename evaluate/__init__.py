@@ -1,74 +1,61 @@
 """Measure every size of a family with lm-evaluation-harness.
 
-Hugging Face has a package of this name too, and lm-eval's tasks import it. Both live here: what
-this folder does not define comes from the installed package, whose own `__init__` runs in this
-namespace the first time anything of it is asked for (it takes seconds to import)."""
+Hugging Face also has a package called `evaluate`, and lm-eval's tasks import it. Both share this
+name: what this folder does not define comes from the installed package. Importing that takes
+seconds, so its `__init__` runs in this namespace only when something first asks for one of its
+names or submodules.
+"""
 
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from pkgutil import extend_path
 from types import ModuleType
 
-_own_folder = __path__[0]
-_installed_folders = [path for path in extend_path(__path__, __name__) if path != _own_folder]
-_installed_has_run = False
 
-
-def _run_installed() -> None:
-    """Run the installed package's `__init__` here, once; nothing where it is not installed."""
-    global _installed_has_run
-    if _installed_has_run or not _installed_folders:
-        return
-    _installed_has_run = True
-    __path__.extend(_installed_folders)
-    init = Path(_installed_folders[0], "__init__.py")
+def _run_installed() -> bool:
+    """Run the installed package's `__init__` here. Return False if it has run before, or if the
+    package is not installed.
+    """
+    if len(__path__) > 1:
+        return False
+    try:
+        # Not a search of the path: that also finds other clones of this toolkit.
+        folder = Path(str(distribution(__name__).locate_file(__name__)))
+    except PackageNotFoundError:
+        return False
+    __path__.append(str(folder))
+    init = folder / "__init__.py"
     exec(compile(init.read_text(encoding="utf-8"), str(init), "exec"), globals())
+    return True
 
 
 def __getattr__(name: str):
-    if not _installed_has_run and (not name.startswith("__") or name == "__version__"):
-        _run_installed()
-        if name in globals():
-            return globals()[name]
+    is_asked_of_any_module = name.startswith("__") and name != "__version__"
+    if not is_asked_of_any_module and _run_installed() and name in globals():
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class _InstalledSubmodules(MetaPathFinder):
-    """`import evaluate.loading` as the first use: the installed `__init__` has to run before its
-    submodules.
-    """
+class _InstalledSubmodules(MetaPathFinder, Loader):
+    """Runs the installed `__init__` before the first import of an installed submodule."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        if _installed_has_run or fullname.rpartition(".")[0] != __name__:
+        if fullname.rpartition(".")[0] != __name__ or not _run_installed():
             return None
-        if PathFinder.find_spec(fullname, [_own_folder]) or not PathFinder.find_spec(
-            fullname, _installed_folders
-        ):
-            return None
-        _run_installed()
-        module = sys.modules.get(fullname)
-        if module is not None:
-            # The import system takes the spec of a module that is there already, and would run it
-            # again.
-            origin, locations = module.__spec__.origin, module.__spec__.submodule_search_locations
-            module.__spec__ = ModuleSpec(fullname, _Loaded(module), origin=origin)
-            module.__spec__.submodule_search_locations = locations
-        return getattr(module, "__spec__", None)
-
-
-class _Loaded(Loader):
-    """Gives a module that `_run_installed` has imported already."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self.module = module
+        if fullname not in sys.modules:
+            return PathFinder.find_spec(fullname, __path__)
+        # The installed `__init__` has imported it, and the import system would run it again.
+        spec = sys.modules[fullname].__spec__
+        spec.loader = self
+        return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self.module
+        return sys.modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
         pass
 
 
-sys.meta_path.insert(0, _InstalledSubmodules())
+sys.meta_path.append(_InstalledSubmodules())  # asked for what this folder does not have

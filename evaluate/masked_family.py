@@ -1,57 +1,55 @@
 """A family of masked language models as one lm-eval model, which scores whole texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from evaluate.devices import share_out
+from evaluate.family import SingleModel
 from evaluate.pseudo_perplexity import encode, score_members
-from patching.recipe import Recipe
 from patching.running.prefix_tree import PrefixTree
 
 REMEDY = "evaluate it on text, with --dataset or a task of type loglikelihood_rolling"
 
 
 class MaskedFamilyLM(LM):
-    """Answers rolling log-likelihoods, and only those, with pseudo-log-likelihoods: the sum of each
-    token's log-probability where that token alone is masked.
+    """The members of a tree as one lm-eval model. It answers rolling log-likelihoods only, and
+    answers them with pseudo-log-likelihoods: the sum over tokens of the log-probability of a token
+    when only that token is masked.
 
-    Those of all members are computed when the first of them is asked and kept until `forget`.
-    Under torchrun, pass an `accelerator`: the harness then shares out the requests among its ranks.
+    Those of all members are computed when the first of them is asked, and kept until `forget`.
+    Under torchrun, pass an `accelerator`: lm-eval then distributes the requests over its ranks.
     """
 
-    # Ranks hand their results over as those of the harness's own models do.
+    # Ranks exchange results in the same way as those of lm-eval's own models.
     all_gather, gather_object, barrier = HFLM.all_gather, HFLM.gather_object, HFLM.barrier
 
     def __init__(
         self,
-        recipes: Mapping[str, Recipe],
+        tree: PrefixTree | SingleModel,
         *,
-        teacher: PreTrainedModel | None = None,
-        student: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase,
         tokens_per_batch: int | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         super().__init__()
         share_out(self, accelerator)
-        self.tree = PrefixTree(recipes, teacher=teacher, student=student)
-        self.tokenizer, self.tokens_per_batch = tokenizer, tokens_per_batch
+        self.tree, self.tokenizer, self.tokens_per_batch = tree, tokenizer, tokens_per_batch
         self._scores: dict[str, dict[str, float]] = {}
-        self.activate(next(iter(recipes)))
-        self._device = self.model.device  # where the harness puts what ranks exchange
+        self.activate(tree.names[0])
+        self._device = self.model.device  # where lm-eval puts what ranks exchange
 
     def activate(self, name: str) -> None:
-        """Speak for one member from here on."""
+        """Answer for this member from now on."""
         self.name, self.model = name, self.tree.models[name]
 
     def forget(self) -> None:
-        """Drop what was computed so far."""
+        """Drop the pseudo-log-likelihoods computed so far."""
         self._scores.clear()
 
     def loglikelihood_rolling(
@@ -70,7 +68,7 @@ class MaskedFamilyLM(LM):
         return [self._scores[text][self.name] for text in strings]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
-        raise ValueError(f"a masked language model has no likelihood of an answer: {REMEDY}")
+        raise ValueError(f"a masked language model gives no likelihood of a continuation: {REMEDY}")
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
         raise ValueError(f"a masked language model does not generate: {REMEDY}")

@@ -1,4 +1,4 @@
-"""Score against parameters, one small panel a task, readable without colours."""
+"""Score against parameters, one small panel per task. It can be read without colors."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -6,7 +6,8 @@ from itertools import product
 import matplotlib
 from matplotlib.figure import Figure
 
-from evaluate.scores import FAMILY_SERIES, Result, Score, main_scores
+from evaluate.result import Result
+from evaluate.scores import FAMILY_SERIES, Score, main_scores
 
 matplotlib.use("Agg")
 
@@ -14,27 +15,14 @@ COLORS = ("#08306b", "#d95f02", "#3f8f3f", "#8856a7", "#555555")
 LINES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "^", "v", "D", "p")
 LONE_MARKERS = ("P", "X", "h", "d", "<", ">")
-"""Of models that are no family: points without a line."""
+"""Markers of compared models, which are points without a line."""
 
 PANEL_INCHES = (3.7, 3.0)
 NUM_COLUMNS = 3
 
 
-def series_name(result: Result) -> str:
-    """What the legend calls a result's series, the sweep before it where there are several."""
-    series = result["series"]
-    name = {
-        "family": "interpolated",
-        "naive": "naively pruned",
-        "block_influence": "pruned by block influence",
-        "random_student": "interpolated, random student",
-    }.get(series, series.removeprefix("compare_"))
-    sweep = result.get("sweep")
-    return f"{sweep}: {name}" if sweep else name
-
-
 def plot(results: Sequence[Result]) -> Figure:
-    """Main score of each task against parameters with embedding and head both counted."""
+    """The main score of each task against parameters, with embedding and head both counted."""
     tasks = list(dict.fromkeys(task for result in results for task in main_scores(result)))
     num_columns = max(1, min(NUM_COLUMNS, len(tasks)))
     num_rows = max(1, -(-len(tasks) // num_columns))
@@ -43,7 +31,7 @@ def plot(results: Sequence[Result]) -> Figure:
     panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
-    billions = max(result["parameters"]["both_counted"] for result in results) >= 1e9
+    billions = max(result.parameters.both_counted for result in results) >= 1e9
     unit = 1e9 if billions else 1e6
     styles = _styles(results)
     handles, ends = {}, {}
@@ -52,12 +40,12 @@ def plot(results: Sequence[Result]) -> Figure:
             members = [
                 result
                 for result in results
-                if series_name(result) == name and task in main_scores(result)
+                if result.series_label == name and task in main_scores(result)
             ]
             if not members:
                 continue
-            members.sort(key=lambda result: result["parameters"]["both_counted"])
-            x = [result["parameters"]["both_counted"] / unit for result in members]
+            members.sort(key=lambda result: result.parameters.both_counted)
+            x = [result.parameters.both_counted / unit for result in members]
             scores = [main_scores(result)[task] for result in members]
             errors = [score.stderr or 0.0 for score in scores]
             handles[name] = axes.errorbar(
@@ -69,7 +57,7 @@ def plot(results: Sequence[Result]) -> Figure:
                 label=name,
                 **style,
             )
-            if members[0]["series"] in FAMILY_SERIES:
+            if members[0].series in FAMILY_SERIES:
                 ends |= _mark_ends(axes, members, x, scores)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel(f"parameters ({'billions' if billions else 'millions'})", fontsize=8)
@@ -90,8 +78,8 @@ def plot(results: Sequence[Result]) -> Figure:
 
 
 def _styles(results: Sequence[Result]) -> dict[str, dict]:
-    """A look for each series: line, marker and filling differ, not the colour alone."""
-    names = {series_name(result): result["series"] for result in results}
+    """A style for each series. Line, marker and fill differ as well as color."""
+    names = {result.series_label: result.series for result in results}
     lines, points = [], []
     for name, series in names.items():
         (points if series.startswith("compare_") else lines).append(name)
@@ -111,12 +99,12 @@ def _styles(results: Sequence[Result]) -> dict[str, dict]:
 
 
 def _mark_ends(axes, members: Sequence[Result], x: Sequence[float], scores: Sequence[Score]):
-    """Student and teacher with markers of their own, by what the legend calls them."""
+    """Draw student and teacher with markers of their own. Return these by their legend labels."""
     handles = {}
-    ends = {"student": (0, "s", 8), "teacher": (members[0]["max_layers_to_patch"], "*", 13)}
+    ends = {"student": (0, "s", 8), "teacher": (members[0].max_layers_to_patch, "*", 13)}
     for name, (k, marker, size) in ends.items():
         for result, position, score in zip(members, x, scores):
-            if result["num_layers_to_patch"] == k:
+            if result.num_layers_to_patch == k:
                 (handles[name],) = axes.plot(
                     position,
                     score.value,

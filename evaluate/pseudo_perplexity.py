@@ -3,30 +3,29 @@
     PPPL = exp(-1/N sum over texts and their tokens of log P(token | its text, that token masked))
 
 Every token is masked once, in a copy of its text. Copies of all texts are sorted by length and run
-together, many in one forward pass, projected to the vocabulary at the masked positions alone. The
-members of a family share the layers that they begin with.
+in batches, and the head runs at the masked positions only. Members of a family share the layers
+that they have in common at the bottom.
 
-Shapes: R copies in a batch, T positions, D hidden size, V vocabulary.
+Shapes: R copies in a batch, T positions, V vocabulary.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from lm_eval.api.metrics import weighted_perplexity
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from evaluate.family import SingleModel
 from patching.architectures.lookup import max_positions
 from patching.architectures.models import predicts_masked_tokens
-from patching.recipe import whole_model
 from patching.running.prefix_tree import PrefixTree
 
 TOKENS_PER_BATCH = 2**14
 CPU_TOKENS_PER_BATCH = 2**10
-"""Fewer on a CPU: activations should stay in its caches."""
+"""Fewer on a CPU, so that activations stay in its caches."""
 METRIC = "pseudo_perplexity"
 
 
@@ -34,25 +33,28 @@ class MaskedText(NamedTuple):
     """A text as the model reads it."""
 
     input_ids: list[int]
-    """With the tokenizer's special tokens around it."""
+    """Its tokens, with the tokenizer's special tokens around them."""
     positions: list[int]
-    """Of the tokens that are masked one at a time: all but special ones; unknown words count."""
+    """Positions of the tokens that are masked one at a time: all except special tokens. Unknown
+    words count."""
     num_left_out: int
-    """Tokens cut off at its end, where the model has no more positions."""
+    """Tokens cut off at its end because the model has no more positions."""
 
 
 class TextScore(NamedTuple):
+    """The pseudo-log-likelihood of a text."""
+
     log_likelihood: float
-    """Sum over the text's tokens, in nats."""
+    """Sum over its tokens, in nats."""
     num_tokens: int
 
 
 class Copies(NamedTuple):
-    """Copies of texts with one token masked in each."""
+    """Copies of texts, each with one token masked."""
 
     input_ids_RT: Tensor
     attention_mask_RT: Tensor | None
-    """None where all are of one length."""
+    """None if all copies have the same length."""
     positions_R: Tensor
     targets_R: Tensor
     text_indices_R: Tensor
@@ -61,15 +63,15 @@ class Copies(NamedTuple):
 def encode(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> list[MaskedText]:
-    """Texts as tokens. One without any has no positions; one that is too long for the model is cut.
+    """Texts as tokens, cut to what the model can read. A text without tokens has no positions.
 
     Raises ValueError for a tokenizer without a mask token, and for a model that predicts the next
     token.
     """
     if not predicts_masked_tokens(config):
         raise ValueError(
-            f"model_type={config.model_type}: pseudo-perplexity is for masked language models; "
-            "this one predicts the next token and has a perplexity"
+            f"model_type={config.model_type}: pseudo-perplexity is for masked language models, "
+            "but this model predicts the next token and has a perplexity"
         )
     if tokenizer.mask_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no mask token")
@@ -88,8 +90,8 @@ def encode(
 def batches_of(
     texts: Sequence[MaskedText], mask_token_id: int, padding_id: int, tokens_per_batch: int
 ) -> Iterator[Copies]:
-    """All copies of all texts, the longest first, as many together as have `tokens_per_batch`
-    tokens with their padding.
+    """All copies of all texts, longest first, in batches of at most `tokens_per_batch` tokens
+    including padding, but at least one copy.
     """
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i].input_ids))
     copies = [(i, position) for i in order for position in texts[i].positions]
@@ -118,15 +120,15 @@ def batches_of(
 
 @torch.inference_mode()
 def score_members(
-    tree: PrefixTree,
+    tree: PrefixTree | SingleModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[MaskedText],
     tokens_per_batch: int | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[TextScore]]:
-    """Each member's pseudo-log-likelihood of each text; of one without tokens it is 0.
+    """Each member's pseudo-log-likelihood of each text, 0 for a text without tokens.
 
-    `tokens_per_batch` counts padding too; by default it depends on the device.
+    `tokens_per_batch` includes padding. By default it depends on the device.
     """
     device = tree.models[tree.names[0]].device
     if tokens_per_batch is None:
@@ -161,62 +163,15 @@ def score_members(
     }
 
 
-def score_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[MaskedText],
-    tokens_per_batch: int | None = None,
-    show_progress: bool = True,
-) -> list[TextScore]:
-    """The same for a single model."""
-    tree = PrefixTree({"model": whole_model(model.config.num_hidden_layers)}, teacher=model)
-    return score_members(tree, tokenizer, texts, tokens_per_batch, show_progress)["model"]
-
-
-def pseudo_perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    task: str = "text",
-    tokens_per_batch: int | None = None,
-    show_progress: bool = True,
-) -> dict[str, Any]:
-    """Pseudo-perplexity of texts with its standard error, laid out as lm-eval's results are.
-
-    Texts without a token, such as empty lines, do not count. Raises ValueError where none has one,
-    and as `encode` does.
-    """
-    encoded = [text for text in encode(texts, tokenizer, model.config) if text.positions]
-    if not encoded:
-        raise ValueError("there is no token in the texts")
-    scores = score_texts(model, tokenizer, encoded, tokens_per_batch, show_progress)
-    values = {
-        f"{METRIC},none": weighted_perplexity(scores),
-        f"{METRIC}_stderr,none": stderr_of_perplexity(scores),
-    }
-    return {
-        "results": {task: values},
-        "higher_is_better": {task: {METRIC: False}},
-        "n-samples": {
-            task: {
-                "texts": len(encoded),
-                "tokens": sum(score.num_tokens for score in scores),
-                "texts_cut": sum(text.num_left_out > 0 for text in encoded),
-                "tokens_left_out": sum(text.num_left_out for text in encoded),
-            }
-        },
-    }
-
-
 def stderr_of_perplexity(scores: Sequence[tuple[float, int]]) -> float | str:
-    """Standard error over texts of exp of the mean loss of a token; `N/A` for a single text.
+    """Standard error over texts of exp(mean loss per token), or `N/A` for a single text.
 
-    `scores` are (log-likelihood, tokens) of each text. The mean is a ratio of two sums over texts,
-    so its error is that of a ratio estimator (Cochran, Sampling Techniques, 3rd edition, 2.11),
-    carried through exp to first order.
+    `scores` are (log-likelihood, number of tokens) of each text. The mean is a ratio of two sums
+    over texts, so its error is that of a ratio estimator (Cochran, Sampling Techniques, 3rd
+    edition, 2.11), carried through exp to first order.
     """
     if len(scores) < 2:
-        return "N/A"  # as lm-eval says it
+        return "N/A"  # lm-eval's own way to say so
     num_tokens = sum(count for _, count in scores)
     loss = -sum(log_likelihood for log_likelihood, _ in scores) / num_tokens
     squares = sum((log_likelihood + loss * count) ** 2 for log_likelihood, count in scores)
@@ -225,7 +180,7 @@ def stderr_of_perplexity(scores: Sequence[tuple[float, int]]) -> float | str:
 
 
 def what_was_cut(texts: Sequence[MaskedText]) -> str | None:
-    """A line that says so where texts were too long; None where none was."""
+    """A line that says how much was cut from texts that were too long. None if none was."""
     cut = [text.num_left_out for text in texts if text.num_left_out]
     if not cut:
         return None

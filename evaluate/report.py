@@ -1,26 +1,28 @@
-"""Results of sweeps as one report: tables (Markdown, CSV, JSON) and a plot (PNG, SVG).
+"""Report on the results of one or several sweeps: tables (Markdown, CSV, JSON) and a plot (PNG,
+SVG).
 
-    python -m evaluate.report DIR... [--save_directory OUT]
+    python -m evaluate.report DIR... --save_directory OUT
 
-draws it from stored results; several sweeps stand side by side, named by their folders.
+reads the results in each DIR. Several sweeps are compared, each named after its folder.
 """
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.plot import plot, series_name
-from evaluate.scores import Dip, Result, Score, averages, dips, main_scores, scores_of
-from evaluate.stored import read_results
+from evaluate.result import Result, read_results
+from evaluate.scores import Dip, Score, averages, dips, main_scores, scores_of
 from patching.cli.command_line import CommandLineParser, user_errors
 from patching.cli.units import bytes_text, count_text
 from patching.files.outputs import check_writable, write_json, write_text
 
 DIP_MARKS = {True: " ▼", False: " ▽", None: " ▼"}
-"""Behind a score in the table, by whether the dip is significant; without a standard error, as
-lm-eval's own perplexities are, nothing excuses it."""
+"""Marks after a score in the table, by whether the dip is significant. A dip in a score without a
+standard error, such as lm-eval's perplexities, counts as significant."""
+SERIES_ORDER = ("family", "naive", "block_influence", "random_student")
 
 
 def write_report(
@@ -30,6 +32,8 @@ def write_report(
 
     `failures` are tasks that could not be evaluated, and why.
     """
+    from evaluate.plot import plot  # matplotlib, which `--help` does not need
+
     results = sorted(results, key=_position)
     report = markdown_report(results, failures or {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,39 +49,21 @@ def write_report(
 
 
 def _position(result: Result) -> tuple:
-    """By sweep and size, the family before what is set beside it."""
-    k = result["num_layers_to_patch"]
-    is_lone = k is None
-    order = ("family", "naive", "block_influence", "random_student")
-    series = result["series"]
-    rank = order.index(series) if series in order else len(order)
-    return (result.get("sweep") or "", is_lone, 0 if is_lone else k, rank, series)
-
-
-def name_of(result: Result) -> str:
-    """What a row is called: student, k = 1, ..., teacher, or another series at k."""
-    k = result["num_layers_to_patch"]
-    if k is None:
-        return series_name(result)
-    if result["series"] != "family":
-        return f"{series_name(result)}, k = {k}"
-    if k == result["max_layers_to_patch"]:
-        name = "teacher" if k else "student = teacher"
-    else:
-        name = f"k = {k}" if k else "student"
-    sweep = result.get("sweep")
-    return f"{sweep}: {name}" if sweep else name
+    """Sorts by sweep and size, the family first at each size, compared models last."""
+    k, series = result.num_layers_to_patch, result.series
+    rank = SERIES_ORDER.index(series) if series in SERIES_ORDER else len(SERIES_ORDER)
+    return (result.sweep or "", k is None, k or 0, rank, series)
 
 
 def markdown_report(results: Sequence[Result], failures: Mapping[str, str]) -> str:
-    """The whole report; `results` in the order of their rows."""
+    """The whole report, with `results` in the order of their rows."""
     parts = [
         "# Scores by size",
         "![Scores against parameters](summary.png)",
         markdown_table(results),
         _dip_list(dips(results)),
         "## Averages",
-        "Each task counts once; classification, perplexity and generation apart.",
+        "Each task counts once. Classification, perplexity and generation are averaged separately.",
         _averages_table(results),
         "## Sizes and costs",
         _costs_table(results),
@@ -97,8 +83,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-    """One row per model: layers, parameters both ways, and each task's main score with its standard
-    error, dips marked.
+    """One row per model: layers, parameters, stored parameters, and each task's main score with its
+    standard error. Dips are marked.
     """
     columns: dict[str, Score] = {}
     for result in results:
@@ -125,10 +111,10 @@ def _arrow(score: Score) -> str:
 
 def _size_cells(result: Result) -> list[str]:
     return [
-        name_of(result),
-        str(result["depth"]),
-        count_text(result["parameters"]["both_counted"]),
-        count_text(result["parameters"]["stored"]),
+        result.label,
+        str(result.depth),
+        count_text(result.parameters.both_counted),
+        count_text(result.parameters.stored),
     ]
 
 
@@ -146,8 +132,8 @@ def _averages_table(results: Sequence[Result]) -> str:
         header.append(f"{name} {_arrow(score)}" if score else name)
     rows = [
         [
-            name_of(result),
-            count_text(result["parameters"]["both_counted"]),
+            result.label,
+            count_text(result.parameters.both_counted),
             *(_score_text(scores[i]) for scores in columns.values()),
         ]
         for i, result in enumerate(results)
@@ -162,14 +148,14 @@ def _costs_table(results: Sequence[Result]) -> str:
     ]  # fmt: skip
     rows = []
     for result in results:
-        cost, similarity = result.get("cost"), result.get("similarity")
-        cells = [f"{similarity['to_teacher']:.4f}" if similarity else "-"]
+        cost, similarity = result.cost, result.similarity
+        cells = [f"{similarity.to_teacher:.4f}" if similarity else "-"]
         if cost:
-            memory = cost["weights_bytes"] + cost["peak_beyond_weights_bytes"]
+            memory = cost.weights_bytes + cost.peak_beyond_weights_bytes
             cells = [
-                bytes_text(cost["weights_bytes"]),
+                bytes_text(cost.weights_bytes),
                 *cells,
-                f"{cost['tokens_per_second']:,.0f}",
+                f"{cost.tokens_per_second:,.0f}",
                 bytes_text(memory),
             ]
         else:
@@ -179,25 +165,25 @@ def _costs_table(results: Sequence[Result]) -> str:
 
 
 def _how_measured(results: Sequence[Result]) -> str:
-    """What the columns of the costs mean."""
+    """What the columns of the table of costs mean."""
     sentences = [
-        "Parameters count embedding and head both; stored ones count a tied matrix once, as the "
-        "weights do."
+        "Parameters count embedding and head both. Stored parameters and weights count a tied "
+        "matrix once."
     ]
-    texts = {r["similarity"]["text"] for r in results if r.get("similarity")}
+    texts = {result.similarity.text for result in results if result.similarity}
     if texts:
         sentences.append(
-            "Similarity is the cosine between the last hidden states of a model and of its "
-            f"teacher, behind the final norm, mean over the tokens of {' and of '.join(texts)}."
+            "Similarity is the cosine between the last hidden states of a model and its teacher, "
+            f"after the final norm, averaged over the tokens of {' and of '.join(texts)}."
         )
-    shapes = {(r["cost"]["rows"], r["cost"]["tokens_per_row"]) for r in results if r.get("cost")}
+    shapes = {(r.cost.rows, r.cost.tokens_per_row) for r in results if r.cost}
     for num_rows, num_tokens in sorted(shapes):
-        devices = {r["environment"]["device"] for r in results if "environment" in r}
-        dtypes = {r["settings"]["dtype"] for r in results if "settings" in r}
+        devices = {result.environment["device"] for result in results if result.environment}
+        dtypes = {result.settings["dtype"] for result in results if result.settings}
         sentences.append(
-            f"Speed and memory are those of forward passes of {num_rows} rows of {num_tokens} "
-            f"tokens in {' and '.join(sorted(dtypes))} on {' and '.join(sorted(devices))}; memory "
-            "is weights and the most that is held beside them."
+            f"Speed and memory are measured on forward passes of {num_rows} rows of {num_tokens} "
+            f"tokens in {' and '.join(sorted(dtypes))} on {' and '.join(sorted(devices))}. Memory "
+            "is that of the weights plus the peak of all other tensors."
         )
     return " ".join(sentences)
 
@@ -207,14 +193,14 @@ def _dip_list(found: Sequence[Dip]) -> str:
         return "No size is worse than the next smaller one on any task."
     lines = [
         "Sizes that are worse than the next smaller one (▽ by less than the two scores' combined "
-        "standard error, ▼ by more, or where there is none):",
+        "standard error, ▼ by more, or with no standard error):",
         "",
     ]
     for dip in found:
         error = dip.combined_stderr
         lines.append(
-            f"- {name_of(dip.result)}, {dip.score.task}: {dip.score.value:.4f} after "
-            f"{dip.before.value:.4f} at {name_of(dip.smaller)} "
+            f"- {dip.result.label}, {dip.score.task}: {dip.score.value:.4f} after "
+            f"{dip.before.value:.4f} at {dip.smaller.label} "
             f"({dip.score.value - dip.before.value:+.4f}; combined standard error "
             f"{'not known' if error is None else f'{error:.4f}'})"
         )
@@ -235,13 +221,13 @@ def csv_table(results: Sequence[Result]) -> str:
         for score in scores_of(result):
             writer.writerow(
                 [
-                    result.get("sweep") or "",
-                    result["series"],
-                    name_of(result),
-                    result["num_layers_to_patch"],
-                    result["depth"],
-                    result["parameters"]["both_counted"],
-                    result["parameters"]["stored"],
+                    result.sweep or "",
+                    result.series,
+                    result.label,
+                    result.num_layers_to_patch,
+                    result.depth,
+                    result.parameters.both_counted,
+                    result.parameters.stored,
                     score.task,
                     score.metric,
                     score.value,
@@ -258,23 +244,26 @@ def json_summary(results: Sequence[Result], failures: Mapping[str, str]) -> dict
     for i, result in enumerate(results):
         models.append(
             {
-                "sweep": result.get("sweep"),
-                "model": name_of(result),
-                **{key: result.get(key) for key in (
-                    "series", "num_layers_to_patch", "depth", "parameters", "similarity", "cost",
-                )},
+                "sweep": result.sweep,
+                "model": result.label,
+                "series": result.series,
+                "num_layers_to_patch": result.num_layers_to_patch,
+                "depth": result.depth,
+                "parameters": vars(result.parameters),
+                "similarity": result.similarity and vars(result.similarity),
+                "cost": result.cost and vars(result.cost),
                 "scores": {task: vars(score) for task, score in main_scores(result).items()},
                 "averages": {
                     name: vars(scores[i]) for name, scores in columns.items() if scores[i]
                 },
             }
-        )  # fmt: skip
+        )
     return {
         "models": models,
         "dips": [
             {
-                "model": name_of(dip.result),
-                "num_layers_to_patch": dip.result["num_layers_to_patch"],
+                "model": dip.result.label,
+                "num_layers_to_patch": dip.result.num_layers_to_patch,
                 "task": dip.score.task,
                 "value": dip.score.value,
                 "at_next_smaller_size": dip.before.value,
@@ -288,7 +277,7 @@ def json_summary(results: Sequence[Result], failures: Mapping[str, str]) -> dict
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each path, with as many before it as tell them apart."""
+    """The last part of each path, with as many parts before it as it takes to tell them apart."""
     parts = [Path(name).parts for name in names]
     for length in range(1, max(map(len, parts), default=0) + 1):
         short = ["_".join(of_name[-length:]).strip("/") for of_name in parts]
@@ -298,7 +287,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def read_sweeps(folders: Sequence[Path]) -> Iterator[Result]:
-    """The stored models of some folders, each with its sweep's name where there are several.
+    """The results in some folders. If there are several, each result is given its sweep's name.
 
     Raises ValueError for a folder without results.
     """
@@ -313,7 +302,7 @@ def read_sweeps(folders: Sequence[Path]) -> Iterator[Result]:
                 "evaluate.evaluate"
             )
         for result in results.values():
-            yield result | {"sweep": name if len(folders) > 1 else None}
+            yield dataclasses.replace(result, sweep=name if len(folders) > 1 else None)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -327,13 +316,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(
             "--save_directory",
             type=Path,
-            help="folder for the report, by default the folder with the results",
+            help="folder for the report (by default the folder with the results)",
         )
         arguments = parser.parse_args(argv)
         folder = arguments.save_directory
         if folder is None:
             if len(arguments.directories) > 1:
-                raise ValueError("several sweeps: name a folder for the report, --save_directory")
+                raise ValueError(
+                    "several sweeps: name a folder for the report with --save_directory"
+                )
             (folder,) = arguments.directories
         check_writable(folder)
         results = list(read_sweeps(list(dict.fromkeys(arguments.directories))))

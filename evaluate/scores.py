@@ -1,16 +1,14 @@
-"""What stored results say: scores, averages by kind of task, dips from one size to the next."""
+"""Scores in results, their averages by kind of task, and dips from one size to the next."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-Result = Mapping[str, Any]
-"""A stored model, as `evaluate.sweep` writes it."""
+from evaluate.result import Result
 
 PREFERRED_METRICS = ("acc_norm", "exact_match", "acc", "bits_per_byte", "word_perplexity")
-"""A task's metric for tables and plots: the first of these it has, else its first."""
+"""The metric that tables and plots show: the first of these that a task has, else its first one."""
 
 KINDS = {
     "multiple_choice": "classification",
@@ -18,19 +16,20 @@ KINDS = {
     "loglikelihood_rolling": "perplexity",
     "generate_until": "generation",
 }
-"""lm-eval's output types; averaged apart, since classification hides failures of generation."""
+"""Kinds of tasks by lm-eval's output types. They are averaged separately because a good average in
+classification hides failures of generation."""
 
 PERPLEXITIES = ("perplexity", "bits_per_byte")
 OUT_OF_HUNDRED = ("bleu", "chrf", "ter")
-"""Metrics that cannot be averaged with shares of one."""
+"""Metrics from 0 to 100, which cannot be averaged with metrics from 0 to 1."""
 
 FAMILY_SERIES = ("family", "random_student")
-"""Series whose members should grow better with size."""
+"""Series whose members should improve with size."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task; `stderr` is None where lm-eval gives none."""
+    """One metric of one task. `stderr` is None if lm-eval gives none."""
 
     task: str
     metric: str
@@ -40,18 +39,19 @@ class Score:
 
 
 def scores_of(result: Result) -> list[Score]:
-    """All scores in a stored result, tasks and metrics in lm-eval's order.
+    """All scores of a result, with tasks and metrics in lm-eval's order.
 
-    Metrics are named as lm-eval does, with the filter behind where it is not `none`:
-    `exact_match,strict-match`."""
+    Metrics have lm-eval's names, followed by their filter if there is one:
+    `exact_match,strict-match`.
+    """
     scores = []
-    for task, values in result["results"].items():
+    for task, values in result.results.items():
         for key, value in values.items():
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{filter_name}")
-            higher = result.get("higher_is_better", {}).get(task, {}).get(metric, True)
+            higher = result.higher_is_better.get(task, {}).get(metric, True)
             scores.append(
                 Score(
                     task,
@@ -65,7 +65,9 @@ def scores_of(result: Result) -> list[Score]:
 
 
 def main_scores(result: Result) -> dict[str, Score]:
-    """The score of each task that tables and plots show; of a group with a score, its own alone."""
+    """The score of each task that tables and plots show. A group with a score of its own replaces
+    its tasks.
+    """
     by_task: dict[str, list[Score]] = {}
     for score in scores_of(result):
         by_task.setdefault(score.task, []).append(score)
@@ -83,27 +85,26 @@ def main_scores(result: Result) -> dict[str, Score]:
 
 
 def subtasks_of(result: Result, group: str) -> Iterator[str]:
-    """All tasks and groups below a group; none below a task."""
-    for name in result.get("group_subtasks", {}).get(group, []):
+    """All tasks and groups inside a group. A task has none."""
+    for name in result.group_subtasks.get(group, []):
         if name != group:
             yield name
             yield from subtasks_of(result, name)
 
 
 def kind_of(result: Result, score: Score) -> str:
-    """Classification, perplexity or generation, by the task's output type and metric."""
+    """`classification`, `perplexity` or `generation`, from the task's output type and metric."""
     if any(name in score.metric for name in PERPLEXITIES):
         return "perplexity"
-    configs = result.get("configs", {})
     for name in (score.task, *subtasks_of(result, score.task)):
-        if output_type := configs.get(name, {}).get("output_type"):
+        if output_type := result.configs.get(name, {}).get("output_type"):
             return KINDS[output_type]
     return "classification"
 
 
 def average_name(result: Result, score: Score) -> str:
-    """The average a score goes into: its kind, and its metric where only the same can be
-    averaged.
+    """The average that a score belongs to: its kind, with its metric if that cannot be averaged
+    with others.
     """
     kind = kind_of(result, score)
     metric = score.metric.partition(",")[0]
@@ -113,10 +114,10 @@ def average_name(result: Result, score: Score) -> str:
 
 
 def averages(results: Sequence[Result]) -> dict[str, list[Score | None]]:
-    """Name of an average to its value for each result, None for one that lacks a task of it.
+    """By name, an average's value for each result, None for a result that lacks one of its tasks.
 
-    Every task counts once. The standard error takes tasks as independent, and is None where one of
-    them has none.
+    Every task counts once. The standard error assumes that tasks are independent. It is None if
+    one of them has none.
     """
     tasks: dict[str, list[str]] = {}
     for result in results:
@@ -142,7 +143,7 @@ def _average(name: str, scores: Sequence[Score | None]) -> Score | None:
 
 @dataclass(frozen=True)
 class Dip:
-    """A score that is worse than the next smaller size's."""
+    """A score that is worse than that of the next smaller size."""
 
     smaller: Result
     result: Result
@@ -157,7 +158,7 @@ class Dip:
 
     @property
     def is_significant(self) -> bool | None:
-        """Whether it is deeper than the two scores' combined standard error; None where that is not
+        """Whether it is larger than the two scores' combined standard error. None if that is not
         known.
         """
         if self.combined_stderr is None:
@@ -166,14 +167,14 @@ class Dip:
 
 
 def dips(results: Iterable[Result]) -> list[Dip]:
-    """Where a family grows worse with size, on a task's main score."""
-    by_family: dict[tuple[Any, str], list[Result]] = {}
+    """Where a family's score on a task gets worse with size."""
+    by_series: dict[tuple[str | None, str], list[Result]] = {}
     for result in results:
-        if result["series"] in FAMILY_SERIES:
-            by_family.setdefault((result.get("sweep"), result["series"]), []).append(result)
+        if result.series in FAMILY_SERIES:
+            by_series.setdefault((result.sweep, result.series), []).append(result)
     found = []
-    for members in by_family.values():
-        members.sort(key=lambda result: result["num_layers_to_patch"])
+    for members in by_series.values():
+        members.sort(key=lambda result: result.num_layers_to_patch)
         for smaller, result in pairwise(members):
             before = main_scores(smaller)
             for task, score in main_scores(result).items():

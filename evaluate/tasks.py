@@ -1,53 +1,45 @@
-"""Which lm-eval tasks are run, loaded before any weights so that a missing one is noticed."""
+"""lm-eval tasks by name. They load before any weights, so that a missing task is noticed early."""
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from lm_eval.api.group import Group
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 from torch.utils._pytree import tree_leaves
+
+from patching.files.texts import num_found_in
+from patching.running.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
-PAPER_SUITE = (
-    "arc_easy",
-    "arc_challenge",
-    "boolq",
-    "hellaswag",
-    "openbookqa",
-    "piqa",
-    "winogrande",
-    "race",
-    "mmlu",
-    "rte",
-    "wikitext",
-    "gsm8k_cot",
-    "ifeval",
-    "hendrycks_math",
-)
-"""The suite of arXiv 2510.05064: classification, perplexity and generation."""
+Tasks = Mapping[str, TaskDict]
+"""By requested name the tasks and groups it names, as lm-eval loads them."""
+
+NUM_DOCUMENTS = 32
+"""Documents of a task that members are compared on if there is no calibration text."""
+TEXT_TOKENS = 256
 
 
 class LoadedTasks(NamedTuple):
-    by_name: dict[str, list[Task | Group]]
-    """Requested name to one task or group, or to the tasks of a tag."""
+    by_name: dict[str, TaskDict]
     failures: dict[str, str]
-    """Names whose data cannot be had here, and why."""
+    """Names whose data cannot be loaded, and why."""
 
 
 def load_tasks(
     names: Sequence[str], include_path: str | None = None, trust_remote_code: bool = False
 ) -> LoadedTasks:
-    """The named tasks and groups with their data; those without data do not stop the others.
+    """The named tasks, groups and tags with their data. Those without data do not stop the others.
 
-    `include_path` is a folder of task files, which come before lm-eval's own. A metric that Hugging
-    Face's `evaluate` would download is code, so it runs only with `trust_remote_code`; a metric in
-    a local folder runs.
+    `include_path` is a folder of task files, which take precedence over lm-eval's own. A metric
+    that Hugging Face's `evaluate` would download is code, so it runs only with `trust_remote_code`.
+    A metric in a local folder always runs.
 
     Raises ValueError for an unknown task, and for a metric that cannot be loaded, which lm-eval
     would leave out of the results.
@@ -58,29 +50,23 @@ def load_tasks(
         raise ValueError(f"include_path={include_path}: there is no such folder")
     if not trust_remote_code:
         refuse_metric_downloads()
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns of each setting left at its default
-    logging.getLogger("lm_eval.api.registry").setLevel(logging.CRITICAL)  # said below, in one line
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it applies
+    logging.getLogger("lm_eval.api.registry").setLevel(logging.CRITICAL)  # reported below
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if any(name not in manager.task_index for name in names):
-        manager = TaskManager(include_path=include_path)  # scans all of lm-eval's own: seconds
+        manager = TaskManager(include_path=include_path)  # indexing lm-eval's own takes seconds
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
         close = difflib.get_close_matches(unknown[0], manager.task_index, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
         raise ValueError(f"tasks={','.join(unknown)}: lm-eval has no such task, {hint}")
-    loaded: dict[str, list[Task | Group]] = {}
-    failures: dict[str, str] = {}
+    loaded, failures = {}, {}
     for name in names:
         try:
-            found = manager.load([name])
+            loaded[name] = manager.load([name])
         except Exception as error:  # tasks are code, data sets and a network: anything may happen
             failures[name] = reason(error)
-            continue
-        group = found["groups"].get(name)
-        loaded[name] = [*found["tasks"].values()] if group is None else [group]
-    for task in leaves([task for tasks in loaded.values() for task in tasks]):
+    for task in all_tasks(loaded):
         if task.config.process_results is not None:
             continue  # such a task computes its metrics itself
         for metric, function in task._metric_fn_list.items():
@@ -88,29 +74,56 @@ def load_tasks(
                 raise ValueError(
                     f"task {task.task_name}: its metric {metric} cannot be loaded. A metric of "
                     "Hugging Face's evaluate is downloaded code: give --trust_remote_code to run "
-                    "it, "
-                    "or the path of a local metric folder in the task file"
+                    "it, or the path of a local metric folder in the task file"
                 )
     return LoadedTasks(loaded, failures)
 
 
 def reason(error: Exception) -> str:
-    """An error as one line."""
+    """An error in one line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def leaves(tasks: Sequence[Task | Group]) -> list[Task]:
-    return [
-        leaf
-        for task in tasks
-        for leaf in (task.get_all_tasks() if isinstance(task, Group) else [task])
-    ]
+def all_tasks(loaded: Tasks) -> Iterable[Task]:
+    return [task for of_name in loaded.values() for task in of_name["tasks"].values()]
+
+
+def text_of_tasks(loaded: Tasks) -> Calibration | None:
+    """The text of the first documents of the first task whose documents can be read."""
+    for name, of_name in loaded.items():
+        task = next(iter(of_name["tasks"].values()))
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        try:
+            task.build_all_requests(limit=NUM_DOCUMENTS, rank=0, world_size=1)
+        except Exception:
+            logger.warning("%s: its documents cannot be read, trying the next task", name)
+            continue
+        texts = {}
+        for request in task.instances:
+            context, *rest = request.args
+            # Tasks without contexts have their text in the continuations.
+            texts.setdefault(request.doc_id, context if context.strip() else str(rest[0]))
+        return Calibration(
+            f"the first {len(texts)} documents of {task.task_name}", [*texts.values()], TEXT_TOKENS
+        )
+    return None
+
+
+def num_shared_texts(
+    calibration: Calibration, loaded: Tasks, limit: float | None
+) -> dict[str, int]:
+    """How many of the calibration texts are also evaluated on, by the task that has them."""
+    shared = {
+        task.task_name: num_found_in(calibration.texts, texts_of(task, limit))
+        for task in all_tasks(loaded)
+    }
+    return {name: count for name, count in shared.items() if count}
 
 
 def texts_of(task: Task, limit: float | None) -> Iterator[str]:
-    """Whatever is text in the documents a task is evaluated on; nothing where they cannot be read,
-    which is said when the task is run.
+    """Every string in the documents a task is evaluated on. Nothing if they cannot be read, which
+    running the task will report.
     """
     num_documents = int(limit) if limit is not None and limit >= 1 else None
     try:
@@ -121,7 +134,7 @@ def texts_of(task: Task, limit: float | None) -> Iterator[str]:
 
 
 def refuse_metric_downloads() -> None:
-    """From here on Hugging Face's `evaluate` loads metrics from local folders only."""
+    """Make Hugging Face's `evaluate` load metrics from local folders only, from now on."""
     from evaluate import loading
 
     if getattr(loading.evaluation_module_factory, "only_local", False):

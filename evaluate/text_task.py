@@ -1,10 +1,7 @@
-"""Text as an lm-eval task: a causal model's perplexity on it, a masked one's pseudo-perplexity."""
+"""Text as an lm-eval task: perplexity of a causal model, pseudo-perplexity of a masked one."""
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -17,42 +14,24 @@ from patching.architectures.models import predicts_masked_tokens
 from patching.files.texts import load_documents
 
 
-@dataclass
-class TextArguments:
-    """Flags that name text to evaluate on."""
+def read_texts(
+    dataset: str,
+    limit: float | None,
+    *,
+    dataset_config: str | None = None,
+    dataset_split: str = "test",
+    text_column: str = "text",
+) -> list[str]:
+    """The documents of a text file, a folder of them or a hub dataset, without empty ones.
 
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "text to measure the (pseudo-)perplexity of: a .txt, .jsonl or .parquet file, "
-            "a folder of them, or a hub dataset. In .txt files blank lines separate documents"
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration of a hub dataset"}
-    )
-    dataset_split: str = field(default="test", metadata={"help": "split of a hub dataset"})
-    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-
-    @property
-    def text_name(self) -> str | None:
-        """What the text is called in results."""
-        if self.dataset is None:
-            return None
-        return "_".join(filter(None, (Path(self.dataset).stem, self.dataset_config)))
-
-
-def read_texts(arguments: TextArguments, limit: float | None) -> list[str]:
-    """The documents that the flags name, empty ones left out; no more than a limit asks for, unless
-    it is a share of them (below 1), which lm-eval takes.
-
-    Raises ValueError or OSError where there are none.
+    A `limit` of 1 or more is their number. One below 1 is a share, which lm-eval takes itself.
+    Raises ValueError or OSError if there are none.
     """
     documents = load_documents(
-        arguments.dataset,
-        text_column=arguments.text_column,
-        dataset_config=arguments.dataset_config,
-        dataset_split=arguments.dataset_split,
+        dataset,
+        text_column=text_column,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
     )
     texts: list[str] = []
     for document in documents:
@@ -61,7 +40,7 @@ def read_texts(arguments: TextArguments, limit: float | None) -> list[str]:
         if limit is not None and limit >= 1 and len(texts) == int(limit):
             break
     if not texts:
-        raise ValueError(f"dataset={arguments.dataset}: there is no text in it")
+        raise ValueError(f"dataset={dataset}: there is no text in it")
     return texts
 
 
@@ -70,26 +49,27 @@ def task_of_texts(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
-) -> ConfigurableTask:
-    """Perplexity of a causal model, pseudo-perplexity of a masked one; says where texts are cut."""
+) -> tuple[ConfigurableTask, str | None]:
+    """A task that measures the perplexity of a causal model or the pseudo-perplexity of a masked
+    one, and a line for the user if texts had to be cut.
+    """
     if not predicts_masked_tokens(config):
-        ids = tokenizer(list(texts), verbose=False)["input_ids"]  # as the harness does
-        return text_task(name, texts, map(len, ids), "perplexity")
+        ids = tokenizer(list(texts), verbose=False)["input_ids"]  # as lm-eval does
+        return text_task(name, texts, map(len, ids), "perplexity"), None
     encoded = encode(texts, tokenizer, config)
-    is_first_rank = os.environ.get("RANK", "0") == "0"
-    if is_first_rank and (line := what_was_cut(encoded)):
-        print(f"{name}: {line}")
-    return text_task(name, texts, (len(text.positions) for text in encoded), METRIC)
+    task = text_task(name, texts, (len(text.positions) for text in encoded), METRIC)
+    line = what_was_cut(encoded)
+    return task, line and f"{name}: {line}"
 
 
 def text_task(
     name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str
 ) -> ConfigurableTask:
-    """A task that asks for each text's log-likelihood, with exp of the mean loss of a token as its
-    metric, and its standard error over texts.
+    """A task that asks for each text's log-likelihood. Its metrics are exp(mean loss per token) and
+    the standard error of that over texts.
 
-    `num_tokens` says over how many tokens a text's log-likelihood is a sum; texts of none are left
-    out. Raises ValueError where there is no token in any.
+    `num_tokens` is the number of tokens in each text's log-likelihood. Texts without tokens are
+    left out. Raises ValueError if no text has any.
     """
     documents = [
         {"text": text, "num_tokens": count} for text, count in zip(texts, num_tokens) if count
@@ -100,10 +80,10 @@ def text_task(
     aggregations = {metric: weighted_perplexity, f"{metric}_stderr": stderr_of_perplexity}
 
     def process_results(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Any]:
-        # The harness has no error of its own for such a mean, and this key stands where it would.
+        # lm-eval has no standard error for this mean, so the task adds it under lm-eval's own key.
         return dict.fromkeys(aggregations, (results[0], doc["num_tokens"]))
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it has advice for task files
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no advice on task files
     return ConfigurableTask(
         config={
             "task": name,

@@ -1,3 +1,1 @@
-"""Recipes of layers and the models made from them: initial students, pruned baselines, every size
-in between.
-"""
+"""Layer maps, recipes and checkpoints: everything between a student and its teacher."""

@@ -1,5 +1,5 @@
-"""Flags that name a family and calibration text, and what they become: the one place where the
-command lines of `patching` and `evaluate` turn flags into objects.
+"""Flags that name a family and calibration text. This is the one place where the command lines of
+`patching` and `evaluate` turn flags into objects.
 
 Declaring flags must stay fast, so nothing here imports torch or transformers until it is used.
 """
@@ -21,37 +21,39 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass
 class CalibrationArguments:
-    """Flags that name the text layers and models are compared on."""
+    """Flags that name the text on which layers and models are compared."""
 
     calibration: str | None = field(
         default=None,
         metadata={
-            "help": "text to compare layers and models on: a .txt, .jsonl or .parquet file, a "
-            "folder of them, or a hub dataset"
+            "help": "text on which to compare layers and models: a .txt, .jsonl or .parquet file, "
+            "a folder of them, or a hub dataset"
         },
     )
     calibration_config: str | None = field(
-        default=None, metadata={"help": "configuration of a hub dataset of calibration text"}
+        default=None, metadata={"help": "configuration, if the calibration text is a hub dataset"}
     )
     calibration_split: str = field(
-        default="train", metadata={"help": "split of a hub dataset of calibration text"}
+        default="train", metadata={"help": "split, if the calibration text is a hub dataset"}
     )
     calibration_column: str = field(
-        default="text", metadata={"help": "column that holds the calibration text"}
+        default="text", metadata={"help": "column of the calibration text"}
     )
     calibration_texts: int = field(
-        default=64, metadata={"help": "documents of the calibration text, its first ones"}
+        default=64,
+        metadata={"help": "how many documents of the calibration text to use, from its start"},
     )
     calibration_skip: int = field(
-        default=0, metadata={"help": "documents passed over before those, for another sample"}
+        default=0, metadata={"help": "how many documents to skip before those, for another sample"}
     )
     calibration_length: int = field(
-        default=256, metadata={"help": "tokens of each calibration document, its first ones"}
+        default=256,
+        metadata={"help": "how many tokens of each calibration document to use, from its start"},
     )
 
     def check_calibration(self, needed_since: str | None = None) -> list[str]:
-        """What is wrong with these flags; that no text is named too, where there is a reason to
-        need some.
+        """Problems with these flags, one line each. `needed_since` says why text is needed; if it
+        is given, naming none is a problem too.
         """
         problems = [
             f"{name}={value}: choose {least} or more"
@@ -83,22 +85,22 @@ class CalibrationArguments:
 
 @dataclass
 class FamilyArguments:
-    """Flags that name a family: shared by every command line that builds intermediate models."""
+    """Flags that name a family, for every command line that builds intermediate models."""
 
     teacher_model_name_or_path: str = field(
         metadata={"help": "the teacher: a folder or a hub repository"}
     )
     student_model_name_or_path: str = field(
         metadata={
-            "help": "the student: a folder or a hub repository, with its student_config.json, or "
-            "one of the public students whose layers are known"
+            "help": "the student: a folder or a hub repository with a student_config.json, or one "
+            "of the public students whose layers are known"
         }
     )
     kept_layers: str | None = field(
         default=None,
         metadata={
-            "help": "teacher layers that the student was made from, such as 0,2,4,7,9,11, for a "
-            "student that does not say so itself"
+            "help": "teacher layers that the student was initialized from, such as 0,2,4,7,9,11, "
+            "for a student without a student_config.json"
         },
     )
     revision: str | None = field(
@@ -108,27 +110,23 @@ class FamilyArguments:
         default=None, metadata={"help": "the student's branch, tag or commit"}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "run modelling code that comes with a model"}
+        default=False, metadata={"help": "run modeling code that comes with a model"}
     )
     order: str | None = field(
         default=None,
         metadata={
-            "help": "which layers are patched as k grows: last, first, klpatch or block_influence "
-            "(searched on --calibration), or a JSON file with a list of student layers, such as "
-            "the order.json of patching.orders "
-            "(by default what student_config.json records, else `first` for a llama and `last` "
-            "for any other "
-            "model_type)"
+            "help": "which layers are patched first as k grows: last, first, klpatch or "
+            "block_influence (searched on --calibration), or a JSON file with a list of student "
+            "layers, such as the order.json of patching.orders (by default the order in "
+            "student_config.json, else `first` for a llama and `last` for any other model_type)"
         },
     )
-    patch_first_k_layers: bool = field(
-        default=False, metadata={"help": "the same as --order first"}
-    )
+    patch_first_k_layers: bool = field(default=False, metadata={"help": "same as --order first"})
     override_llama_patching: bool = field(
         default=False,
         metadata={
-            "help": "obey --patch_first_k_layers even where it is absent, so that a llama is "
-            "patched last first"
+            "help": "obey --patch_first_k_layers even if it is not given, so that a llama is "
+            "patched from the last layer"
         },
     )
 
@@ -179,13 +177,13 @@ class FamilyArguments:
 
 @dataclass
 class MeasuringArguments(FamilyArguments):
-    """And how their weights are run, for command lines that measure them."""
+    """Flags that also say how the weights run, for command lines that measure models."""
 
     dtype: str = field(
         default="auto",
-        metadata={"help": "dtype of the weights, auto: the teacher's", "choices": DTYPES},
+        metadata={"help": "dtype of the weights; auto is the teacher's", "choices": DTYPES},
     )
     device: str | None = field(
         default=None,
-        metadata={"help": "cuda, cuda:1, mps or cpu; by default a GPU where there is one"},
+        metadata={"help": "cuda, cuda:1, mps or cpu; by default a GPU if there is one"},
     )

@@ -1,4 +1,4 @@
-"""Small random models and texts for every test; nothing here touches a network."""
+"""Small random models and texts for all tests. No test uses a network."""
 
 import copy
 import json
@@ -6,6 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+# Before torch is imported: workers of pytest-xdist share the cores, one thread each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -49,7 +53,7 @@ GROUPED = {"num_key_value_heads": 2}
 
 
 def tiny_config(kind: str, num_layers: int) -> PreTrainedConfig:
-    """A config by model_type, `-tied` or `-untied` behind it where that is the point."""
+    """A config by model_type, with `-tied` or `-untied` appended where that matters."""
     model_type, _, tying = kind.partition("-")
     tied = {"tie_word_embeddings": tying == "tied"}
     match model_type:
@@ -62,8 +66,7 @@ def tiny_config(kind: str, num_layers: int) -> PreTrainedConfig:
         case "qwen2":
             return Qwen2Config(num_hidden_layers=num_layers, **SHAPE, **GROUPED, **tied)
         case "qwen2mixed":
-            # Sliding attention from the second layer on, so that a layer's kind must follow the
-            # layer.
+            # Mixed kinds of attention, so that the kind must follow its layer.
             return Qwen2Config(
                 num_hidden_layers=num_layers,
                 use_sliding_window=True,
@@ -87,7 +90,7 @@ def tiny_config(kind: str, num_layers: int) -> PreTrainedConfig:
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Random weights with a spread wide enough that every layer changes the output."""
+    """A model with random weights, large enough that every layer changes the output."""
     torch.manual_seed(seed)
     model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -97,7 +100,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def trained_student(teacher: PreTrainedModel, layer_map: LayerMap) -> PreTrainedModel:
-    """A student whose every tensor differs from the teacher's, as after distillation."""
+    """A student with every tensor different from the teacher's, as after distillation."""
     student = copy.deepcopy(assemble(initial_student(layer_map), teacher=teacher))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -107,7 +110,7 @@ def trained_student(teacher: PreTrainedModel, layer_map: LayerMap) -> PreTrained
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, end of text last; end of text is the padding token too."""
+    """A tokenizer with one token per byte, and end of text, which is also the padding token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(alphabet)} | {"<eos>": VOCAB_SIZE - 1}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -119,7 +122,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def save_pair(
     folder: Path, kind: str = "qwen3-tied", kept=(0, 2, 4, 5), num_layers: int = 6
 ) -> tuple[Path, Path]:
-    """A teacher and a student on disk, as a user has them."""
+    """Save a teacher and a student to disk, as a user has them."""
     layer_map = LayerMap(kept, num_layers)
     teacher = tiny_model(tiny_config(kind, num_layers))
     student = trained_student(teacher, layer_map)
@@ -132,7 +135,7 @@ def save_pair(
 
 @pytest.fixture(scope="session")
 def pair_folders(tmp_path_factory) -> tuple[Path, Path]:
-    """Teacher and student folders of a tied qwen3 pair, kept 0,2,4,5 of 6."""
+    """Folders of a tied qwen3 teacher of 6 layers and its student, kept 0,2,4,5."""
     return save_pair(tmp_path_factory.mktemp("pair"))
 
 
@@ -153,7 +156,7 @@ def text_file(tmp_path_factory) -> Path:
 def run_module(
     *arguments: str | Path, timeout: int = 300, **environment: str
 ) -> subprocess.CompletedProcess:
-    """`python -m ...` in the repository, as a user runs it."""
+    """Run `python -m ...` in the repository, as a user does."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=ROOT,

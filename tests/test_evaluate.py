@@ -1,19 +1,22 @@
-"""`evaluate.evaluate` as a user runs it: sizes, baselines, local tasks, Hugging Face's package of
-the same name.
+"""`evaluate.evaluate` as a user runs it: sizes, baselines, local tasks, and tasks that import
+Hugging Face's `evaluate`.
 """
 
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, byte_tokenizer, run_module
+from conftest import ROOT, VOCAB_SIZE, byte_tokenizer, run_module
 from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
 from transformers import AutoModelForCausalLM
 
-from evaluate.evaluate import EvaluationArguments, main
-from evaluate.stored import read_results
-from evaluate.tasks import PAPER_SUITE, load_tasks
+from evaluate.arguments import PAPER_SUITE, EvaluationArguments
+from evaluate.evaluate import main
+from evaluate.result import read_results
+from evaluate.tasks import load_tasks
 from patching.cli.command_line import CommandLineParser
 from patching.patch import build_intermediate_model
 
@@ -93,6 +96,19 @@ def test_the_documented_command_line_parses():
     assert not arguments.trust_remote_code
 
 
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_help_and_bad_flags_need_neither_torch_nor_lm_eval(command):
+    code = (
+        f"import sys\nfrom evaluate.{command} import main\n"
+        "for words in (['--help'], ['--no_such_flag']):\n"
+        "    try:\n        main(words)\n    except SystemExit:\n        pass\n"
+        "assert not {'torch', 'lm_eval', 'matplotlib', 'datasets'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: evaluate.{command}" in done.stdout
+
+
 def test_a_whole_sweep(pair_folders, tasks, tmp_path):
     out = tmp_path / "results"
     done = run_module(
@@ -109,21 +125,24 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
     }  # fmt: skip
     results = read_results(out)
     for name, result in results.items():
-        scores = result["results"]
+        scores = result.results
         assert scores["with_local_metric"]["always_half,none"] == 0.5, name
         assert scores["with_import"]["length,none"] >= 0
         assert 0 <= scores["choice"]["acc,none"] <= 1
-        assert result["n-samples"]["choice"]["effective"] == 5
-        assert result["environment"]["lm_eval"]
-    assert [results[f"family_k{k}"]["depth"] for k in (0, 1, 2)] == [4, 5, 6]
-    assert results["naive_k1"]["recipe"]["layers"][0] == "teacher 0"
-    parameters = [results[f"family_k{k}"]["parameters"] for k in (0, 1, 2)]
-    assert (
-        parameters[0]["both_counted"]
-        < parameters[1]["both_counted"]
-        < parameters[2]["both_counted"]
-    )
-    assert parameters[1]["stored"] == parameters[1]["both_counted"] > parameters[2]["stored"]
+        assert result.n_samples["choice"]["effective"] == 5
+        assert result.environment["lm_eval"]
+    assert [results[f"family_k{k}"].depth for k in (0, 1, 2)] == [4, 5, 6]
+    assert results["naive_k1"].recipe["layers"][0] == "teacher 0"
+    parameters = [results[f"family_k{k}"].parameters for k in (0, 1, 2)]
+    assert parameters[0].both_counted < parameters[1].both_counted < parameters[2].both_counted
+    assert parameters[1].stored == parameters[1].both_counted > parameters[2].stored
+
+    assert json.loads((out / "family_k0.json").read_text()).keys() == {
+        *("series", "num_layers_to_patch", "max_layers_to_patch", "order", "depth", "parameters"),
+        *("recipe", "settings", "cost", "similarity", "tasks", "arguments", "environment"),
+        *("results", "group_subtasks", "higher_is_better", "n-shot", "n-samples", "versions"),
+        "configs",
+    }
 
     report = (out / "summary.md").read_text()
     assert report in done.stdout
@@ -241,5 +260,5 @@ def test_a_task_that_computes_its_own_metrics_is_taken(tmp_path):
     )  # fmt: skip
     path = tmp_path / "own_metrics.yaml"
     path.write_text(path.read_text().replace("'!function own.score'", "!function own.score"))
-    (task,) = load_tasks(["own_metrics"], str(tmp_path)).by_name["own_metrics"]
-    assert task.task_name == "own_metrics"
+    loaded = load_tasks(["own_metrics"], str(tmp_path)).by_name["own_metrics"]
+    assert list(loaded["tasks"]) == ["own_metrics"]

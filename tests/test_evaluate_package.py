@@ -1,10 +1,33 @@
-"""Our `evaluate` and Hugging Face's under one name, whichever way the latter is asked for first."""
+"""This toolkit's `evaluate` and Hugging Face's under one name, whichever is imported first."""
 
+import os
+import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+MAX_ADDRESS_SPACE_BYTES = 8 * 2**30
+"""Far more than these imports need; it keeps a runaway import from taking all memory."""
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Run code in a fresh process in the repository; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_AS, (MAX_ADDRESS_SPACE_BYTES, MAX_ADDRESS_SPACE_BYTES)
+        ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -18,22 +41,25 @@ from conftest import ROOT
         "from evaluate.module import Metric; import evaluate; assert evaluate.Metric is Metric",
     ],
 )
-def test_both_packages_are_there(code):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"{code}\nimport evaluate; import evaluate.tasks; print(evaluate.__file__)",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+def test_both_packages_can_be_imported(code):
+    printed = run_python(
+        f"{code}\nimport evaluate; import evaluate.tasks; print(evaluate.__file__)"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(ROOT / "evaluate" / "__init__.py")
+    assert printed == str(ROOT / "evaluate" / "__init__.py")
 
 
-def test_what_neither_has_is_an_attribute_error():
+def test_a_second_clone_on_the_path_is_not_taken_for_hugging_faces_package(tmp_path):
+    shutil.copytree(ROOT / "evaluate", tmp_path / "evaluate")
+    printed = run_python(
+        "import evaluate.loading; print(evaluate.loading.__file__, evaluate.__file__)",
+        PYTHONPATH=str(tmp_path),
+    )
+    loading, own = printed.split()
+    assert own == str(ROOT / "evaluate" / "__init__.py")
+    assert "site-packages" in loading
+
+
+def test_a_missing_name_is_an_attribute_error():
     import evaluate
 
     with pytest.raises(AttributeError, match="no_such_thing"):

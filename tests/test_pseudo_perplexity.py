@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from lm_eval.api.metrics import weighted_perplexity
 from masked_models import NUM_POSITIONS, encoder_config, texts_of, word_tokenizer
 
+from evaluate.family import SingleModel
+from evaluate.harness import Harness
+from evaluate.masked_family import MaskedFamilyLM
 from evaluate.pseudo_perplexity import (
     MaskedText,
     TextScore,
     batches_of,
     encode,
-    pseudo_perplexity,
-    score_texts,
+    score_members,
     stderr_of_perplexity,
     what_was_cut,
 )
+from evaluate.text_task import task_of_texts
 
 TOKENIZER = word_tokenizer()
 MASK, PADDING = TOKENIZER.mask_token_id, TOKENIZER.pad_token_id
@@ -56,25 +59,25 @@ def one_at_a_time(model, text) -> tuple[float, int]:
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_it_is_that_of_masking_one_token_at_a_time(model_type, tokens_per_batch):
     model = tiny_model(encoder_config(model_type, 3))
+    tree = SingleModel("model", model)
     encoded = encode(TEXTS, TOKENIZER, model.config)
-    scores = score_texts(model, TOKENIZER, encoded, tokens_per_batch, show_progress=False)
+    scores = score_members(tree, TOKENIZER, encoded, tokens_per_batch, False)["model"]
     oracle = [one_at_a_time(model, text) for text in TEXTS]
     assert [score.num_tokens for score in scores] == [num_tokens for _, num_tokens in oracle]
     for score, (expected, _) in zip(scores, oracle):
         assert score.log_likelihood == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    found = pseudo_perplexity(model, TOKENIZER, TEXTS, "t", tokens_per_batch, show_progress=False)
+    task, line = task_of_texts("t", TEXTS, TOKENIZER, model.config)
+    lm = MaskedFamilyLM(tree, tokenizer=TOKENIZER, tokens_per_batch=tokens_per_batch)
+    found = Harness().score(lm, {"tasks": {"t": task}, "groups": {}, "group_map": {}})
     total, num_tokens = (sum(values) for values in zip(*oracle))
     value = found["results"]["t"]["pseudo_perplexity,none"]
     assert value == pytest.approx(math.exp(-total / num_tokens), rel=1e-5)
-    assert found["n-samples"]["t"] == {
-        "texts": sum(n > 0 for _, n in oracle),
-        "tokens": num_tokens,
-        "texts_cut": 1,
-        "tokens_left_out": 12,
-    }
+    assert found["n-samples"]["t"]["effective"] == sum(n > 0 for _, n in oracle)
+    assert sum(document["num_tokens"] for document in task.eval_docs) == num_tokens
+    assert f"t: 1 of {len(TEXTS)} texts are longer" in line and "12 tokens" in line
 
 
-def test_what_is_cut_is_said():
+def test_what_is_cut_is_reported():
     config = encoder_config("bert", 1)
     encoded = encode(TEXTS, TOKENIZER, config)
     assert what_was_cut(encoded) == (
@@ -127,7 +130,7 @@ def test_the_standard_error_is_that_of_resampled_texts():
 
 def test_what_has_no_pseudo_perplexity_is_refused():
     model = tiny_model(encoder_config("bert", 1))
-    with pytest.raises(ValueError, match="there is no token in the texts"):
-        pseudo_perplexity(model, TOKENIZER, ["", " "])
+    with pytest.raises(ValueError, match="t: there is no text in it"):
+        task_of_texts("t", ["", " "], TOKENIZER, model.config)
     with pytest.raises(ValueError, match="model_type=qwen3: pseudo-perplexity is for masked"):
         encode(["w1"], TOKENIZER, tiny_config("qwen3-tied", 2))

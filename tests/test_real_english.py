@@ -16,7 +16,7 @@ from local_tasks import ROLLING, flags, write_task
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from evaluate.evaluate import main as evaluate
-from evaluate.stored import read_results
+from evaluate.result import read_results
 from examples.stdlib.corpus import Module
 from examples.stdlib.train_teacher import blocks, loss_of, token_stream, train_tokenizer
 from train.train import main as train
@@ -136,21 +136,20 @@ def test_a_family_of_real_english(data, english_pair, tmp_path):
     )  # fmt: skip
     results = read_results(out)
     bits = {
-        name: result["results"]["wikitext_2"]["bits_per_byte,none"]
-        for name, result in results.items()
+        name: result.results["wikitext_2"]["bits_per_byte,none"] for name, result in results.items()
     }
-    k_max = results["family_k0"]["max_layers_to_patch"]
+    k_max = results["family_k0"].max_layers_to_patch
     assert bits[f"family_k{k_max}"] < bits["family_k0"]
     for k in range(k_max):
         assert bits[f"family_k{k}"] < bits[f"naive_k{k}"]
     teacher = results[f"family_k{k_max}"]
     paradigms = [
         values["acc,none"]
-        for task, values in teacher["results"].items()
+        for task, values in teacher.results.items()
         if task.startswith("blimp_") and task != "blimp_local"
     ]
     assert len(paradigms) == 8
-    assert teacher["results"]["blimp_local"]["acc,none"] == pytest.approx(sum(paradigms) / 8)
+    assert teacher.results["blimp_local"]["acc,none"] == pytest.approx(sum(paradigms) / 8)
     report = (out / "summary.md").read_text()
     assert report.splitlines()[4] == (
         "| model | layers | parameters | stored | wikitext_2 (bits_per_byte ↓) | "

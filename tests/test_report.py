@@ -3,15 +3,18 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from evaluate.plot import plot
 from evaluate.report import main, markdown_table, short_names, write_report
+from evaluate.result import Result
 from evaluate.scores import averages, dips, kind_of, main_scores, scores_of
 
 
-def result(k, series="family", **tasks):
+def values_of(k, series="family", **tasks):
+    """What a sweep stores."""
     return {
         "series": series,
         "num_layers_to_patch": k,
@@ -21,6 +24,10 @@ def result(k, series="family", **tasks):
         "results": tasks,
         "higher_is_better": {"wikitext": {"bits_per_byte": False}, "arc": {"acc": True}},
     }
+
+
+def result(k, series="family", **tasks):
+    return Result.from_dict(values_of(k, series, **tasks))
 
 
 def choice(value, stderr=0.05):
@@ -48,16 +55,16 @@ def test_scores_and_the_one_shown():
 
 def test_a_group_stands_for_its_tasks():
     stored = result(0, mmlu=choice(0.4), stem=choice(0.3), algebra=choice(0.2), arc=ARC)
-    stored["group_subtasks"] = {"mmlu": ["stem"], "stem": ["algebra"], "arc": []}
+    stored.group_subtasks = {"mmlu": ["stem"], "stem": ["algebra"], "arc": []}
     assert list(main_scores(stored)) == ["mmlu", "arc"]
-    del stored["results"]["mmlu"], stored["results"]["stem"]  # a group without a score of its own
+    del stored.results["mmlu"], stored.results["stem"]  # a group without a score of its own
     assert list(main_scores(stored)) == ["algebra", "arc"]
 
 
 def test_kinds_follow_output_type_and_metric():
     stored = result(0, wikitext=WIKITEXT, arc=ARC, gsm=GSM, mmlu=choice(0.4), algebra=choice(0.3))
-    stored["group_subtasks"] = {"mmlu": ["algebra"]}
-    stored["configs"] = {
+    stored.group_subtasks = {"mmlu": ["algebra"]}
+    stored.configs = {
         "gsm": {"output_type": "generate_until"},
         "algebra": {"output_type": "generate_until"},
         "arc": {"output_type": "multiple_choice"},
@@ -72,9 +79,9 @@ def test_kinds_follow_output_type_and_metric():
 
 
 def test_averages_are_apart_by_kind_and_only_of_whole_rows():
-    configs = {"configs": {"gsm": {"output_type": "generate_until"}}}
-    whole = result(0, wikitext=WIKITEXT, arc=ARC, boolq=choice(0.9, 0.03), gsm=GSM) | configs
-    part = result(1, wikitext=WIKITEXT, arc=ARC, gsm=GSM) | configs
+    whole = result(0, wikitext=WIKITEXT, arc=ARC, boolq=choice(0.9, 0.03), gsm=GSM)
+    part = result(1, wikitext=WIKITEXT, arc=ARC, gsm=GSM)
+    whole.configs = part.configs = {"gsm": {"output_type": "generate_until"}}
     found = averages([whole, part])
     assert list(found) == ["classification", "generation", "perplexity (bits_per_byte)"]
     first, second = found["classification"]
@@ -101,7 +108,7 @@ def test_dips_are_found_at_their_size_and_weighed():
         result(1, arc=choice(0.48), wikitext={"bits_per_byte,none": 0.7}),
         result(1, "naive", arc=choice(0.1)),
     ]
-    found = {(dip.result["num_layers_to_patch"], dip.score.task): dip for dip in dips(rows)}
+    found = {(dip.result.num_layers_to_patch, dip.score.task): dip for dip in dips(rows)}
     assert found.keys() == {(1, "arc"), (2, "arc"), (2, "wikitext")}
     assert found[1, "arc"].is_significant is False  # 0.02 down, combined error 0.07
     assert found[2, "arc"].is_significant is True
@@ -146,9 +153,9 @@ def test_the_plot_has_a_panel_a_task_and_marks_the_ends(num_tasks):
     assert panels[0].get_xlabel() == "parameters (billions)"
 
 
-def test_series_differ_without_colours():
+def test_series_differ_without_colors():
     rows = [
-        result(k, series, arc=ARC) | {"sweep": sweep}
+        replace(result(k, series, arc=ARC), sweep=sweep)
         for sweep in "abc"
         for series in ("family", "naive")
         for k in (0, 1)
@@ -173,7 +180,7 @@ def two_sweeps(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         for k in range(3):
-            values = result(k, arc=choice(0.5 + 0.1 * k + shift))
+            values = values_of(k, arc=choice(0.5 + 0.1 * k + shift))
             (folder / f"family_k{k}.json").write_text(json.dumps(values))
         (folder / "other.json").write_text("{}")
     return tmp_path / "last", tmp_path / "first"
@@ -200,7 +207,7 @@ def test_one_sweep_is_drawn_where_it_lies(two_sweeps):
     main([str(two_sweeps[0])])
     report = (two_sweeps[0] / "summary.md").read_text()
     assert "| k = 1 |" in report
-    main([str(two_sweeps[0])])  # what a report leaves behind is no result
+    main([str(two_sweeps[0])])  # the files of a report are not taken for results
     assert (two_sweeps[0] / "summary.md").read_text() == report
 
 

@@ -97,7 +97,8 @@ def test_tasks_are_files_lm_eval_takes(tmp_path):
     write_tasks(modules, tmp_path)
     by_name, failures = load_tasks(TASK_NAMES, str(tmp_path))
     assert list(by_name) == list(TASK_NAMES) and not failures
-    for name, (task,) in by_name.items():
+    for name, loaded in by_name.items():
+        (task,) = loaded["tasks"].values()
         assert task.task_name == name
         assert len(list(task.eval_docs))
 

@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, run_module, save_pair, tiny_config, tiny_model
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evaluate import sweep
+from evaluate import harness
 from evaluate.evaluate import main
-from evaluate.stored import read_results, write_samples
-from patching.arguments import CalibrationArguments
+from evaluate.harness import write_samples
+from evaluate.result import LM_EVAL_KEYS, Result, read_results
+from evaluate.tasks import load_tasks
 from patching.running.block_influence import block_influence, most_influential
 from patching.running.calibration import Calibration
 
@@ -57,20 +61,16 @@ def tasks(tmp_path_factory) -> Path:
     return folder
 
 
-def read(folder: Path) -> dict[str, dict]:
-    return read_results(folder)
-
-
 def scores(folder: Path) -> dict[str, dict]:
-    return {name: result["results"] for name, result in read(folder).items()}
+    return {name: result.results for name, result in read_results(folder).items()}
 
 
 def finished(folder: Path) -> dict[tuple[str, str], float]:
-    """The parts that are stored, and the seconds each took: told anew where one is run again."""
+    """The parts that are stored, and the seconds each took, which change if one is run again."""
     return {
-        (name, task): values["seconds"]
-        for name, result in read(folder).items()
-        for task, values in result["tasks"].items()
+        (name, task): of_task.seconds
+        for name, result in read_results(folder).items()
+        for task, of_task in result.tasks.items()
     }
 
 
@@ -160,7 +160,7 @@ def test_where_no_task_can_be_had_no_weights_are_loaded(
 )
 def test_other_settings_are_not_mixed_in(pair_folders, tasks, tmp_path, capsys, changes, message):
     settings = {"tasks": "choice", "include_path": tasks}
-    (tmp_path / "family_k0.json").write_text(json.dumps(stored_of(pair_folders, tasks)))
+    (tmp_path / "family_k0.json").write_text(json.dumps(stored_of(pair_folders, tasks).to_dict()))
     with pytest.raises(SystemExit) as ended:
         main(flags(pair_folders, tmp_path, **settings | changes))
     assert ended.value.code == 2
@@ -168,16 +168,12 @@ def test_other_settings_are_not_mixed_in(pair_folders, tasks, tmp_path, capsys, 
     assert message in line and "choose another --save_directory" in line
 
 
-_STORED = {}
-
-
-def stored_of(pair_folders, tasks) -> dict:
+def stored_of(pair_folders, tasks) -> Result:
     """The student's stored scores, computed once."""
-    if not _STORED:
-        out = tasks.parent / "stored"
+    out = tasks.parent / "stored"
+    if not out.is_dir():
         main(flags(pair_folders, out, num_layers_to_patch=0, tasks="choice", include_path=tasks))
-        _STORED.update(read(out)["family_k0"])
-    return _STORED
+    return read_results(out)["family_k0"]
 
 
 def test_a_student_trained_again_is_another_one(pair_folders, tasks, tmp_path, capsys):
@@ -197,13 +193,13 @@ def test_a_student_trained_again_is_another_one(pair_folders, tasks, tmp_path, c
 
 def test_samples_are_written_as_lm_eval_does(pair_folders, tasks, tmp_path, monkeypatch):
     found = []
-    score = sweep.simple_evaluate
+    score = harness.evaluate
 
     def remember(*args, **kwargs):
         found.append(score(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(sweep, "simple_evaluate", remember)
+    monkeypatch.setattr(harness, "evaluate", remember)
     settings = {"tasks": "choice,rolling,generation", "include_path": tasks, "limit": 3}
     settings["num_layers_to_patch"] = "0"
     main(flags(pair_folders, tmp_path / "out", **settings))
@@ -215,22 +211,44 @@ def test_samples_are_written_as_lm_eval_does(pair_folders, tasks, tmp_path, monk
     main([*flags(pair_folders, tmp_path / "out", **settings), "--log_samples"])
     assert len(found) == num_scored == 2 * 3  # not a third time
 
-    tracker = EvaluationTracker(output_path=str(tmp_path / "stock"))
+    tracker = EvaluationTracker(output_path=str(tmp_path / "lm_eval"))
     tracker.date_id = "now"
     for of_task in found[3:]:
         ((task, samples),) = of_task["samples"].items()
         write_samples(tmp_path / "again", {task: samples})
         tracker.save_results_samples(task, samples)
-        (stock,) = (tmp_path / "stock").rglob(f"samples_{task}_*.jsonl")
-        stock_lines = [json.loads(line) for line in stock.read_text().splitlines()]
+        (reference,) = (tmp_path / "lm_eval").rglob(f"samples_{task}_*.jsonl")
+        expected = [json.loads(line) for line in reference.read_text().splitlines()]
         for folder in (tmp_path / "out" / "samples" / "family_k0", tmp_path / "again"):
             lines = (folder / f"samples_{task}.jsonl").read_text().splitlines()
-            assert [json.loads(line) for line in lines] == stock_lines
-        assert len(stock_lines) == 3
+            assert [json.loads(line) for line in lines] == expected
+        assert len(expected) == 3
+
+
+@pytest.mark.parametrize("num_fewshot", [None, 1])
+def test_scores_are_those_of_simple_evaluate(pair_folders, tasks, tmp_path, num_fewshot):
+    shutil.copytree(tasks, tmp_path / "tasks")
+    group = {"group": "both", "task": ["choice", "generation"], "metadata": {"version": 1.0}}
+    group["aggregate_metric_list"] = [{"metric": "acc"}]
+    (tmp_path / "tasks" / "both.yaml").write_text(json.dumps(group))
+    model = AutoModelForCausalLM.from_pretrained(pair_folders[0]).eval()
+    lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4)
+    loaded = load_tasks(["both", "rolling"], str(tmp_path / "tasks")).by_name
+    for name, of_name in loaded.items():
+        found = harness.Harness(num_fewshot, limit=5).score(lm, of_name)
+        manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        expected = simple_evaluate(
+            lm, tasks=[name], task_manager=manager, num_fewshot=num_fewshot, limit=5,
+            log_samples=False,
+        )  # fmt: skip
+        for key in LM_EVAL_KEYS.values():
+            ours, theirs = harness.as_json(found.get(key)), harness.as_json(expected.get(key))
+            assert ours == theirs, (name, key)
+    assert found["results"]
 
 
 @torch.no_grad()
-def test_everything_that_can_be_set_beside_a_family(pair_folders, tasks, tmp_path):
+def test_everything_a_family_can_be_compared_with(pair_folders, tasks, tmp_path):
     """Both baselines, another student's family, and other models, one with another tokenizer."""
     text = tmp_path / "calibration.txt"
     text.write_text("\n\n".join(TEXTS))
@@ -252,7 +270,7 @@ def test_everything_that_can_be_set_beside_a_family(pair_folders, tasks, tmp_pat
             *("--compare", str(tmp_path / "models"), "--compare", str(pair_folders[0])),
         ]
     )  # fmt: skip
-    results = read(out)
+    results = read_results(out)
     assert results.keys() == {
         *(f"family_k{k}" for k in (0, 1, 2)),
         *(f"{series}_k{k}" for series in ("naive", "block_influence", "random_student")
@@ -260,29 +278,29 @@ def test_everything_that_can_be_set_beside_a_family(pair_folders, tasks, tmp_pat
         "compare_small", "compare_smaller", "compare_teacher",
     }  # fmt: skip
     for name, result in results.items():
-        assert result["results"].keys() == {"choice", "rolling"}, name
-    # The teacher by itself, through the stock harness, has the family's numbers at k = max.
-    for task, values in results["family_k2"]["results"].items():
+        assert result.results.keys() == {"choice", "rolling"}, name
+    # The teacher compared as a single model has the family's numbers at k = max.
+    for task, values in results["family_k2"].results.items():
         for key, value in values.items():
             if isinstance(value, float):
-                beside = results["compare_teacher"]["results"][task][key]
-                assert beside == pytest.approx(value, rel=1e-5), key
-    bits = {name: result["results"]["rolling"] for name, result in results.items()}
+                compared = results["compare_teacher"].results[task][key]
+                assert compared == pytest.approx(value, rel=1e-5), key
+    bits = {name: result.results["rolling"] for name, result in results.items()}
     different = {round(values["bits_per_byte,none"], 4) for values in bits.values()}
     assert len(different) == len(bits) - 1
 
-    texts = Calibration.read(CalibrationArguments(str(text)))
+    texts = Calibration.read(str(text))
     teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0]).eval()
     influences = block_influence(teacher, texts.batches(byte_tokenizer(), teacher.config))
     for k, depth in ((0, 4), (1, 5)):
         result = results[f"block_influence_k{k}"]
-        assert result["recipe"] == most_influential(influences, depth).to_dict()
-        assert result["depth"] == results[f"family_k{k}"]["depth"] == depth
-    similarities = [results[f"family_k{k}"]["similarity"]["to_teacher"] for k in (0, 1, 2)]
+        assert result.recipe == most_influential(influences, depth).to_dict()
+        assert result.depth == results[f"family_k{k}"].depth == depth
+    similarities = [results[f"family_k{k}"].similarity.to_teacher for k in (0, 1, 2)]
     assert similarities[2] == pytest.approx(1, abs=1e-6)
     assert max(similarities[:2]) < 0.9999
-    assert "similarity" not in results["compare_small"]
-    assert results["compare_small"]["parameters"]["stored"] > 0
+    assert results["compare_small"].similarity is None
+    assert results["compare_small"].parameters.stored > 0
     report = (out / "summary.md").read_text()
     for name in ("small", "teacher", "pruned by block influence, k = 0"):
         assert f"\n| {name} |" in report
@@ -299,11 +317,11 @@ def test_everything_that_can_be_set_beside_a_family(pair_folders, tasks, tmp_pat
     [
         ({"baselines": "block_influence"}, "name some with --calibration"),
         ({"calibration": "/no/such/text"}, "/no/such/text"),
-        ({"compare": "/no/such/model"}, "compare=/no/such/model: no model that can be read"),
+        ({"compare": "/no/such/model"}, "compare=/no/such/model: the model cannot be read"),
         ({"random_student": "/no/such/student"}, "/no/such/student"),
     ],
 )
-def test_what_is_not_there_is_said_before_weights_load(
+def test_what_is_missing_is_reported_before_weights_load(
     pair_folders, tasks, tmp_path, capsys, monkeypatch, changes, message
 ):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
@@ -320,7 +338,7 @@ def test_examples_in_the_prompt_are_as_many_as_asked_for(pair_folders, tasks, tm
     """Also where a task's text has been read before, to compare the members on it."""
     settings = {"num_layers_to_patch": 0, "tasks": "choice", "include_path": tasks}
     main([*flags(pair_folders, tmp_path, num_fewshot=2, **settings), "--log_samples"])
-    assert read(tmp_path)["family_k0"]["n-shot"] == {"choice": 2}
+    assert read_results(tmp_path)["family_k0"].n_shot == {"choice": 2}
     lines = (tmp_path / "samples" / "family_k0" / "samples_choice.jsonl").read_text().splitlines()
     prompt = json.loads(lines[0])["arguments"]["gen_args_0"]["arg_0"]
     assert prompt.endswith(f"\n\n{TEXTS[0]}") and prompt.count(" text of ") == 3
@@ -338,17 +356,17 @@ def test_two_ranks_give_one_ranks_numbers(pair_folders, tasks, tmp_path):
         *("-m", "evaluate.evaluate", *flags(pair_folders, tmp_path / "two", **settings), *compare),
         OMP_NUM_THREADS="1",
     )
-    assert done.returncode == 1, done.stderr  # of the task without data
+    assert done.returncode == 1, done.stderr  # because of the task without data
     assert done.stderr.count("failed: no_data") == 1
-    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    one, two = read_results(tmp_path / "one"), read_results(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 5
     for name, result in one.items():
-        assert result["n-samples"] == two[name]["n-samples"]
-        for task, values in result["results"].items():
+        assert result.n_samples == two[name].n_samples
+        for task, values in result.results.items():
             for key, value in values.items():
                 if isinstance(value, float):
-                    assert two[name]["results"][task][key] == pytest.approx(value, rel=1e-5)
-        for task in result["results"]:
+                    assert two[name].results[task][key] == pytest.approx(value, rel=1e-5)
+        for task in result.results:
             path = Path("samples", name, f"samples_{task}.jsonl")
             lines = [(tmp_path / run / path).read_text().splitlines() for run in ("one", "two")]
             documents = [sorted(json.loads(line)["doc_id"] for line in of_run) for of_run in lines]

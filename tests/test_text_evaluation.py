@@ -7,13 +7,16 @@ import math
 import pytest
 import torch
 from conftest import byte_tokenizer, run_module, save_pair, tiny_model
+from lm_eval.api.metrics import weighted_perplexity
 from masked_models import NUM_POSITIONS, encoder_config, texts_of, tiny_distilbert, word_tokenizer
 from transformers import AutoModelForCausalLM
 
+from evaluate.arguments import TextArguments
 from evaluate.evaluate import main
+from evaluate.family import SingleModel
 from evaluate.masked_family import MaskedFamilyLM
-from evaluate.pseudo_perplexity import pseudo_perplexity
-from evaluate.text_task import TextArguments, read_texts, text_task
+from evaluate.pseudo_perplexity import encode, score_members, stderr_of_perplexity
+from evaluate.text_task import text_task
 from patching.architectures.distilbert import as_bert
 from patching.assemble import assemble
 from patching.blocks import LayerMap
@@ -25,7 +28,7 @@ TEXTS = [*texts_of([4, 9, 2]), texts_of([4])[0], *texts_of([NUM_POSITIONS + 6], 
 
 @pytest.fixture(scope="module")
 def masked_pair(tmp_path_factory):
-    """A BERT, a DistilBERT and a text file; one text stands in it twice."""
+    """A BERT, a DistilBERT and a text file, which has one text twice."""
     folder = tmp_path_factory.mktemp("masked")
     models = (tiny_model(encoder_config("bert", 6), seed=1), tiny_distilbert(3))
     for name, model in zip(("teacher", "student"), models):
@@ -71,10 +74,10 @@ def test_a_masked_family_is_swept_like_any_other(masked_pair, tmp_path, capsys):
             expected["naive", k] = assemble(naively_pruned(LAYER_MAP, recipe), teacher=teacher)
     assert scores.keys() == expected.keys()
     for name, model in expected.items():
-        found = pseudo_perplexity(model, tokenizer, TEXTS, "t", show_progress=False)
-        value, error = found["results"]["t"].values()
-        assert scores[name] == pytest.approx(value, rel=1e-5), name
-        assert errors[name] == pytest.approx(error, rel=1e-4), name
+        encoded = encode(TEXTS, tokenizer, model.config)
+        of_texts = score_members(SingleModel("m", model), tokenizer, encoded, None, False)["m"]
+        assert scores[name] == pytest.approx(weighted_perplexity(of_texts), rel=1e-5), name
+        assert errors[name] == pytest.approx(stderr_of_perplexity(of_texts), rel=1e-4), name
     for suffix in ("md", "png", "svg"):
         assert (tmp_path / f"summary.{suffix}").stat().st_size > 0
     assert "words (pseudo_perplexity ↓)" in (tmp_path / "summary.md").read_text()
@@ -117,8 +120,7 @@ def test_a_masked_pair_needs_text(masked_pair, tmp_path, capsys):
 
 def test_a_masked_model_answers_nothing_but_whole_texts(masked_pair):
     _, teacher, _ = masked_pair
-    recipes = {"teacher": intermediate_model(LAYER_MAP, 3, "last")}
-    lm = MaskedFamilyLM(recipes, teacher=teacher, tokenizer=word_tokenizer())
+    lm = MaskedFamilyLM(SingleModel("teacher", teacher), tokenizer=word_tokenizer())
     for ask in (lm.loglikelihood, lm.generate_until):
         with pytest.raises(ValueError, match="evaluate it on text, with --dataset"):
             ask([])
@@ -148,9 +150,9 @@ def test_a_causal_familys_perplexity_is_that_of_each_next_token(tmp_path):
 def test_a_limit_takes_the_first_documents(tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(f"text {i}" for i in range(10)))
     arguments = TextArguments(dataset=str(tmp_path / "t.txt"), dataset_config="")
-    assert read_texts(arguments, None) == [f"text {i}" for i in range(10)]
-    assert read_texts(arguments, 3) == ["text 0", "text 1", "text 2"]
-    assert read_texts(arguments, 0.2) == read_texts(arguments, None)  # lm-eval takes the share
+    assert arguments.read_texts(None) == [f"text {i}" for i in range(10)]
+    assert arguments.read_texts(3) == ["text 0", "text 1", "text 2"]
+    assert arguments.read_texts(0.2) == arguments.read_texts(None)  # lm-eval takes the share
     assert arguments.text_name == "t"
     with pytest.raises(ValueError, match="t: there is no text in it"):
         text_task("t", ["x"], [0], "perplexity")

@@ -1,0 +1,1 @@
+"""What architectures differ in, and how their models are built and loaded."""

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: their layout, their sizes, and writing new ones."""

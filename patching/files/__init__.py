@@ -1,0 +1,1 @@
+"""Files that library and command lines share: outputs, texts, plots."""

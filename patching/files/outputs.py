@@ -1,6 +1,4 @@
-"""What the command lines leave behind: files and folders that appear complete or not at all, and
-what made them.
-"""
+"""Output files and folders that appear complete or not at all, and the record of what made them."""
 
 import fcntl
 import json
@@ -20,8 +18,8 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "safet
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside `path` and rename it: a reader finds the old text or the new, never half
-    of it.
+    """Write a temporary file next to `path` and rename it, so that a reader finds the old text or
+    the new one, never half of it.
     """
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -36,8 +34,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give a folder and all in it the permissions of files made the ordinary way: temporary ones,
-    and weights as safetensors writes them, are their owner's alone.
+    """Give a folder and its contents the permissions that the umask asks for.
+
+    Temporary files, and weights written by safetensors, are readable by their owner alone.
     """
     mask = _umask()
     for path in (folder, *folder.rglob("*")):
@@ -51,8 +50,8 @@ def _umask() -> int:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise ValueError unless a folder can be made at `path`: nothing there yet, or an empty
-    folder, and writable.
+    """Raise ValueError unless a new folder can be created at `path`, where nothing or an empty
+    folder may be now.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder that does not exist yet")
@@ -62,7 +61,9 @@ def check_new_folder(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError unless files can be made in the folder `path`, which need not exist yet."""
+    """Raise ValueError unless files can be written to the folder `path`, which may not exist
+    yet.
+    """
     nearest = path.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -78,10 +79,10 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `path` only when the block ends well; removed if it does
-    not.
+    """Yield a temporary folder to fill. It is renamed to `path` if the block succeeds and removed
+    if it fails.
 
-    What a killed run left behind is removed by the next one that names the same folder.
+    Leftovers of a killed run are removed by the next run with the same `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.incomplete-"
@@ -102,10 +103,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Hold a folder against other processes during the block; False where one holds it already."""
+    """Lock a folder during the block. Yields False if another process holds the lock."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # gone meanwhile, or not ours
+    except OSError:  # it is gone by now, or belongs to somebody else
         yield False
         return
     try:
@@ -118,7 +119,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 def check_space(path: Path, num_bytes: int) -> None:
-    """Raise ValueError unless so many bytes are free where `path` is to lie."""
+    """Raise ValueError unless `num_bytes` are free on the disk of `path`."""
     nearest = path.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -126,13 +127,12 @@ def check_space(path: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise ValueError(
             f"{path}: the weights take {num_bytes:,} bytes and {free:,} are free there, make "
-            "room or "
-            "name another folder"
+            "room or name another folder"
         )
 
 
 def num_ranks() -> int:
-    """Processes that torchrun started of this command, 1 without it."""
+    """Number of processes that torchrun started, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -151,7 +151,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The toolkit's own commit, `-dirty` behind it where files differ; None outside a checkout."""
+    """The toolkit's own commit, with `-dirty` appended if files differ; None outside a checkout."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -1,4 +1,4 @@
-"""Small plots of families, readable without colours, and files of figures that appear whole."""
+"""Small line plots that are readable without color, and figures saved whole or not at all."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -14,13 +14,13 @@ LOOKS = (
     ("#a50f15", (0, (6, 2, 1, 2, 1, 2)), "p"),
     ("#555555", (0, (1, 3)), "X"),
 )
-"""Colour, line and marker."""
+"""Color, line style and marker."""
 
 
 def plot_lines(
     lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
 ) -> Figure:
-    """Lines of points by their names; those that coincide are one, with all their names."""
+    """Plot named lines of (x, y) points. Lines that coincide become one, labeled with all names."""
     names: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for name, points in lines.items():
         names.setdefault(tuple(points), []).append(name)
@@ -38,7 +38,7 @@ def plot_lines(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure beside `path` and rename it; the suffix says the format."""
+    """Save a figure in the format of the suffix, next to `path`, then rename it."""
     staged = path.with_name(f".{path.name}")
     figure.savefig(staged, format=path.suffix.removeprefix("."), dpi=150)
     staged.replace(path)

@@ -1,0 +1,1 @@
+"""Forward passes through families: hidden states, shared prefixes, KL from the teacher."""

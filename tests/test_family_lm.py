@@ -1,15 +1,18 @@
-"""The family as one lm-eval model: the stock harness's numbers, from one pass over the tree."""
+"""The family as one lm-eval model: HFLM's numbers, from one pass over the tree of layers."""
 
 import random
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from patching_models import LAYER_MAP, SETTINGS, family_pair, save_models
+from transformers import BloomConfig
 
-from evaluate.family import FamilyLM, batch_of
+from evaluate.family import FamilyLM, SingleModel
+from evaluate.rows import batch_of, rows_of
+from patching.architectures.lookup import architecture_of
 from patching.architectures.models import MASKED_LANGUAGE_MODELS
 from patching.patch import build_intermediate_model
 from patching.recipe import Recipe, intermediate_model, naively_pruned
@@ -44,34 +47,28 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 def family_model(model_type: str, batch_size: int | str = 3, tied: bool = False) -> FamilyLM:
     teacher, student = family_pair(model_type, tied)
-    return FamilyLM(
-        RECIPES,
-        teacher=teacher,
-        student=student,
-        tokenizer=byte_tokenizer(),
-        batch_size=batch_size,
-        max_length=60,
-    )
+    tree = PrefixTree(RECIPES, teacher=teacher, student=student)
+    return FamilyLM(tree, tokenizer=byte_tokenizer(), batch_size=batch_size, max_length=60)
 
 
-def stock(model, **options) -> HFLM:
+def reference_lm(model, **options) -> HFLM:
     return HFLM(pretrained=model, tokenizer=byte_tokenizer(), max_length=60, **options)
 
 
 def assert_same_scores(found: list, expected: list) -> None:
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    for (ours, _), (stocks, _) in zip(found, expected, strict=True):
-        assert ours == pytest.approx(stocks, abs=1e-4)
+    for (ours, _), (theirs, _) in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - MASKED_LANGUAGE_MODELS))
-def test_log_likelihoods_are_the_stock_harnesses(model_type):
+def test_log_likelihoods_are_those_of_hflm(model_type):
     lm = family_model(model_type)
     requests = instances("loglikelihood", PAIRS)
     rolling = instances("loglikelihood_rolling", [(text,) for text in TEXTS])
     for name in RECIPES:
         lm.activate(name)
-        reference = stock(lm.tree.models[name], batch_size=2)
+        reference = reference_lm(lm.tree.models[name], batch_size=2)
         assert_same_scores(
             lm.loglikelihood(requests, disable_tqdm=True),
             reference.loglikelihood(requests, disable_tqdm=True),
@@ -84,7 +81,8 @@ def test_log_likelihoods_are_the_stock_harnesses(model_type):
 def test_every_members_numbers_are_those_of_its_saved_checkpoint(model_type, tmp_path):
     names = save_models(tmp_path, *family_pair(model_type, tied=True))
     teacher, student = (build_intermediate_model(*names, k)[0] for k in (2, 0))
-    lm = FamilyLM(RECIPES, teacher=teacher, student=student, tokenizer=byte_tokenizer())
+    tree = PrefixTree(RECIPES, teacher=teacher, student=student)
+    lm = FamilyLM(tree, tokenizer=byte_tokenizer())
     lm._max_length = 60
     pairs = instances("loglikelihood", PAIRS)
     rolling = instances("loglikelihood_rolling", [(text,) for text in TEXTS])
@@ -110,10 +108,10 @@ def test_the_tree_is_run_for_the_first_member_only(monkeypatch):
     runs = []
     logits = PrefixTree.logits
     monkeypatch.setattr(PrefixTree, "logits", lambda *args: runs.append(args) or logits(*args))
-    tokenised = []
+    tokenized = []
     tok_encode = lm.tok_encode
     monkeypatch.setattr(
-        lm, "tok_encode", lambda text, **kw: tokenised.append(text) or tok_encode(text, **kw)
+        lm, "tok_encode", lambda text, **kw: tokenized.append(text) or tok_encode(text, **kw)
     )
     requests = instances("loglikelihood", PAIRS)
     by_member = {}
@@ -121,8 +119,8 @@ def test_the_tree_is_run_for_the_first_member_only(monkeypatch):
         lm.activate(name)
         by_member[name] = lm.loglikelihood(requests, disable_tqdm=True)
         if name == "family_k0":
-            counts = len(runs), len(tokenised)
-    assert (len(runs), len(tokenised)) == counts
+            counts = len(runs), len(tokenized)
+    assert (len(runs), len(tokenized)) == counts
     assert len({str(scores) for scores in by_member.values()}) == len(RECIPES)
     lm.forget()
     assert lm.loglikelihood(requests, disable_tqdm=True) == by_member["naive_k1"]
@@ -132,7 +130,7 @@ def test_the_tree_is_run_for_the_first_member_only(monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 7, "auto"])
 def test_batches_change_nothing(batch_size):
     lm = family_model("qwen3", batch_size)
-    reference = stock(lm.model, batch_size=1)
+    reference = reference_lm(lm.model, batch_size=1)
     requests = instances("loglikelihood", PAIRS)
     assert_same_scores(lm.loglikelihood(requests, True), reference.loglikelihood(requests, True))
 
@@ -156,15 +154,16 @@ def test_batches_are_halved_where_memory_runs_out(monkeypatch):
     assert max(sizes) > 200 > min(sizes)
 
 
-def rows_of(lm: FamilyLM, pairs: list[tuple[list[int], list[int]]]) -> list:
-    return lm._rows([(None, *pair) for pair in pairs])
+def rows_for(lm: FamilyLM, pairs: list[tuple[list[int], list[int]]]) -> list:
+    requests = [(None, *pair) for pair in pairs]
+    return rows_of(requests, lm.max_length, lm.longest_to_share)
 
 
 def test_a_context_is_run_once_for_its_continuations():
     lm = family_model("llama")
     context = list(range(32))
     choices = [[40, 41, 42], [50, 51, 52, 53], [60, 61], [70]]
-    (row,) = rows_of(lm, [(context, choice) for choice in choices])
+    (row,) = rows_for(lm, [(context, choice) for choice in choices])
     assert len(row) == 32 + 2 + 3 + 1 + 0
     assert row.num_requests == 4
     batch = batch_of([row], lm.device, torch.float32)
@@ -181,15 +180,15 @@ def test_a_context_is_run_once_for_its_continuations():
     ],
 )
 def test_rows_are_apart_where_sharing_saves_nothing(pairs):
-    assert len(rows_of(family_model("llama"), pairs)) == 2
+    assert len(rows_for(family_model("llama"), pairs)) == 2
 
 
 def test_rows_are_apart_beyond_a_sliding_window():
     context, choices = list(range(20)), [[1, 2, 3], [4, 5, 6]]
     assert SETTINGS["gemma3_text"]["sliding_window"] < 20
-    assert len(rows_of(family_model("gemma3_text"), [(context, c) for c in choices])) == 2
+    assert len(rows_for(family_model("gemma3_text"), [(context, c) for c in choices])) == 2
     short = [(context[:1], [1, 2]), (context[:1], [3])]
-    assert len(rows_of(family_model("gemma3_text"), short)) == 1
+    assert len(rows_for(family_model("gemma3_text"), short)) == 1
 
 
 def test_little_padding():
@@ -214,12 +213,31 @@ def test_little_padding():
 
 def test_a_continuation_of_nothing_is_refused():
     with pytest.raises(ValueError, match="a continuation has 0 tokens"):
-        rows_of(family_model("llama"), [([1, 2], [])])
+        rows_for(family_model("llama"), [([1, 2], [])])
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "qwen3"])
+def test_a_single_model_may_be_of_any_architecture(model_type):
+    if model_type == "bloom":
+        config = BloomConfig(vocab_size=257, hidden_size=32, n_layer=2, n_head=4, eos_token_id=256)
+        with pytest.raises(ValueError, match="not supported"):
+            architecture_of(config)
+        model = tiny_model(config)
+    else:
+        model, _ = family_pair(model_type)
+    tree = SingleModel("model", model)
+    lm = FamilyLM(tree, tokenizer=byte_tokenizer(), batch_size=3, max_length=60)
+    reference = reference_lm(model, batch_size=2)
+    requests = instances("loglikelihood", PAIRS)
+    rolling = instances("loglikelihood_rolling", [(text,) for text in TEXTS])
+    assert_same_scores(lm.loglikelihood(requests, True), reference.loglikelihood(requests, True))
+    found = lm.loglikelihood_rolling(rolling, True)
+    assert found == pytest.approx(reference.loglikelihood_rolling(rolling, True), abs=1e-4)
 
 
 def test_members_share_their_parents_tensors():
     teacher, student = family_pair("llama")
-    lm = FamilyLM(RECIPES, teacher=teacher, student=student, tokenizer=byte_tokenizer())
+    tree = PrefixTree(RECIPES, teacher=teacher, student=student)
     owned = {p.data_ptr() for model in (teacher, student) for p in model.parameters()}
-    for model in lm.tree.models.values():
+    for model in tree.models.values():
         assert {p.data_ptr() for p in model.parameters()} <= owned

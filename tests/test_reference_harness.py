@@ -1,4 +1,4 @@
-"""The stock lm-evaluation-harness over a saved model, against `evaluate.evaluate` in memory."""
+"""lm-evaluation-harness itself on a saved model, against `evaluate.evaluate` in memory."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ def tasks(tmp_path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
-def test_the_stock_harness_finds_the_same_numbers(model_type, tasks, tmp_path):
+def test_lm_eval_itself_finds_the_same_numbers(model_type, tasks, tmp_path):
     names = save_models(tmp_path / "pair", *family_pair(model_type, tied=True))
     parents = [
         *("--teacher_model_name_or_path", names[0], "--student_model_name_or_path", names[1]),
@@ -75,19 +75,19 @@ def test_the_stock_harness_finds_the_same_numbers(model_type, tasks, tmp_path):
         [
             *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"),
             *("--model_args", f"pretrained={tmp_path / 'saved'},dtype=float32"),
-            *("--batch_size", "4", "--output_path", str(tmp_path / "stock"), *what),
+            *("--batch_size", "4", "--output_path", str(tmp_path / "theirs"), *what),
         ],
         cwd=tmp_path,  # where no folder hides Hugging Face's package `evaluate`
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (tmp_path / "stock").rglob("results_*.json")
-    stock = json.loads(path.read_text())["results"]
+    (path,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(path.read_text())["results"]
     for task in ("choice", "rolling", "generation"):
         numbers = {key: value for key, value in ours[task].items() if isinstance(value, float)}
         assert numbers
         for key, value in numbers.items():
-            if "stderr" not in key:  # drawn anew by bootstrapping
-                # The harness adds up log-likelihoods in fp32.
-                assert stock[task][key] == pytest.approx(value, rel=1e-6), (task, key)
+            if "stderr" not in key:  # drawn again by bootstrapping
+                # lm-eval adds up log-likelihoods in fp32.
+                assert theirs[task][key] == pytest.approx(value, rel=1e-6), (task, key)

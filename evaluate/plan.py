@@ -1,0 +1,203 @@
+"""What a command line asks to evaluate, checked from configs alone, before any weights load."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from evaluate.arguments import BASELINES, EvaluationArguments
+from evaluate.report import short_names
+from evaluate.result import read_results
+from evaluate.tasks import LoadedTasks, load_tasks
+from evaluate.text_task import task_of_texts
+from patching.architectures.distilbert import as_bert_config
+from patching.architectures.models import predicts_masked_tokens
+from patching.blocks import Order
+from patching.checkpoints.fingerprint import fingerprint
+from patching.cli.units import parse_sizes
+from patching.family import Family
+from patching.patch_order import NAMED_ORDERS
+from patching.running.calibration import Calibration
+
+SHARED_SETTINGS = ("teacher", "dtype", "limit", "num_fewshot", "include_path")
+"""Settings that all results in a folder must agree on."""
+
+
+class Compared(NamedTuple):
+    """A model to evaluate alongside the family."""
+
+    name_or_path: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Plan:
+    arguments: EvaluationArguments
+    family: Family
+    sizes: list[int]
+    random_family: Family | None
+    """The teacher with `--random_student`."""
+    compared: dict[str, Compared]
+    """Compared models by their series."""
+    calibration: Calibration | None
+    texts: list[str]
+    """The documents of `--dataset`."""
+
+    @classmethod
+    def of(cls, arguments: EvaluationArguments, device: torch.device) -> "Plan":
+        """Raises ValueError or OSError if something is missing or does not fit together."""
+        family = arguments.open_family(dtype=arguments.dtype, device=device)
+        _ = family.tokenizer  # a missing one is noticed here
+        model_type = family.configs["teacher"].model_type
+        if predicts_masked_tokens(family.configs["teacher"]) and not (
+            arguments.dataset or arguments.tasks
+        ):
+            raise ValueError(
+                f"a {model_type} predicts masked tokens: name text to evaluate it on with --dataset"
+            )
+        return cls(
+            arguments,
+            family,
+            parse_sizes(arguments.num_layers_to_patch, family.max_layers_to_patch),
+            second_family(family, arguments) if arguments.random_student else None,
+            compared_models(arguments, family),
+            arguments.read_calibration() if arguments.calibration else None,
+            arguments.read_texts(arguments.limit) if arguments.dataset else [],
+        )
+
+    def with_order(self, order: Order) -> "Plan":
+        """The same plan with the family patched in a searched order, and the random student's
+        family too if it has the same layers.
+        """
+        other = self.random_family
+        if other is not None and other.layer_map == self.family.layer_map:
+            other = other.with_order(order)
+        return dataclasses.replace(self, family=self.family.with_order(order), random_family=other)
+
+    def tasks(self) -> tuple[LoadedTasks, str | None]:
+        """The text and lm-eval's tasks, and a line for the user if texts had to be cut.
+
+        Raises ValueError for an unknown task.
+        """
+        arguments, loaded, line = self.arguments, LoadedTasks({}, {}), None
+        if arguments.task_names or not self.texts:
+            loaded = load_tasks(
+                arguments.task_names, arguments.include_path, arguments.trust_remote_code
+            )
+        if self.texts:
+            name, config = arguments.text_name, self.family.configs["teacher"]
+            task, line = task_of_texts(name, self.texts, self.family.tokenizer, config)
+            text = {name: {"tasks": {name: task}, "groups": {}, "group_map": {}}}
+            loaded = LoadedTasks(text | loaded.by_name, loaded.failures)
+        return loaded, line
+
+    @cached_property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """By series, everything that changes its scores."""
+        arguments, family = self.arguments, self.family
+        path = arguments.include_path
+        shared = {
+            "teacher": family.parents.fingerprint("teacher"),
+            "dtype": str(family.dtype).removeprefix("torch."),
+            "limit": arguments.limit,
+            "num_fewshot": arguments.num_fewshot,
+            "include_path": None if path is None else str(Path(path).resolve()),
+        }
+        if self.texts:
+            digest = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+            shared[f"text {arguments.text_name}"] = digest
+        settings = {}
+        for series, of_series in (("family", family), ("random_student", self.random_family)):
+            if of_series is not None:
+                student, order = of_series.parents.fingerprint("student"), of_series.order
+                settings[series] = shared | {"student": student, "order": order}
+        for baseline, needs_text in BASELINES.items():
+            if not needs_text:
+                settings[baseline] = settings["family"]
+            elif self.calibration is not None:
+                calibration = {"calibration": self.calibration.sha256}
+                settings[baseline] = settings["family"] | calibration
+        for series, model in self.compared.items():
+            settings[series] = shared | {"model": fingerprint(model.name_or_path, model.config)}
+        return settings
+
+    def check_settings(self) -> None:
+        """Raise ValueError if results in the folder were made with other settings than these.
+
+        Results of a series that this plan does not have must agree on the shared settings.
+        """
+        folder = self.arguments.save_directory
+        now = json.loads(json.dumps(self.settings))
+        for name, result in read_results(folder).items():
+            before = result.settings
+            if before is None:
+                raise ValueError(
+                    f"{folder / name}.json does not say with which settings it was made: choose "
+                    "another --save_directory"
+                )
+            wanted = now.get(result.series) or {key: now["family"][key] for key in SHARED_SETTINGS}
+            for key in wanted.keys() & before.keys():
+                if before[key] != wanted[key]:
+                    raise ValueError(
+                        f"{folder / name}.json was made with {key}={before[key]} and {wanted[key]} "
+                        "is asked for now: choose another --save_directory, or the same settings"
+                    )
+
+
+def second_family(family: Family, arguments: EvaluationArguments) -> Family:
+    """The family of the same teacher and `--random_student`.
+
+    It has the order of the first family if it has the same layers. An order from a file or a search
+    does not apply to other layers.
+    """
+    other = dataclasses.replace(
+        arguments,
+        student_model_name_or_path=arguments.random_student,
+        student_revision=None,
+        order=arguments.order if arguments.order in NAMED_ORDERS else None,
+    ).open_family(dtype=family.dtype, device=family.parents.device)
+    return other.with_order(family.order) if other.layer_map == family.layer_map else other
+
+
+def compared_models(arguments: EvaluationArguments, family: Family) -> dict[str, Compared]:
+    """The models that `--compare` names, by series. A folder of models names each of them.
+
+    Raises ValueError for a model that cannot be read, and if a perplexity is asked for on other
+    tokens than the teacher's.
+    """
+    names: list[str] = []
+    for name in arguments.compare:
+        folder = Path(name)
+        inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            if not inside:
+                raise ValueError(f"compare={name}: there is no model in this folder")
+            names += map(str, inside)
+        else:
+            names.append(name)
+    names = list(dict.fromkeys(names))
+    trust = arguments.trust_remote_code
+    compared = {}
+    for short, name in zip(short_names(names), names):
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+            # Batched generation needs padding on the left.
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust, padding_side="left"
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"compare={name}: the model cannot be read ({error})") from error
+        if arguments.dataset and tokenizer.get_vocab() != family.tokenizer.get_vocab():
+            raise ValueError(
+                f"compare={name}: its tokens differ from the teacher's, so its perplexity cannot "
+                "be compared with the family's: leave out --dataset, or this model"
+            )
+        compared[f"compare_{short}"] = Compared(name, as_bert_config(config), tokenizer)
+    return compared

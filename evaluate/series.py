@@ -1,0 +1,206 @@
+"""What a sweep measures: series of models.
+
+    family           every size between the student and its teacher
+    naive            baseline: the teacher pruned to each size's depth, without distillation
+    block_influence  baseline: the teacher without its least influential layers (ShortGPT)
+    random_student   every size between a second student and the same teacher
+    compare_NAME     any other model
+
+Baselines are made of the teacher's layers, so they load and run together with the family.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+from accelerate import Accelerator
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluate.devices import is_writer
+from evaluate.family import FamilyLM, MemberLM, SingleModel
+from evaluate.masked_family import MaskedFamilyLM
+from evaluate.plan import Plan
+from evaluate.result import Parameters
+from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.assemble import count_parameters
+from patching.family import Family
+from patching.files.outputs import write_json
+from patching.recipe import Recipe, Reference
+from patching.running.block_influence import block_influence, most_influential
+from patching.running.prefix_tree import PrefixTree
+
+
+def all_series(plan: Plan, ranks: Accelerator | None = None) -> list[Series]:
+    """Everything that a plan asks to measure."""
+    family, other = plan.family, plan.random_family
+    members = [SeriesMember("family", k, family.recipe(k)) for k in plan.sizes]
+    for name in plan.arguments.baseline_names:
+        recipe = baseline(name, plan, ranks)
+        members += [SeriesMember(name, k, recipe(k)) for k in below_teacher(family, plan.sizes)]
+    series: list[Series] = [FamilySeries(plan, family, members, ranks)]
+    if other is not None:
+        sizes = below_teacher(other, plan.sizes)
+        members = [SeriesMember("random_student", k, other.recipe(k)) for k in sizes]
+        series.append(FamilySeries(plan, other, members, ranks))
+    return series + [ComparedSeries(plan, name, ranks) for name in plan.compared]
+
+
+def baseline(name: str, plan: Plan, ranks: Accelerator | None) -> Callable[[int], Recipe]:
+    """The recipe of each size of a baseline, which takes all layers from the teacher."""
+    family = plan.family
+    match name:
+        case "naive":
+            return family.naive_recipe
+        case "block_influence":
+            influences = teacher_influences(plan, is_writer(ranks))
+            return lambda k: most_influential(influences, family.recipe(k).depth)
+    raise AssertionError(name)
+
+
+def below_teacher(family: Family, sizes: Sequence[int]) -> list[int]:
+    """Sizes whose model is not the teacher itself, which the family has already."""
+    return [k for k in sizes if k < family.max_layers_to_patch]
+
+
+class SeriesMember(NamedTuple):
+    """One model of a sweep."""
+
+    series: str
+    num_layers_to_patch: int | None
+    """None for a compared model."""
+    recipe: Recipe | None = None
+
+    @property
+    def name(self) -> str:
+        if self.num_layers_to_patch is None:
+            return self.series
+        return f"{self.series}_k{self.num_layers_to_patch}"
+
+
+class Series(Protocol):
+    """One or several series that load together."""
+
+    members: Sequence[SeriesMember]
+    teacher: PreTrainedModel | None
+    """The model that members' last hidden states are compared with."""
+
+    def facts(self, member: SeriesMember) -> dict[str, Any]:
+        """Fields of the member's `Result` that are known before it runs."""
+
+    def load(self, members: Sequence[SeriesMember]) -> MemberLM:
+        """Some of the members as one lm-eval model."""
+
+    def release(self) -> None:
+        """Let go of weights that no other series needs."""
+
+
+@dataclass(frozen=True)
+class FamilySeries:
+    """Members of a family, and baselines made from its teacher."""
+
+    plan: Plan
+    family: Family
+    members: Sequence[SeriesMember]
+    ranks: Accelerator | None = None
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self.plan.family.parents.load(["teacher"])["teacher"]  # read once for all families
+
+    def facts(self, member: SeriesMember) -> dict[str, Any]:
+        return {
+            "series": member.series,
+            "num_layers_to_patch": member.num_layers_to_patch,
+            "max_layers_to_patch": self.family.max_layers_to_patch,
+            "order": self.family.order,
+            "depth": member.recipe.depth,
+            "parameters": parameters_of(self.plan, self.family.config(member.recipe)),
+            "recipe": member.recipe.to_dict(),
+            "settings": self.plan.settings[member.series],
+        }
+
+    def load(self, members: Sequence[SeriesMember]) -> MemberLM:
+        recipes = {member.name: member.recipe for member in members}
+        student = self.family.parents.load(["student"])["student"]
+        tree = PrefixTree(recipes, teacher=self.teacher, student=student)
+        return lm_of(tree, self.teacher.config, self.family.tokenizer, self.plan, self.ranks)
+
+    def release(self) -> None:
+        self.family.parents.release("student")
+
+
+@dataclass(frozen=True)
+class ComparedSeries:
+    """A single model, of any architecture."""
+
+    plan: Plan
+    name: str
+    ranks: Accelerator | None = None
+    teacher = None
+
+    @cached_property
+    def members(self) -> list[SeriesMember]:
+        return [SeriesMember(self.name, None)]
+
+    def facts(self, member: SeriesMember) -> dict[str, Any]:
+        config = self.plan.compared[self.name].config
+        return {
+            "series": self.name,
+            "num_layers_to_patch": None,
+            "depth": config.num_hidden_layers,
+            "parameters": parameters_of(self.plan, config),
+            "settings": self.plan.settings[self.name],
+        }
+
+    def load(self, members: Sequence[SeriesMember]) -> MemberLM:
+        name_or_path, _, tokenizer = self.plan.compared[self.name]
+        parents = self.plan.family.parents
+        model = load_model(Reference(name_or_path), parents.dtype, parents.trust_remote_code)
+        model = model.to(parents.device).eval()
+        tree = SingleModel(self.name, model)
+        return lm_of(tree, model.config, tokenizer, self.plan, self.ranks)
+
+    def release(self) -> None:
+        pass
+
+
+def lm_of(
+    tree: PrefixTree | SingleModel,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    ranks: Accelerator | None,
+) -> MemberLM:
+    """A tree's members as one lm-eval model."""
+    if predicts_masked_tokens(config):
+        return MaskedFamilyLM(tree, tokenizer=tokenizer, accelerator=ranks)
+    batch_size = plan.arguments.batch_size
+    return FamilyLM(tree, tokenizer=tokenizer, batch_size=batch_size, accelerator=ranks)
+
+
+def parameters_of(plan: Plan, config: PreTrainedConfig) -> Parameters:
+    count = count_parameters(config, plan.arguments.trust_remote_code)
+    return Parameters(**count._asdict())
+
+
+def teacher_influences(plan: Plan, writes: bool) -> list[float]:
+    """Block influence of each teacher layer, kept in the results folder for further runs."""
+    path = plan.arguments.save_directory / "block_influence.json"
+    settings = plan.settings["block_influence"]
+    text = plan.calibration
+    made_from = {"teacher": settings["teacher"], "dtype": settings["dtype"], "text": text.sha256}
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("made_from") == made_from:
+            return kept["block_influence"]
+    teacher = plan.family.parents.load(["teacher"])["teacher"]
+    influences = block_influence(teacher, text.batches(plan.family.tokenizer, teacher.config))
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"block_influence": influences, "text": text.name, "made_from": made_from}
+        write_json(path, values)
+    return influences

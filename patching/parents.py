@@ -1,0 +1,216 @@
+"""Teacher and student, by name or in memory. Weights are loaded when they are first needed."""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from patching.architectures.distilbert import as_bert
+from patching.architectures.lookup import architecture_of, read_config
+from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.checkpoints.fingerprint import fingerprint
+from patching.recipe import Parent, Reference
+
+Model = str | os.PathLike[str] | PreTrainedModel
+"""A folder, a hub repository, or a model in memory."""
+
+
+@dataclass(frozen=True)
+class Parents:
+    """Teacher and student: their configs, the models in memory, and how the others are loaded."""
+
+    references: dict[Parent, Reference]
+    """Where each parent came from. The name is empty for a model in memory that does not say."""
+    configs: dict[Parent, PreTrainedConfig]
+    dtype: torch.dtype
+    device: torch.device
+    device_map: str | Mapping[str, Any] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    models: dict[Parent, PreTrainedModel] = field(default_factory=dict)
+    """Parents in memory: those the caller gave, and those that `load` has read since."""
+    given: frozenset[Parent] = frozenset()
+    """Parents that the caller gave as models, which `release` leaves alone."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        parents: Mapping[Parent, Model],
+        revisions: Mapping[Parent, str | None],
+        dtype: torch.dtype | str,
+        device: str | torch.device | None,
+        device_map: str | Mapping[str, Any] | None,
+        attn_implementation: str | None,
+        trust_remote_code: bool,
+    ) -> "Parents":
+        """Read both configs; arguments and errors are those of `Family.from_pretrained`."""
+        models = {
+            parent: as_bert(plain_model(parent, model))
+            for parent, model in parents.items()
+            if isinstance(model, nn.Module)
+        }
+        references = {
+            parent: Reference(_name_of(model), revisions[parent])
+            for parent, model in parents.items()
+        }
+        configs = {
+            parent: _config_of(parent, references[parent], models.get(parent), trust_remote_code)
+            for parent in parents
+        }
+        return cls(
+            references,
+            configs,
+            _dtype_of(dtype, configs["teacher"], models.get("teacher")),
+            _device_of(device, models),
+            device_map,
+            attn_implementation,
+            trust_remote_code,
+            models,
+            frozenset(models),
+        )
+
+    def load(self, parents: Collection[Parent]) -> dict[Parent, PreTrainedModel]:
+        """The named parents, all in one dtype. Each is read once and kept.
+
+        Raises ValueError if weights are damaged or incomplete, or if a model given in memory has
+        another dtype.
+        """
+        for parent in sorted(parents):
+            if parent not in self.models:
+                model = load_model(
+                    self.references[parent],
+                    self.dtype,
+                    self.trust_remote_code,
+                    self.attn_implementation,
+                    self.device_map,
+                )
+                self.models[parent] = model if self.device_map else model.to(self.device)
+            elif self.models[parent].dtype != self.dtype:
+                raise ValueError(
+                    f"the {parent} is in memory in {self.models[parent].dtype}, and {self.dtype} "
+                    "is asked for: load both models in one dtype"
+                )
+        return {parent: self.models[parent] for parent in sorted(parents)}
+
+    def release(self, *parents: Parent) -> None:
+        """Let go of weights that `load` has read, of both parents unless some are named. Models
+        given in memory stay.
+        """
+        for parent in set(parents or self.models) - self.given:
+            self.models.pop(parent, None)
+
+    def fingerprint(self, parent: Parent) -> str:
+        """What tells a parent's weights from others at the same place."""
+        return fingerprint(self.references[parent].name_or_path, self.configs[parent])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer with a padding token. It pads on the left, as batched generation
+        needs, unless the family is of encoders.
+
+        Raises ValueError for a teacher in memory that does not say where it came from.
+        """
+        name_or_path, revision = self.references["teacher"]
+        if not name_or_path:
+            raise ValueError(
+                "the teacher in memory does not say where it came from: give its tokenizer too"
+            )
+        generates = not predicts_masked_tokens(self.configs["teacher"])
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path,
+            revision=revision,
+            trust_remote_code=self.trust_remote_code,
+            **({"padding_side": "left"} if generates else {}),
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+def plain_model(parent: Parent, model: nn.Module) -> PreTrainedModel:
+    """The model as given. Raises ValueError for one that is wrapped, sharded or has adapters."""
+    kind = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"the {parent} has PEFT adapters: merge them first, or call delete_adapter"
+            )
+        if kind.startswith("FSDP"):
+            raise ValueError(f"the {parent} is sharded ({kind}): save it and name the folder")
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"the {parent} is a {kind}, which has no language modeling head: load it with "
+                "AutoModelForCausalLM, or AutoModelForMaskedLM for an encoder"
+            )
+        return model
+    remedies = {
+        "OptimizedModule": "give the model that torch.compile was called on",
+        "DistributedDataParallel": "give its .module",
+    }
+    remedy = remedies.get(kind, "give the PreTrainedModel inside it")
+    if "Peft" in kind:
+        remedy = "give its merge_and_unload()"
+    raise ValueError(f"the {parent} is a {kind}, not a transformers model: {remedy}")
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The named device, by default the accelerator if there is one. Raises ValueError if this
+    machine does not have it.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used here: {reason}") from error
+
+
+def _name_of(model: Model) -> str:
+    return model.name_or_path if isinstance(model, PreTrainedModel) else os.fspath(model)
+
+
+def _config_of(
+    parent: Parent,
+    reference: Reference,
+    model: PreTrainedModel | None,
+    trust_remote_code: bool,
+) -> PreTrainedConfig:
+    if model is None:
+        return read_config(parent, *reference, trust_remote_code)
+    architecture_of(model.config, trust_remote_code)  # raises for one that is not supported
+    return model.config
+
+
+def _dtype_of(
+    name: str | torch.dtype, teacher: PreTrainedConfig, in_memory: PreTrainedModel | None
+) -> torch.dtype:
+    """`auto` is the teacher's dtype, float32 if its config names none."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto":
+        return in_memory.dtype if in_memory is not None else teacher.dtype or torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={name}: choose auto, bfloat16, float16 or float32")
+    return dtype
+
+
+def _device_of(
+    device: str | torch.device | None, models: Mapping[Parent, PreTrainedModel]
+) -> torch.device:
+    """The device asked for, else that of the models in memory, else the CPU."""
+    places = {model.device for model in models.values()}
+    if device is not None:
+        places.add(torch.empty(0, device=device).device)
+    if len(places) > 1:
+        raise ValueError(
+            f"teacher and student are on {' and '.join(sorted(map(str, places)))}: move both to "
+            "one device"
+        )
+    return places.pop() if places else torch.device("cpu")

@@ -1,0 +1,40 @@
+"""Every command line: quick help and errors, one line for what a user can fix."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = (
+    "patching.patch",
+    "patching.orders",
+    "patching.similarity",
+    "evaluate.evaluate",
+    "evaluate.report",
+)
+HEAVY = ("torch", "datasets", "lm_eval", "matplotlib", "accelerate")
+
+RUN = """
+import json, runpy, sys
+heavy, *sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as ended:
+    print(json.dumps([ended.code, [name for name in heavy.split() if name in sys.modules]]))
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("flags", "code"), [(["--help"], 0), (["--no_such_flag"], 2)])
+def test_help_and_wrong_flags_load_nothing_heavy(command, flags, code):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, " ".join(HEAVY), command, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [code, []], done.stderr
+    if code:
+        assert done.stderr.count("\n") == 1 and "--help lists every flag" in done.stderr
