@@ -1,7 +1,7 @@
-"""`torchrun ... tests/shard_on_cpu.py ...`: train.train through the real FSDP2 path on CPU ranks.
+"""`torchrun ... tests/shard_on_cpu.py ...`: train.train with real FSDP2 sharding on CPU ranks.
 
-accelerate shards on accelerators only; here its state says MULTI_GPU where it would say MULTI_CPU,
-and nothing else changes. What each rank really holds is written beside the checkpoints.
+accelerate only shards on accelerators. Here its state reports MULTI_GPU instead of MULTI_CPU, and
+nothing else changes. What each rank holds is written next to the checkpoints.
 """
 
 import json
@@ -13,20 +13,21 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from train import train
+from train import run
+from train.train import main
 from train.trainer import DistillationTrainer
 
-initialise = PartialState.__init__
+initialize = PartialState.__init__
 
 
-def initialise_as_if_on_gpus(self, *args, **kwargs):
-    initialise(self, *args, **kwargs)
+def initialize_as_if_on_gpus(self, *args, **kwargs):
+    initialize(self, *args, **kwargs)
     if self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.MULTI_GPU
 
 
 def held(model) -> dict[str, dict[str, list[int]]]:
-    """Parameter to its whole shape and the shape of this rank's share of it."""
+    """Return the whole shape of each parameter, and the shape of this rank's share of it."""
     return {
         name: {"whole": [*parameter.shape], "share": [*parameter.to_local().shape]}
         for name, parameter in model.named_parameters()
@@ -57,6 +58,6 @@ class RecordingTrainer(DistillationTrainer):
         return output
 
 
-PartialState.__init__ = initialise_as_if_on_gpus
-train.DistillationTrainer = RecordingTrainer
-train.main(sys.argv[1:])
+PartialState.__init__ = initialize_as_if_on_gpus
+run.DistillationTrainer = RecordingTrainer
+main(sys.argv[1:])

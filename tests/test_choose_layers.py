@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from patching.arguments import CalibrationArguments
 from patching.blocks import LayerMap
 from patching.orders.kept_layers import most_similar_layers
-from patching.running.calibration import Calibration, padded_batches
+from patching.running.calibration import padded_batches
 from patching.running.similarity import similarity_by_depth
 from patching.student_config import read_student_config
 from train import choose_layers
@@ -24,7 +24,7 @@ ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory):
-    """Of eight layers of which layer 4 turns the state far."""
+    """A teacher of eight layers, of which layer 4 changes the hidden state most."""
     model = tiny_model(tiny_config("llama", 8))
     with torch.no_grad():
         for layer in model.model.layers:
@@ -62,7 +62,7 @@ def test_similarity_is_the_mean_cosine_of_states_as_transformers_returns_them(te
 
 def best_map(teacher_folder, text_file, num_kept: int) -> LayerMap:
     model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
-    text = Calibration.read(CalibrationArguments(str(text_file)))
+    text = CalibrationArguments(str(text_file)).read_calibration()
     similarity = similarity_by_depth(model, text.batches(byte_tokenizer(), model.config))
     return most_similar_layers(similarity, num_kept)
 
@@ -102,14 +102,17 @@ def test_the_student_has_the_chosen_layers(teacher_folder, text_file, tmp_path, 
     [
         (["--num_kept_layers", "2", "--longest_block", "3"], "at most 3: choose 3-8 layers"),
         (["--target_params", "1K"], "target_params=1K: the smallest student has"),
-        (["--target_params", "1K", "--num_kept_layers", "3"], "both name a size"),
+        (["--target_params", "1K", "--num_kept_layers", "3"], "both set the size"),
         (["--longest_block", "0"], "longest_block=0"),
         (["--calibration_texts", "0"], "calibration_texts=0: choose 1 or more"),
-        (["--kept_layers", "0,2", "--num_kept_layers", "3"], "belongs to --kept_layers auto"),
-        (["--kept_layers", "0,2"], "--calibration belongs to --kept_layers auto"),
+        (
+            ["--kept_layers", "0,2", "--num_kept_layers", "3"],
+            "--num_kept_layers only applies with --kept_layers auto",
+        ),
+        (["--kept_layers", "0,2"], "--calibration only applies with --kept_layers auto"),
     ],
 )
-def test_bad_flags_end_in_one_line_before_weights_load(
+def test_bad_flags_are_one_line_before_weights_load(
     teacher_folder, text_file, tmp_path, capsys, monkeypatch, extra, message
 ):
     monkeypatch.setattr(choose_layers, "load_model", lambda *_: pytest.fail("weights load"))
@@ -123,7 +126,7 @@ def test_text_is_needed(teacher_folder, text_file, tmp_path, capsys):
     at = given.index("--calibration")
     with pytest.raises(SystemExit, match="2"):
         main(given[:at] + given[at + 2 :])
-    assert "--kept_layers auto looks at text" in capsys.readouterr().err
+    assert "--kept_layers auto needs text" in capsys.readouterr().err
 
 
 def test_the_largest_student_that_fits():

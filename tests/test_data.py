@@ -1,4 +1,4 @@
-"""Text to rows: every document once, held-out text apart, padding never a target."""
+"""Text to rows: every document once, held-out text is separate, padding is never a target."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_unpacked_rows_are_documents_cut_to_length():
     ]
 
 
-def test_end_of_text_is_a_target_though_it_is_the_padding_token():
+def test_end_of_text_is_a_target_even_if_it_is_the_padding_token():
     assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id == EOS
     batch = collate([{"input_ids": [1, 2, EOS, 3, EOS]}, {"input_ids": [4, EOS]}])
     assert batch["labels"].tolist() == [[1, 2, EOS, 3, EOS], [4, EOS, *[IGNORED_LABEL] * 3]]
@@ -102,7 +102,7 @@ def test_a_streams_first_documents_are_held_out():
     assert [row["text"] for row in train] == [f"document {i}" for i in range(5, 30)]
 
 
-def test_text_of_its_own_can_be_held_out(text_file, tmp_path):
+def test_separate_text_can_be_held_out(text_file, tmp_path):
     path, texts = write(tmp_path, "jsonl")
     arguments = DataArguments(dataset=str(text_file), eval_dataset=str(path), max_length=64)
     rows = load_rows(arguments, TOKENIZER, seed=0)
@@ -125,7 +125,7 @@ def test_text_of_its_own_can_be_held_out(text_file, tmp_path):
         ('{"text": "one"}\n', "a.jsonl", {}, "a single document, so none can be held out"),
     ],
 )
-def test_unusable_text_is_refused(tmp_path, content, name, changes, message):
+def test_unusable_text_is_rejected(tmp_path, content, name, changes, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The dry run: figures known from elsewhere, and its memory against a measured run."""
+"""The dry run: figures known from elsewhere, and its memory estimate against a measured run."""
 
 import gc
 import json
@@ -59,13 +59,13 @@ def test_flops_are_those_of_the_matrix_products():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, num_positions, dtype=torch.long))
     flops = forward_flops(config)
-    # Eager attention computes the half behind the diagonal too, and rotary angles.
+    # Eager attention also computes the masked half, and rotary angles.
     whole = flops._replace(attention_per_position=2 * flops.attention_per_position)
     counted = counter.get_total_flops() / num_positions
     assert whole.at(num_positions) == pytest.approx(counted, rel=0.01)
 
 
-def test_experts_that_are_not_asked_take_no_flops():
+def test_unused_experts_take_no_flops():
     dense, sparse = (family_config("mixtral", num_experts_per_tok=asked) for asked in (4, 1))
     difference = forward_flops(dense).layers - forward_flops(sparse).layers
     expert = 3 * dense.hidden_size * dense.intermediate_size
@@ -98,7 +98,7 @@ def test_kept_activations_are_those_autograd_keeps():
     assert output.last_hidden_state.requires_grad
     batch = MicroBatch(2, 64, torch.float32)
     estimate = saved_for_backward_bytes(config, batch, is_sharded=False)
-    # Run without data, attention keeps its mask and repeated keys too: more, never less.
+    # Without data, attention also keeps its mask and repeated keys: more, never less.
     assert sum(kept.values()) <= estimate < 1.2 * sum(kept.values())
     checkpointed = batch._replace(activation_checkpointing=True)
     assert saved_for_backward_bytes(config, checkpointed, is_sharded=False) < estimate / 4
@@ -126,7 +126,7 @@ def test_the_plan_needs_no_weights_and_no_data(tmp_path, capsys):
         f"{16:13}  {'32-33':>13}  (17, 34)\n{17:13}  {'34':>13}  (18, 35)",
         "k =  0   19 layers    2,306.64 M    2,695.60 M  student",
         "k = 17   36 layers    4,022.47 M    4,411.42 M  teacher",
-        "tokens per optimiser step: 4,194,304",
+        "tokens per optimizer step: 4,194,304",
         "in 500 steps: 2,097,152,000 tokens",
         "memory per rank, AdamW, sharded",
     ):
@@ -136,15 +136,15 @@ def test_the_plan_needs_no_weights_and_no_data(tmp_path, capsys):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_memory_is_that_of_a_measured_run(tmp_path, text_file, bf16):
-    """The most that torch had allocated at once during a run: unlike what is resident, it does not
-    depend on the system's other work.
+    """Measured as the most memory torch had allocated at once. Unlike resident memory, that does
+    not depend on other work of the system.
     """
     config = LlamaConfig(
         vocab_size=16384, hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
         num_attention_heads=4, tie_word_embeddings=False, eos_token_id=256, bos_token_id=None,
     )  # fmt: skip
     dtype, other = (torch.bfloat16, torch.float32)[:: 1 if bf16 else -1]
-    # Stored in the other dtype: a teacher that needs no cast stays in its file, not allocated.
+    # Stored in the other dtype: a teacher that needs no cast stays mapped from its file.
     AutoModelForCausalLM.from_config(config, dtype=other).save_pretrained(tmp_path / "teacher")
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
     gc.collect()

@@ -1,4 +1,4 @@
-"""Two CPU ranks under torchrun through the real FSDP2 path, against one process."""
+"""Two CPU ranks under torchrun with real FSDP2 sharding, compared with one process."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_sharded_ranks_resume(text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_ranks_told_to_stop_leave_a_checkpoint(text_file, tmp_path):
+def test_sharded_ranks_leave_a_checkpoint_on_sigterm(text_file, tmp_path):
     """SIGTERM to torchrun, as a cluster sends it."""
     teacher, _ = save_pair(tmp_path, "qwen3-tied")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -100,7 +100,7 @@ def test_sharded_ranks_told_to_stop_leave_a_checkpoint(text_file, tmp_path):
         "--gradient_accumulation_steps", "4", "--fsdp_config", str(teacher), "--max_steps", "12",
         "--streaming", "True", "--resume_from_checkpoint", "last",
     ]  # fmt: skip
-    # A rank reads whole batches of documents: enough of them for two ranks.
+    # A rank reads whole batches of documents, so there must be enough for two ranks.
     documents = tmp_path / "documents.jsonl"
     documents.write_text(text_file.read_text() * 60)
     train_sharded(*command(teacher, whole, documents, *settings))

@@ -1,4 +1,4 @@
-"""Distilling masked language models: the loss against its definition, the trainer's promises."""
+"""Distilling masked language models: the loss against its definition, saving and resuming."""
 
 import json
 
@@ -78,7 +78,7 @@ def test_the_loss_is_its_definition_over_masked_positions(model_type):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A teacher and text on disk."""
+    """The folder of a teacher, and a file of text."""
     folder = tmp_path_factory.mktemp("masked")
     tiny_model(encoder_config("bert", 4)).save_pretrained(folder / "teacher")
     word_tokenizer().save_pretrained(folder / "teacher")
@@ -118,8 +118,8 @@ def test_a_saved_student_has_both_names_of_its_bias(tmp_path, tied):
     assert (saved.cls.predictions.decoder.bias is saved.cls.predictions.bias) == tied
 
 
-def test_the_command_line_distils_and_resumes(folders, tmp_path):
-    """A run that goes on from its checkpoint draws the masks the whole one drew."""
+def test_the_command_line_distills_and_resumes(folders, tmp_path):
+    """A resumed run draws the same masks as an uninterrupted one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     main(command(folders, whole))
     main(command(folders, parts, "--save_total_limit", "2"))
@@ -148,7 +148,7 @@ def test_the_command_line_distils_and_resumes(folders, tmp_path):
         (["--kept_layers", "0,9"], "kept layers [0, 9]"),
     ],
 )
-def test_what_does_not_fit_is_one_line(folders, tmp_path, capsys, flags, message):
+def test_wrong_flags_are_one_line(folders, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as exited:
         main(command(folders, tmp_path / "student", *flags))
     assert exited.value.code == 2
@@ -168,7 +168,7 @@ def test_a_dry_run_counts_an_encoder(folders, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_two_sharded_ranks_train_an_encoder(folders, tmp_path, tied):
-    """Ranks draw masks of their own, so no number is compared with one process's."""
+    """Each rank draws its own masks, so no number can be compared with one process's."""
     teacher = tmp_path / "teacher"
     model = tiny_model(encoder_config("bert", 4, tied))
     model.save_pretrained(teacher)

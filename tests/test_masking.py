@@ -1,4 +1,4 @@
-"""Masks: the shares of arXiv 1810.04805, never special tokens or padding, the same for a seed."""
+"""Masks: the shares of arXiv 1810.04805, no special tokens or padding, the same for a seed."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_nothing_else_changes():
     assert not (is_target & is_special).any()
 
 
-def test_how_rows_are_split_and_padded_changes_no_mask():
+def test_masks_do_not_depend_on_splitting_and_padding():
     lengths = [3, 40, 7, 12]
     together = MASKING.hide(batch_of(lengths), generator_for(1, 2))
     rows = batch_of(lengths)["input_ids"]

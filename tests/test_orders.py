@@ -15,7 +15,7 @@ from local_tasks import ROLLING, TEXTS, write_task
 
 from evaluate.evaluate import EvaluationArguments
 from evaluate.evaluate import main as evaluate_main
-from evaluate.plan import random_family
+from evaluate.plan import second_family
 from patching.blocks import LayerMap
 from patching.family import Family
 from patching.orders import __main__ as orders
@@ -278,7 +278,7 @@ def test_a_random_student_takes_the_order_where_its_layers_are_the_same(
         save_directory=tmp_path,
     )
     family = arguments.open_family()
-    second = random_family(family, arguments)
+    second = second_family(family, arguments)
     assert second.order == (family.order if is_taken else "first")  # else what suits a llama
 
 

@@ -1,4 +1,4 @@
-"""Killed, told to stop, and resumed: the student ends as if nothing had happened, bit for bit."""
+"""Runs that are killed or stopped, then resumed, end with the same student bit for bit."""
 
 import json
 import os
@@ -23,13 +23,14 @@ from train.checkpoints import INCOMPLETE, find_checkpoint, remove_old
 from train.data import Share, tokenize_share
 from train.data_args import DataArguments
 from train.train import main
+from train.trainer import DistillationTrainer
 
 NUM_STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A GPT-2: its student drops out, so random states matter."""
+    """A GPT-2, whose student uses dropout, so random states matter."""
     return save_pair(tmp_path_factory.mktemp("gpt2"), "gpt2")[0]
 
 
@@ -52,13 +53,13 @@ def command(teacher: Path, folder: Path, documents: Path, *flags: str) -> list[s
 
 
 def run_until(num_lines: int, delay: float, sent: signal.Signals, words: list[str]) -> int:
-    """Run the command, send the signal a moment after so many steps were logged; its exit status,
-    0 where it had ended before.
+    """Run the command and send the signal a moment after `num_lines` steps were logged. Return its
+    exit status, which is 0 if it ended before.
     """
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "train.train", *words],
         cwd=ROOT,
-        # As many threads as this process: sums over another number of threads round otherwise.
+        # As many threads as this process: sums over other numbers of threads round differently.
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -101,7 +102,9 @@ def check_equal(folder: Path, reference: Path, num_steps: int = NUM_STEPS) -> No
         pytest.param("False", [signal.SIGKILL] * 5, marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_ends_as_never_killed(teacher, documents, tmp_path, streaming, signals):
+def test_killed_and_resumed_ends_as_if_never_killed(
+    teacher, documents, tmp_path, streaming, signals
+):
     flags = ["--streaming", streaming]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(command(teacher, whole, documents, *flags))
@@ -113,7 +116,7 @@ def test_killed_and_resumed_ends_as_never_killed(teacher, documents, tmp_path, s
             command(teacher, killed, documents, *flags),
         )
         if status == 0 and i > 0:
-            break  # through before a later signal came
+            break  # ended before a later signal
         assert status == (-signal.SIGKILL if sent == signal.SIGKILL else 128 + signal.SIGTERM)
         assert not (killed / "config.json").exists()
     else:
@@ -122,16 +125,14 @@ def test_killed_and_resumed_ends_as_never_killed(teacher, documents, tmp_path, s
 
 
 @pytest.mark.parametrize("num_whole_steps", [0, 2])
-def test_a_step_cut_short_by_sigterm_counts_for_nothing(
+def test_a_step_interrupted_by_sigterm_is_discarded(
     teacher, documents, tmp_path, monkeypatch, num_whole_steps
 ):
     """The signal arrives between two micro-batches."""
-    from train import trainer
-
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = ["--streaming", "True", "--max_steps", "6"]
     main(command(teacher, whole, documents, *flags))
-    compute_loss = trainer.DistillationTrainer.compute_loss
+    compute_loss = DistillationTrainer.compute_loss
     calls = []
 
     def compute_loss_and_signal(self, *args, **kwargs):
@@ -140,7 +141,7 @@ def test_a_step_cut_short_by_sigterm_counts_for_nothing(
             os.kill(os.getpid(), signal.SIGTERM)
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.DistillationTrainer, "compute_loss", compute_loss_and_signal)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss_and_signal)
     with pytest.raises(SystemExit) as ended:
         main(command(teacher, stopped, documents, *flags, "--save_strategy", "no"))
     assert ended.value.code == 128 + signal.SIGTERM
@@ -154,7 +155,7 @@ def test_a_step_cut_short_by_sigterm_counts_for_nothing(
 
 
 @pytest.mark.parametrize("streaming", ["True", "False"])
-def test_a_run_killed_behind_its_last_step_only_saves(teacher, documents, tmp_path, streaming):
+def test_a_run_killed_after_its_last_step_only_saves(teacher, documents, tmp_path, streaming):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--streaming", streaming, "--max_steps", "2"]
     main(command(teacher, whole, documents, *flags))
@@ -165,13 +166,13 @@ def test_a_run_killed_behind_its_last_step_only_saves(teacher, documents, tmp_pa
         assert torch.equal(weights(killed)[name], tensor), name
 
 
-def test_a_run_that_cannot_go_on_from_a_checkpoint_says_so(
+def test_a_run_that_cannot_resume_from_a_checkpoint_says_so(
     teacher, documents, tmp_path, capsys, monkeypatch
 ):
     flags = ["--max_steps", "1", "--streaming"]
     main(command(teacher, tmp_path, documents, *flags, "True"))
     checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
-    for name in ("config.json", "model.safetensors"):  # as if the run had not come to its end
+    for name in ("config.json", "model.safetensors"):  # as if the run had not finished
         (tmp_path / name).unlink()
 
     def refused(streaming: str) -> str:
@@ -188,19 +189,19 @@ def test_a_run_that_cannot_go_on_from_a_checkpoint_says_so(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
     assert "checkpoint-1: its run read a stream" in refused("False")
     (checkpoint / "pytorch_model_fsdp_0").mkdir()
-    assert "checkpoint-1: its run was sharded, give --fsdp_config" in refused("True")
+    assert "checkpoint-1: its run was sharded, use the same --fsdp_config" in refused("True")
     (checkpoint / "pytorch_model_fsdp_0").rmdir()
     state = checkpoint / "stream_0_of_1.json"
     shutil.copy(state, checkpoint / "stream_0_of_2.json")
     state.rename(checkpoint / "stream_1_of_2.json")
     error = refused("True")
-    assert "it knows the places of 2 ranks in the stream and this run has 1, start 2" in error
+    assert "it has stream positions for 2 ranks and this run has 1, start 2" in error
     for path in checkpoint.glob("stream_*"):
         path.unlink()
     assert "checkpoint-1: its run did not read a stream" in refused("True")
 
 
-def test_only_finished_checkpoints_are_taken(tmp_path):
+def test_only_finished_checkpoints_are_found(tmp_path):
     assert find_checkpoint(None, str(tmp_path)) is None
     assert find_checkpoint("last", str(tmp_path / "missing")) is None
     for name in ("checkpoint-5", "checkpoint-10", f"{INCOMPLETE}/checkpoint-15"):
@@ -213,7 +214,7 @@ def test_only_finished_checkpoints_are_taken(tmp_path):
     assert find_checkpoint(named, str(tmp_path)) == named
 
 
-def test_old_checkpoints_go_but_for_the_best(tmp_path):
+def test_old_checkpoints_are_removed_except_the_best(tmp_path):
     for step in (1, 2, 3, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     remove_old(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
@@ -240,8 +241,8 @@ def take(batches: StreamBatches, num_batches: int) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 6, 7, 20])
-def test_a_stream_goes_on_where_it_stopped(monkeypatch, stop):
-    """20 batches are three passes and a bit."""
+def test_a_stream_resumes_where_it_stopped(monkeypatch, stop):
+    """20 batches are a little more than three passes."""
     monkeypatch.setattr(data, "DOCUMENTS_PER_BATCH", 10)
     expected = take(stream(Share()), 25)
     first, second = stream(Share()), stream(Share())
@@ -251,13 +252,13 @@ def test_a_stream_goes_on_where_it_stopped(monkeypatch, stop):
     assert take(second, 25 - stop) == expected[stop:]
 
 
-def test_ranks_share_a_stream_without_overlap_and_tokenise_only_their_part(monkeypatch):
+def test_ranks_share_a_stream_without_overlap_and_tokenize_only_their_part(monkeypatch):
     monkeypatch.setattr(data, "DOCUMENTS_PER_BATCH", 10)
-    tokenised, seen = [], []
+    tokenized, seen = [], []
     rows_of_documents = data.rows_of_documents
 
     def counted(batch, *args):
-        tokenised.extend(batch["text"])
+        tokenized.extend(batch["text"])
         return rows_of_documents(batch, *args)
 
     monkeypatch.setattr(data, "rows_of_documents", counted)
@@ -266,7 +267,7 @@ def test_ranks_share_a_stream_without_overlap_and_tokenise_only_their_part(monke
         seen.append(set(byte_tokenizer().decode(ids).split("<eos>")) - {""})
     assert not seen[0] & seen[1]
     assert sorted(seen[0] | seen[1]) == sorted(f"text {i}" for i in range(40))
-    assert sorted(tokenised) == sorted(seen[0] | seen[1])
+    assert sorted(tokenized) == sorted(seen[0] | seen[1])
 
 
 def test_a_rank_without_any_document_says_so():

@@ -1,8 +1,9 @@
-"""`train.train` as a user runs it: the documented command line, its output, and what it refuses."""
+"""`train.train` as a user runs it: the documented command, its output, and what it rejects."""
 
 import json
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -17,11 +18,11 @@ from patching.cli.command_line import CommandLineParser
 from patching.patch import main as patch
 from patching.student_config import read_student_config
 from train.data_args import DataArguments
+from train.fsdp_config import check_layer_classes, layer_classes
 from train.model_args import ModelArguments
-from train.sharding import check_layer_classes
 from train.speed import check_liger_knows
 from train.train import main
-from train.training_args import DistillationArguments, layer_classes
+from train.training_args import DistillationArguments
 
 
 def documented_command(teacher, folder, dataset) -> list[str]:
@@ -75,7 +76,7 @@ def test_fsdp_config_may_be_a_file_and_the_temperature_has_an_alias(tmp_path):
 
 def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp_path):
     folder = tmp_path / "student"
-    own = torch.ones(2**28)  # its memory must not show in that of the run
+    own = torch.ones(2**28)  # memory of this process must not count as the run's
     done = run_module(
         "train.train", *documented_command(pair_folders[0], folder, text_file), *SMALL
     )
@@ -180,7 +181,7 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         (["--no_such_flag", "1"], "no_such_flag"),
     ],
 )
-def test_bad_input_ends_in_one_line_before_weights_load(
+def test_bad_input_is_one_line_before_weights_load(
     pair_folders, text_file, tmp_path, capsys, monkeypatch, changes, message
 ):
     def no_weights(*_, **__):
@@ -202,10 +203,10 @@ def test_a_finished_student_is_not_overwritten(pair_folders, text_file, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, *SMALL])
     assert ended.value.code == 2
-    assert "holds a model already" in capsys.readouterr().err
+    assert "already holds a model" in capsys.readouterr().err
 
 
-def test_a_teacher_without_a_row_in_the_table_is_refused(tmp_path, text_file, capsys):
+def test_an_unsupported_architecture_is_rejected(tmp_path, text_file, capsys):
     teacher, _ = save_pair(tmp_path)
     config = json.loads((teacher / "config.json").read_text()) | {"model_type": "bloom"}
     (teacher / "config.json").write_text(json.dumps(config))
@@ -215,7 +216,7 @@ def test_a_teacher_without_a_row_in_the_table_is_refused(tmp_path, text_file, ca
     assert "model_type=bloom: this architecture is not supported" in capsys.readouterr().err
 
 
-def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path, text_file, capsys):
+def test_a_teacher_with_missing_weights_is_rejected(tmp_path, text_file, capsys):
     teacher, _ = save_pair(tmp_path)
     tensors = load_file(teacher / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]
@@ -228,7 +229,7 @@ def test_a_teacher_whose_weights_are_not_all_there_is_refused(tmp_path, text_fil
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_way_to_compute_attention_is_refused(pair_folders, text_file, tmp_path, capsys):
+def test_an_unknown_attention_implementation_is_rejected(pair_folders, text_file, tmp_path, capsys):
     command = documented_command(pair_folders[0], tmp_path / "out", text_file)[:-2]
     with pytest.raises(SystemExit) as ended:
         main([*command, *SMALL, "--attn_implementation", "nonsense"])
@@ -236,7 +237,7 @@ def test_an_unknown_way_to_compute_attention_is_refused(pair_folders, text_file,
     assert "nonsense" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_teacher_that_caps_its_logits_is_refused(tmp_path, text_file, capsys):
+def test_a_teacher_that_caps_its_logits_is_rejected(tmp_path, text_file, capsys):
     teacher, _ = save_pair(tmp_path)
     config = json.loads((teacher / "config.json").read_text()) | {"final_logit_softcapping": 30.0}
     (teacher / "config.json").write_text(json.dumps(config))
@@ -246,9 +247,9 @@ def test_a_teacher_that_caps_its_logits_is_refused(tmp_path, text_file, capsys):
     assert "final_logit_softcapping=30.0 in the qwen3 config" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is that of a machine without")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this error is for machines without a GPU")
 def test_liger_kernels_need_a_gpu(tmp_path):
-    with pytest.raises(ValueError, match="use_liger_kernel: there is no CUDA GPU"):
+    with pytest.raises(ValueError, match="use_liger_kernel: its kernels need a CUDA GPU"):
         DistillationArguments(save_directory=str(tmp_path), use_liger_kernel=True)
 
 
@@ -270,7 +271,7 @@ def test_the_layers_to_shard_are_the_teachers(pair_folders, tmp_path):
     config = AutoConfig.from_pretrained(pair_folders[0])
     check_layer_classes({"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}, config)
     check_layer_classes({}, config)
-    with pytest.raises(ValueError, match="a qwen3 model has no LlamaDecoderLayer, give"):
+    with pytest.raises(ValueError, match="a qwen3 model has no LlamaDecoderLayer, name"):
         check_layer_classes({"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}, config)
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type=t5: this architecture is not supported"):
@@ -317,7 +318,22 @@ def test_the_help_shows_the_example_as_it_is_and_a_flag_once(command_line, capsy
     assert "default: None" not in text
 
 
-def test_the_readme_names_flags_that_there_are():
+def test_help_and_wrong_flags_do_not_import_the_trainer(tmp_path):
+    """Those imports take seconds."""
+    code = (
+        "import sys; from train.train import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('imported:', *(name for name in ('matplotlib', 'datasets', 'lm_eval', "
+        "'train.run', 'train.trainer', 'transformers.modeling_utils') if name in sys.modules))"
+    )
+    for flags in (["--help"], ["--teacher_model_name_or_path", "t", "--max_steps", "0"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines()[-1] == "imported:", done.stdout + done.stderr
+
+
+def test_the_readme_names_flags_that_exist():
     readme = (ROOT / "README.md").read_text()
     assert "--module train.train" in readme
     assert "--fsdp_config $TEACHER" in readme

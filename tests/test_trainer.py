@@ -1,4 +1,4 @@
-"""Training: the step does not depend on how it is split, the teacher stays as it is, held-out means
+"""Training: how a step is split changes nothing, the teacher is not modified, and held-out means
 are exact.
 """
 
@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from training_runs import LAYER_MAP, log_of, teacher_of, trainer_for
 
 from patching.running.hidden_states import hidden_states_at
-from train import trainer as trainer_module
-from train.batches import collate
+from train import distillation
+from train.batches import StepPrefetcher, collate
 from train.loss import cosine_distance
 from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
@@ -43,7 +43,7 @@ def test_accumulation_does_not_change_the_trajectory(tmp_path, kind):
                 assert line[term] == pytest.approx(expected[term], rel=1e-4), term
         for name, tensor in weights.items():
             if name.endswith("key.bias"):
-                continue  # changes no probability: its gradient is rounding, which AdamW amplifies
+                continue  # affects no probability: its gradient is rounding, which AdamW amplifies
             torch.testing.assert_close(tensor, reference_weights[name], rtol=1e-3, atol=1e-4)
 
 
@@ -59,7 +59,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
-def test_training_leaves_the_teacher_alone_and_moves_the_student(tmp_path):
+def test_training_changes_the_student_and_not_the_teacher(tmp_path):
     teacher = teacher_of("gpt_neox-untied")
     trainer = trainer_for(tmp_path, teacher, max_steps=2)
     before, start = (copy.deepcopy(model.state_dict()) for model in (teacher, trainer.model))
@@ -94,7 +94,7 @@ def test_held_out_means_are_exact(tmp_path):
 
 
 @pytest.mark.parametrize("tying", ["tied", "untied"])
-def test_cosine_alone_leaves_an_untied_head_as_it_is(tmp_path, tying):
+def test_cosine_alone_does_not_train_an_untied_head(tmp_path, tying):
     trainer = trainer_for(tmp_path, f"qwen3-{tying}", use_cross_entropy=False, use_kl_loss=False)
     head = trainer.model.lm_head.weight.clone()
     trainer.train()
@@ -133,7 +133,7 @@ def test_speed_options_change_no_number(tmp_path, changes):
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
-def test_a_line_of_the_log_says_how_fast_and_how_full(tmp_path):
+def test_log_lines_report_speed_and_padding(tmp_path):
     trainer = trainer_for(tmp_path, logging_steps=2, max_steps=4, eval_strategy="no")
     start = time.perf_counter()
     trainer.train()
@@ -148,27 +148,27 @@ def test_a_line_of_the_log_says_how_fast_and_how_full(tmp_path):
 
 def test_the_next_micro_batches_are_fetched_while_a_step_computes(tmp_path, monkeypatch):
     fetched = threading.Semaphore(0)
-    fetch, compute_loss = DistillationTrainer._fetch, DistillationTrainer.compute_loss
+    fetch, compute_loss = StepPrefetcher._fetch, DistillationTrainer.compute_loss
 
     def counted(*args):
         batches = fetch(*args)
         fetched.release()
         return batches
 
-    def only_with_the_next_ones_there(self, *args, **kwargs):
+    def only_once_the_next_are_there(self, *args, **kwargs):
         if self.state.global_step == 0:
-            fetched.acquire()  # this step's own
+            fetched.acquire()  # those of this step
         assert fetched.acquire(timeout=20)
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(DistillationTrainer, "_fetch", counted)
-    monkeypatch.setattr(DistillationTrainer, "compute_loss", only_with_the_next_ones_there)
+    monkeypatch.setattr(StepPrefetcher, "_fetch", counted)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", only_once_the_next_are_there)
     trainer = trainer_for(tmp_path, eval_strategy="no")
     trainer.train()
     assert trainer.state.global_step == 3
 
 
-def test_held_out_cross_entropy_and_kl_are_measured_where_training_has_them_off(tmp_path):
+def test_held_out_cross_entropy_and_kl_are_measured_even_if_training_has_them_off(tmp_path):
     whole = trainer_for(tmp_path).evaluate()
     cosine_alone = trainer_for(tmp_path, use_cross_entropy=False, use_kl_loss=False).evaluate()
     for name in ("eval_cross_entropy", "eval_kl", "eval_cosine"):
@@ -176,8 +176,8 @@ def test_held_out_cross_entropy_and_kl_are_measured_where_training_has_them_off(
     assert cosine_alone["eval_loss"] == pytest.approx(2 * whole["eval_cosine"], rel=1e-5)
 
 
-def test_the_teachers_states_are_let_go_as_they_are_compared(tmp_path, monkeypatch):
-    """When the student's last state appears, one of the teacher's is left."""
+def test_the_teachers_states_are_freed_as_they_are_compared(tmp_path, monkeypatch):
+    """Only one of them is alive at each comparison."""
     alive = []
 
     def compare(student_BTD, teacher_BTD, is_real_BT):
@@ -186,13 +186,13 @@ def test_the_teachers_states_are_let_go_as_they_are_compared(tmp_path, monkeypat
         return cosine_distance(student_BTD, teacher_BTD, is_real_BT)
 
     counts = []
-    monkeypatch.setattr(trainer_module, "cosine_distance", compare)
+    monkeypatch.setattr(distillation, "cosine_distance", compare)
     trainer_for(tmp_path, max_steps=1, eval_strategy="no").train()
     assert max(counts) == 1
     assert len(counts) == len(LAYER_MAP.alignment_pairs)
 
 
-def test_hidden_states_are_transformers_own():
+def test_hidden_states_are_those_of_transformers():
     for kind in ("llama-tied", "gpt_neox-untied", "gpt2"):
         model = teacher_of(kind)
         batch = collate([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6]}])
@@ -204,7 +204,7 @@ def test_hidden_states_are_transformers_own():
             assert torch.equal(state, expected[j])
 
 
-def test_random_initialisation_has_the_shape_and_none_of_the_weights():
+def test_random_initialization_has_the_shapes_and_none_of_the_weights():
     teacher = teacher_of("llama-untied")
     kept, drawn = (new_student(teacher, LAYER_MAP, random) for random in (False, True))
     assert drawn.config.num_hidden_layers == 3

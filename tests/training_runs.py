@@ -1,4 +1,4 @@
-"""Trainers over small random models and rows of random tokens."""
+"""Trainers of small random models on rows of random tokens."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def teacher_of(kind: str) -> PreTrainedModel:
 
 
 def rows(num_rows: int, tokens: range = BYTES, seed: int = 0) -> Dataset:
-    """Rows of different lengths, so that micro-batches have different numbers of targets."""
+    """Return rows of different lengths, so that micro-batches differ in their targets."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 20, (num_rows,), generator=generator).tolist()
     ids = [torch.randint(tokens.start, tokens.stop, (n,), generator=generator) for n in lengths]
@@ -39,7 +39,7 @@ def rows(num_rows: int, tokens: range = BYTES, seed: int = 0) -> Dataset:
 def trainer_for(
     folder: Path, teacher: str | PreTrainedModel = "qwen3-tied", **changes
 ) -> DistillationTrainer:
-    """`teacher` is a model or the kind of one; `changes` are flags of training."""
+    """Return a trainer. `teacher` is a model or a kind of one, `changes` are training flags."""
     settings = {
         "save_directory": str(folder),
         "max_steps": 3,
@@ -68,5 +68,5 @@ def trainer_for(
 
 
 def log_of(trainer: DistillationTrainer) -> list[dict[str, float]]:
-    """Lines of the log with a step's loss."""
+    """Return the lines of the log that report a training loss."""
     return [line for line in trainer.state.log_history if "loss" in line]

@@ -53,8 +53,8 @@ def layer_classes(model_name_or_path: str) -> list[str]:
             f"fsdp_config={model_name_or_path}: neither a .json file nor a model that can be read "
             f"({error})"
         ) from error
-    layers = empty_model(config).get_submodule(architecture_of(config).layers)
-    return sorted({type(layer).__name__ for layer in layers})
+    path = architecture_of(config).layers  # first, for its error on unsupported architectures
+    return sorted({type(layer).__name__ for layer in empty_model(config).get_submodule(path)})
 
 
 def check_layer_classes(fsdp_config: dict[str, Any], teacher: PreTrainedConfig) -> None:

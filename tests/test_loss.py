@@ -12,13 +12,14 @@ from train.loss import (
     cosine_distance,
     count,
     distillation_loss,
+    targets_at,
 )
 
 B, T, D, V, PAIRS = 3, 7, 8, 31, 4
 
 
 def naive_loss(student_states, teacher_states, student_head, teacher_head, labels_BT, weights):
-    """Term by term and token by token, as the formula is written."""
+    """The formula, term by term and token by token."""
     cross_entropy = kl = cosine = 0.0
     targets = positions = 0
     for b in range(B):
@@ -51,17 +52,19 @@ def naive_loss(student_states, teacher_states, student_head, teacher_head, label
 def loss_of(
     student_states, teacher_states, student_head, teacher_head, labels_BT, weights, counts
 ) -> LossTerms:
-    """The loss from all aligned states at once; training hands them over one by one."""
+    """The loss from all aligned states at once, while training compares them one by one."""
     distances = [
         cosine_distance(student_BTD, teacher_BTD, labels_BT != IGNORED_LABEL)
         for student_BTD, teacher_BTD in zip(student_states, teacher_states)
     ]
+    targets_BT = targets_at(labels_BT, is_masked_model=False)
+    is_target_BT = targets_BT >= 0
     return distillation_loss(
-        student_states[-1],
-        teacher_states[-1],
+        student_states[-1][is_target_BT],
+        teacher_states[-1][is_target_BT],
         student_head,
         teacher_head,
-        labels_BT,
+        targets_BT[is_target_BT],
         distances,
         weights,
         counts,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from train import vocabulary_loss as divergence
+import train.vocabulary_loss
 from train.vocabulary_loss import vocabulary_loss
 
 
@@ -47,7 +47,7 @@ def heads_and_states():
 def test_values_and_gradients_equal_the_formula(
     monkeypatch, heads_and_states, chunk_logits, temperature, weights
 ):
-    monkeypatch.setattr(divergence, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(train.vocabulary_loss, "CHUNK_LOGITS", chunk_logits)
     hidden_ND, head, targets_N, teacher_hidden_ND, teacher_head = heads_and_states
     cross_entropy_weight, kl_weight = weights
     terms = vocabulary_loss(
@@ -82,7 +82,7 @@ def test_autocast_gradients_survive_several_chunks(monkeypatch, heads_and_states
     hidden_ND, head, targets_N, teacher_hidden_ND, teacher_head = heads_and_states
     gradients = []
     for chunk_logits in (50 * 5, 2**25):
-        monkeypatch.setattr(divergence, "CHUNK_LOGITS", chunk_logits)
+        monkeypatch.setattr(train.vocabulary_loss, "CHUNK_LOGITS", chunk_logits)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             terms = vocabulary_loss(
                 hidden_ND,
