@@ -66,7 +66,7 @@ class Plan:
             arguments,
             family,
             parse_sizes(arguments.num_layers_to_patch, family.max_layers_to_patch),
-            random_family(family, arguments) if arguments.random_student else None,
+            second_family(family, arguments) if arguments.random_student else None,
             compared_models(arguments, family),
             arguments.read_calibration() if arguments.calibration else None,
             arguments.read_texts(arguments.limit) if arguments.dataset else [],
@@ -151,7 +151,7 @@ class Plan:
                     )
 
 
-def random_family(family: Family, arguments: EvaluationArguments) -> Family:
+def second_family(family: Family, arguments: EvaluationArguments) -> Family:
     """The family of the same teacher and `--random_student`.
 
     It has the order of the first family if it has the same layers. An order from a file or a search
