@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"report: {sweep.folder / 'summary.md'}")
         for task, reason in failures.items():
             print(f"failed: {task}: {reason}", file=sys.stderr)
+    if ranks is not None:
+        ranks.end_training()  # a process group that is still open can abort a rank as it exits
     if failures:
         sys.exit(1)
 
