@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from patching.arguments import DTYPES, CalibrationArguments, MeasuringArguments
@@ -54,16 +55,24 @@ class TextArguments:
         return "_".join(filter(None, (Path(self.dataset).stem, self.dataset_config)))
 
     def read_texts(self, limit: float | None) -> list[str]:
-        """The documents these flags name, see `evaluate.text_task.read_texts`."""
-        from evaluate.text_task import read_texts
+        """The documents these flags name, without empty ones.
 
-        return read_texts(
+        A `limit` of 1 or more is their number. One below 1 is a share, which lm-eval takes itself.
+        Raises ValueError or OSError if there are none.
+        """
+        from patching.files.texts import load_documents
+
+        documents = load_documents(
             self.dataset,
-            limit,
+            text_column=self.text_column,
             dataset_config=self.dataset_config,
             dataset_split=self.dataset_split,
-            text_column=self.text_column,
         )
+        with_text = (d["text"].strip() for d in documents if d["text"] and d["text"].strip())
+        texts = list(islice(with_text, int(limit) if limit is not None and limit >= 1 else None))
+        if not texts:
+            raise ValueError(f"dataset={self.dataset}: there is no text in it")
+        return texts
 
 
 @dataclass

@@ -12,6 +12,8 @@ and a report (summary.md, .csv, .json, .png, .svg). A sweep that was stopped con
 command is started again. Under torchrun the ranks share the requests.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 import warnings
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     from evaluate.result import read_results
     from evaluate.series import all_series
     from evaluate.sweep import Sweep
-    from evaluate.tasks import num_shared_texts, text_of_tasks
+    from evaluate.tasks import shared_texts, text_of_tasks
 
     with user_errors():
         plan = Plan.of(arguments, device_of_rank(arguments.device))
@@ -61,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         if line is not None:
             print(line)
         if plan.calibration is not None:
-            shared = num_shared_texts(plan.calibration, tasks, arguments.limit)
-            warn_of_shared_texts(shared, len(plan.calibration.texts))
+            for warning in shared_texts(plan.calibration, tasks, arguments.limit):
+                warnings.warn(warning, stacklevel=2)
     if arguments.searches_order:
         plan = with_searched_order(plan, ranks)
     sweep = Sweep(
@@ -83,20 +85,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"report: {sweep.folder / 'summary.md'}")
         for task, reason in failures.items():
             print(f"failed: {task}: {reason}", file=sys.stderr)
+    if ranks is not None:
+        ranks.end_training()  # a process group that is still open can abort a rank as it exits
     if failures:
         sys.exit(1)
 
 
-def warn_of_shared_texts(num_shared: dict[str, int], num_texts: int) -> None:
-    for task, count in num_shared.items():
-        warnings.warn(
-            f"{count} of the {num_texts} calibration texts also appear in {task}, so it is not "
-            "unseen text for models chosen on them",
-            stacklevel=2,
-        )
-
-
-def with_searched_order(plan: "Plan", ranks: "Accelerator | None") -> "Plan":
+def with_searched_order(plan: Plan, ranks: Accelerator | None) -> Plan:
     """The plan with the order that `--order` asks to search. Only the first rank searches, and what
     it measures is kept in the results folder.
     """

@@ -8,7 +8,7 @@ Shapes: B rows, T positions, N selected positions, P scored tokens, V vocabulary
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -28,21 +28,6 @@ from patching.running.prefix_tree import PrefixTree
 
 AUTO_TOKENS = 2**14
 """Tokens in the first batch under `batch_size="auto"`, halved each time memory runs out."""
-
-
-class MemberLM(Protocol):
-    """What a sweep needs of an lm-eval model that answers for several members."""
-
-    model: PreTrainedModel
-    """The active member."""
-    tokenizer: PreTrainedTokenizerBase
-    world_size: int
-
-    def activate(self, name: str) -> None:
-        """Answer for this member from now on."""
-
-    def forget(self) -> None:
-        """Drop what was computed for requests so far."""
 
 
 class SingleModel:

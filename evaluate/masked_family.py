@@ -18,12 +18,10 @@ REMEDY = "evaluate it on text, with --dataset or a task of type loglikelihood_ro
 
 
 class MaskedFamilyLM(LM):
-    """The members of a tree as one lm-eval model. It answers rolling log-likelihoods only, and
-    answers them with pseudo-log-likelihoods: the sum over tokens of the log-probability of a token
-    when only that token is masked.
+    """The members of a tree as one lm-eval model, with the interface of a `FamilyLM`.
 
-    Those of all members are computed when the first of them is asked, and kept until `forget`.
-    Under torchrun, pass an `accelerator`: lm-eval then distributes the requests over its ranks.
+    It answers rolling log-likelihoods only, and answers them with pseudo-log-likelihoods: the sum
+    over tokens of the log-probability of a token when only that token is masked.
     """
 
     # Ranks exchange results in the same way as those of lm-eval's own models.

@@ -15,13 +15,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluate.devices import is_writer
-from evaluate.family import FamilyLM, MemberLM, SingleModel
+from evaluate.family import FamilyLM, SingleModel
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.plan import Plan
 from evaluate.result import Parameters
@@ -81,23 +81,6 @@ class SeriesMember(NamedTuple):
         return f"{self.series}_k{self.num_layers_to_patch}"
 
 
-class Series(Protocol):
-    """One or several series that load together."""
-
-    members: Sequence[SeriesMember]
-    teacher: PreTrainedModel | None
-    """The model that members' last hidden states are compared with."""
-
-    def facts(self, member: SeriesMember) -> dict[str, Any]:
-        """Fields of the member's `Result` that are known before it runs."""
-
-    def load(self, members: Sequence[SeriesMember]) -> MemberLM:
-        """Some of the members as one lm-eval model."""
-
-    def release(self) -> None:
-        """Let go of weights that no other series needs."""
-
-
 @dataclass(frozen=True)
 class FamilySeries:
     """Members of a family, and baselines made from its teacher."""
@@ -109,9 +92,11 @@ class FamilySeries:
 
     @property
     def teacher(self) -> PreTrainedModel:
-        return self.plan.family.parents.load(["teacher"])["teacher"]  # read once for all families
+        """The model that members are compared with. All families share it."""
+        return self.plan.family.parents.load(["teacher"])["teacher"]
 
     def facts(self, member: SeriesMember) -> dict[str, Any]:
+        """Fields of a member's `Result` that are known before it runs."""
         return {
             "series": member.series,
             "num_layers_to_patch": member.num_layers_to_patch,
@@ -124,18 +109,20 @@ class FamilySeries:
         }
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
+        """Some of the members as one lm-eval model."""
         recipes = {member.name: member.recipe for member in members}
         student = self.family.parents.load(["student"])["student"]
         tree = PrefixTree(recipes, teacher=self.teacher, student=student)
         return lm_of(tree, self.teacher.config, self.family.tokenizer, self.plan, self.ranks)
 
     def release(self) -> None:
+        """Let go of weights that no other series needs."""
         self.family.parents.release("student")
 
 
 @dataclass(frozen=True)
 class ComparedSeries:
-    """A single model, of any architecture."""
+    """One model of any architecture, with the interface of a `FamilySeries`."""
 
     plan: Plan
     name: str
@@ -166,6 +153,12 @@ class ComparedSeries:
 
     def release(self) -> None:
         pass
+
+
+Series = FamilySeries | ComparedSeries
+MemberLM = FamilyLM | MaskedFamilyLM
+"""lm-eval models that answer for one member at a time: both can `activate` a member, `forget` what
+they computed, and have its `model`, a `tokenizer` and a `world_size`."""
 
 
 def lm_of(

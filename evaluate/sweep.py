@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluate.family import MemberLM
 from evaluate.harness import Harness, as_json, write_samples
 from evaluate.measurements import cost_of
 from evaluate.result import (
@@ -20,7 +19,7 @@ from evaluate.result import (
     read_results,
     write_result,
 )
-from evaluate.series import Series, SeriesMember
+from evaluate.series import MemberLM, Series, SeriesMember
 from evaluate.tasks import Tasks, reason
 from patching.running.calibration import Calibration
 from patching.running.similarity import last_states, mean_cosine

@@ -110,15 +110,14 @@ def text_of_tasks(loaded: Tasks) -> Calibration | None:
     return None
 
 
-def num_shared_texts(
-    calibration: Calibration, loaded: Tasks, limit: float | None
-) -> dict[str, int]:
-    """How many of the calibration texts are also evaluated on, by the task that has them."""
-    shared = {
-        task.task_name: num_found_in(calibration.texts, texts_of(task, limit))
-        for task in all_tasks(loaded)
-    }
-    return {name: count for name, count in shared.items() if count}
+def shared_texts(calibration: Calibration, loaded: Tasks, limit: float | None) -> Iterator[str]:
+    """A line for the user for each task that has some of the calibration texts in its documents."""
+    for task in all_tasks(loaded):
+        if num_shared := num_found_in(calibration.texts, texts_of(task, limit)):
+            yield (
+                f"{num_shared} of the {len(calibration.texts)} calibration texts also appear in "
+                f"{task.task_name}, so it is not unseen text for models chosen on them"
+            )
 
 
 def texts_of(task: Task, limit: float | None) -> Iterator[str]:

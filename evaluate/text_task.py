@@ -11,37 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from evaluate.pseudo_perplexity import METRIC, encode, stderr_of_perplexity, what_was_cut
 from patching.architectures.models import predicts_masked_tokens
-from patching.files.texts import load_documents
-
-
-def read_texts(
-    dataset: str,
-    limit: float | None,
-    *,
-    dataset_config: str | None = None,
-    dataset_split: str = "test",
-    text_column: str = "text",
-) -> list[str]:
-    """The documents of a text file, a folder of them or a hub dataset, without empty ones.
-
-    A `limit` of 1 or more is their number. One below 1 is a share, which lm-eval takes itself.
-    Raises ValueError or OSError if there are none.
-    """
-    documents = load_documents(
-        dataset,
-        text_column=text_column,
-        dataset_config=dataset_config,
-        dataset_split=dataset_split,
-    )
-    texts: list[str] = []
-    for document in documents:
-        if document["text"] and document["text"].strip():
-            texts.append(document["text"].strip())
-        if limit is not None and limit >= 1 and len(texts) == int(limit):
-            break
-    if not texts:
-        raise ValueError(f"dataset={dataset}: there is no text in it")
-    return texts
 
 
 def task_of_texts(

@@ -135,7 +135,7 @@ def test_batches_change_nothing(batch_size):
     assert_same_scores(lm.loglikelihood(requests, True), reference.loglikelihood(requests, True))
 
 
-def test_batches_are_halved_where_memory_runs_out(monkeypatch):
+def test_batches_are_halved_when_memory_runs_out(monkeypatch):
     lm = family_model("qwen3", "auto")
     expected = lm.loglikelihood(instances("loglikelihood", PAIRS), True)
     lm.forget()
@@ -179,11 +179,11 @@ def test_a_context_is_run_once_for_its_continuations():
         [([1, 2], [3, 4, 5]), ([1, 3], [3, 4, 5])],
     ],
 )
-def test_rows_are_apart_where_sharing_saves_nothing(pairs):
+def test_rows_are_separate_if_sharing_saves_nothing(pairs):
     assert len(rows_for(family_model("llama"), pairs)) == 2
 
 
-def test_rows_are_apart_beyond_a_sliding_window():
+def test_rows_are_separate_beyond_a_sliding_window():
     context, choices = list(range(20)), [[1, 2, 3], [4, 5, 6]]
     assert SETTINGS["gemma3_text"]["sliding_window"] < 20
     assert len(rows_for(family_model("gemma3_text"), [(context, c) for c in choices])) == 2
@@ -211,7 +211,7 @@ def test_little_padding():
     assert sum(length for _, length in distinct) / slots > 0.9
 
 
-def test_a_continuation_of_nothing_is_refused():
+def test_an_empty_continuation_is_rejected():
     with pytest.raises(ValueError, match="a continuation has 0 tokens"):
         rows_for(family_model("llama"), [([1, 2], [])])
 

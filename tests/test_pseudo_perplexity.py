@@ -128,7 +128,7 @@ def test_the_standard_error_is_that_of_resampled_texts():
     assert stderr_of_perplexity(scores[:1]) == "N/A"
 
 
-def test_what_has_no_pseudo_perplexity_is_refused():
+def test_models_and_texts_without_pseudo_perplexity_are_rejected():
     model = tiny_model(encoder_config("bert", 1))
     with pytest.raises(ValueError, match="t: there is no text in it"):
         task_of_texts("t", ["", " "], TOKENIZER, model.config)

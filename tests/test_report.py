@@ -53,7 +53,7 @@ def test_scores_and_the_one_shown():
     assert shown["gsm"].higher_is_better
 
 
-def test_a_group_stands_for_its_tasks():
+def test_a_group_replaces_its_tasks():
     stored = result(0, mmlu=choice(0.4), stem=choice(0.3), algebra=choice(0.2), arc=ARC)
     stored.group_subtasks = {"mmlu": ["stem"], "stem": ["algebra"], "arc": []}
     assert list(main_scores(stored)) == ["mmlu", "arc"]
@@ -78,7 +78,7 @@ def test_kinds_follow_output_type_and_metric():
     }
 
 
-def test_averages_are_apart_by_kind_and_only_of_whole_rows():
+def test_averages_are_separate_by_kind_and_only_of_complete_rows():
     whole = result(0, wikitext=WIKITEXT, arc=ARC, boolq=choice(0.9, 0.03), gsm=GSM)
     part = result(1, wikitext=WIKITEXT, arc=ARC, gsm=GSM)
     whole.configs = part.configs = {"gsm": {"output_type": "generate_until"}}
@@ -101,7 +101,7 @@ def test_perplexities_of_different_metrics_are_not_averaged():
     assert list(found) == ["perplexity (bits_per_byte)", "perplexity (word_perplexity)"]
 
 
-def test_dips_are_found_at_their_size_and_weighed():
+def test_dips_are_found_and_compared_with_their_error():
     rows = [
         result(0, arc=choice(0.5), wikitext={"bits_per_byte,none": 1.0}),
         result(2, arc=choice(0.4), wikitext={"bits_per_byte,none": 0.8}),
@@ -141,7 +141,7 @@ def test_the_table_names_ends_baselines_and_errors():
 
 
 @pytest.mark.parametrize("num_tasks", [1, 4])
-def test_the_plot_has_a_panel_a_task_and_marks_the_ends(num_tasks):
+def test_the_plot_has_a_panel_per_task_and_marks_the_ends(num_tasks):
     tasks = {f"task{i}": ARC for i in range(num_tasks)}
     rows = [result(k, **tasks) for k in range(3)]
     rows += [result(1, "naive", **tasks), result(None, "compare_small", **tasks)]
@@ -186,7 +186,7 @@ def two_sweeps(tmp_path):
     return tmp_path / "last", tmp_path / "first"
 
 
-def test_two_sweeps_stand_side_by_side(two_sweeps, tmp_path, capsys):
+def test_two_sweeps_are_compared(two_sweeps, tmp_path, capsys):
     main([*map(str, two_sweeps), "--save_directory", str(tmp_path / "out")])
     report = (tmp_path / "out" / "summary.md").read_text()
     assert report in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_two_sweeps_stand_side_by_side(two_sweeps, tmp_path, capsys):
     assert (tmp_path / "out" / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_sweep_is_drawn_where_it_lies(two_sweeps):
+def test_the_report_on_one_sweep_is_written_into_its_folder(two_sweeps):
     main([str(two_sweeps[0])])
     report = (two_sweeps[0] / "summary.md").read_text()
     assert "| k = 1 |" in report

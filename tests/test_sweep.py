@@ -74,7 +74,7 @@ def finished(folder: Path) -> dict[tuple[str, str], float]:
     }
 
 
-def test_a_killed_sweep_goes_on_where_it_was(pair_folders, tasks, tmp_path, monkeypatch):
+def test_a_killed_sweep_continues_where_it_stopped(pair_folders, tasks, tmp_path, monkeypatch):
     settings = {"num_layers_to_patch": "all", "baselines": "naive", "include_path": tasks}
     settings |= {"tasks": "choice,slow,generation"}
     killed = tmp_path / "killed"
@@ -139,7 +139,7 @@ def test_failing_tasks_do_not_lose_the_others(pair_folders, tasks, tmp_path, cap
         assert values["no_data"]["acc,none"] == values["choice"]["acc,none"]
 
 
-def test_where_no_task_can_be_had_no_weights_are_loaded(
+def test_no_weights_load_if_no_task_can_be_loaded(
     pair_folders, tasks, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
@@ -158,7 +158,9 @@ def test_where_no_task_can_be_had_no_weights_are_loaded(
         ({"num_fewshot": 1}, "num_fewshot=None and 1"),
     ],
 )
-def test_other_settings_are_not_mixed_in(pair_folders, tasks, tmp_path, capsys, changes, message):
+def test_results_with_other_settings_are_rejected(
+    pair_folders, tasks, tmp_path, capsys, changes, message
+):
     settings = {"tasks": "choice", "include_path": tasks}
     (tmp_path / "family_k0.json").write_text(json.dumps(stored_of(pair_folders, tasks).to_dict()))
     with pytest.raises(SystemExit) as ended:
@@ -176,7 +178,9 @@ def stored_of(pair_folders, tasks) -> Result:
     return read_results(out)["family_k0"]
 
 
-def test_a_student_trained_again_is_another_one(pair_folders, tasks, tmp_path, capsys):
+def test_a_student_trained_again_is_not_mixed_with_the_old_one(
+    pair_folders, tasks, tmp_path, capsys
+):
     student = tmp_path / "student"
     shutil.copytree(pair_folders[1], student)
     pair = (pair_folders[0], student)
@@ -334,7 +338,7 @@ def test_what_is_missing_is_reported_before_weights_load(
     assert not (tmp_path / "out").exists()
 
 
-def test_examples_in_the_prompt_are_as_many_as_asked_for(pair_folders, tasks, tmp_path):
+def test_the_prompt_has_as_many_examples_as_asked_for(pair_folders, tasks, tmp_path):
     """Also where a task's text has been read before, to compare the members on it."""
     settings = {"num_layers_to_patch": 0, "tasks": "choice", "include_path": tasks}
     main([*flags(pair_folders, tmp_path, num_fewshot=2, **settings), "--log_samples"])

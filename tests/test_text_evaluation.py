@@ -118,7 +118,7 @@ def test_a_masked_pair_needs_text(masked_pair, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
-def test_a_masked_model_answers_nothing_but_whole_texts(masked_pair):
+def test_a_masked_model_scores_only_whole_texts(masked_pair):
     _, teacher, _ = masked_pair
     lm = MaskedFamilyLM(SingleModel("teacher", teacher), tokenizer=word_tokenizer())
     for ask in (lm.loglikelihood, lm.generate_until):
