@@ -7,10 +7,9 @@ import torch
 from conftest import byte_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from patching_models import LAYER_MAP, SETTINGS, family_pair, save_models
+from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair, save_models
 
 from evaluate.family import FamilyLM, batch_of
-from patching.architectures.models import MASKED_LANGUAGE_MODELS
 from patching.patch import build_intermediate_model
 from patching.recipe import Recipe, intermediate_model, naively_pruned
 from patching.running.prefix_tree import PrefixTree
@@ -64,7 +63,7 @@ def assert_same_scores(found: list, expected: list) -> None:
         assert ours == pytest.approx(stocks, abs=1e-4)
 
 
-@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - MASKED_LANGUAGE_MODELS))
+@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - ENCODERS))
 def test_log_likelihoods_are_the_stock_harnesses(model_type):
     lm = family_model(model_type)
     requests = instances("loglikelihood", PAIRS)

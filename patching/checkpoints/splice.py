@@ -130,7 +130,7 @@ def plan_splice(
         if found.tensor.shape != tensor.shape:
             raise ValueError(
                 f"{where}: {parent_name} has shape {list(found.tensor.shape)} in the weights and "
-                f"{list(tensor.shape)} by the config"
+                f"{list(tensor.shape)} in the config"
             )
         if found.tensor.dtype != tensor.dtype and not {found.tensor.dtype, tensor.dtype} <= CASTS:
             raise OtherLayout(
