@@ -206,7 +206,7 @@ def test_what_cannot_be_established_is_refused_and_named(model_type, settings, m
         (
             "granite_swa",
             GATED | {"layer_rope_theta": [1e4] * NUM_LAYERS},
-            "layer_rope_theta in its config may have an entry for each layer",
+            "layer_rope_theta in its config may have one entry per layer",
         ),
     ],
 )

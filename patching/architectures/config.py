@@ -18,8 +18,15 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     tied model supplies both. Otherwise the config must say that they are not tied, or every loader
     would tie them again and silently change the model.
 
-    Raises ValueError if a per-layer list is in the config of only one parent.
+    Raises ValueError if a parent lacks a layer of the recipe, or if a per-layer list is in the
+    config of only one parent.
     """
+    for parent, layer_idx in recipe.layers:
+        if layer_idx >= parents[parent].num_hidden_layers:
+            raise ValueError(
+                f"the recipe takes layer {layer_idx} of the {parent}, which has layers "
+                f"0-{parents[parent].num_hidden_layers - 1}"
+            )
     base = parents[recipe.embedding]
     values = base.to_dict()
     if base.model_type not in ARCHITECTURES:
