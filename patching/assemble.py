@@ -1,6 +1,5 @@
-"""From a recipe and its parents in memory to a model.
-
-Initial students, baselines and patched models all come from here.
+"""Build the model of a recipe from its parents in memory: initial students, baselines and patched
+models alike.
 """
 
 import copy
@@ -23,14 +22,13 @@ def assemble(
     teacher: PreTrainedModel | None = None,
     student: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """The model a recipe describes, in eval mode, sharing its tensors with its parents.
+    """Return the model a recipe describes, in eval mode, sharing its tensors with its parents.
 
-    Nothing is copied but tables such as rotary frequencies, and neither parent changes; training
-    the result in place would change them, so copy it first. Parents share one dtype.
+    Only tables such as rotary frequencies are copied, and neither parent changes. Training the
+    result in place would change the parents, so copy it first. Both parents must have one dtype.
 
-    Raises ValueError if the recipe needs a parent that was not given, where a parent's head is not
-    the embedding that its config ties it to, and where a layer would compute something else at its
-    new position.
+    Raises ValueError if a parent or one of its layers is missing, if a parent's config ties head
+    and embedding that differ, or if a layer would compute something else at its new position.
     """
     given: dict[Parent, PreTrainedModel | None] = {"teacher": teacher, "student": student}
     parents = {parent: model for parent, model in given.items() if model is not None}
@@ -57,23 +55,23 @@ def assemble(
         parent, parent_name = architecture.source_of(name, recipe)
         state[name] = tensors[parent][parent_name]
     if not config.tie_word_embeddings:
-        # An encoder's head holds its bias under two names. Where its model was tied they are one
-        # tensor, which would be stored once and leave a loader with one too few.
+        # An encoder's head holds its bias under two names. If its parent was tied, both are one
+        # tensor, which would be saved under one name only, and loading would lack the other.
         for name, other in (model._tied_weights_keys or {}).items():
-            if {name, other} <= state.keys() and _is_one(state[name], state[other]):
+            if {name, other} <= state.keys() and _share_memory(state[name], state[other]):
                 state[name] = state[name].clone()
     model.load_state_dict(state, assign=True)
 
-    # Rotary frequencies and the like are in no state dict and would stay on the meta device.
+    # Buffers such as rotary frequencies are in no state dict and would stay on the meta device.
     buffers = {parent: dict(parents[parent].named_buffers()) for parent in recipe.parents}
     for name, _ in [*model.named_buffers()]:
         if name not in state:
             parent, parent_name = architecture.source_of(name, recipe)
             other = next(iter(recipe.parents - {parent}), parent)
             module_name, _, buffer_name = name.rpartition(".")
-            buffer = _fresh(buffers[parent], parent_name)
-            if buffer is None:  # such as the table of a kind of attention that only the other has
-                buffer = _fresh(buffers[other], parent_name)
+            buffer = _initial_buffer(buffers[parent], parent_name)
+            if buffer is None:  # a table for a kind of attention that only the other parent has
+                buffer = _initial_buffer(buffers[other], parent_name)
             module = model.get_submodule(module_name)
             module.register_buffer(buffer_name, buffer.clone(), persistent=False)
     if config.tie_word_embeddings:
@@ -83,13 +81,13 @@ def assemble(
     return model.eval()
 
 
-def _is_one(tensor: Tensor, other: Tensor) -> bool:
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
     return not tensor.is_meta and tensor.data_ptr() == other.data_ptr()
 
 
-def _fresh(buffers: dict[str, Tensor], name: str) -> Tensor | None:
-    """A buffer as it was when its model was made: some rotary frequencies change with the longest
-    text so far.
+def _initial_buffer(buffers: dict[str, Tensor], name: str) -> Tensor | None:
+    """Return a buffer as it was when its model was built: dynamic rotary frequencies change with
+    the longest text the model has read.
     """
     path, _, last = name.rpartition(".")
     if last.endswith("inv_freq") and not last.endswith("original_inv_freq"):
@@ -100,28 +98,30 @@ def _fresh(buffers: dict[str, Tensor], name: str) -> Tensor | None:
 
 
 def check_tying(parent: Parent, model: PreTrainedModel) -> None:
-    """Raise ValueError where a model's config says that head and embedding are one matrix and they
-    are two.
+    """Raise ValueError if a model's config ties head and embedding, and they are two different
+    matrices.
     """
     if not model.config.tie_word_embeddings:
         return
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(
-            f"the {parent}'s config ties its head to its embedding, and they are two different "
+            f"the {parent}'s config ties its head to its embedding, but they are two different "
             "matrices: set tie_word_embeddings to False in its config"
         )
 
 
 class ParameterCount(NamedTuple):
+    """The number of a model's parameters, counted in two ways."""
+
     stored: int
-    """Distinct parameters, a tied matrix once: what a checkpoint holds."""
+    """Distinct parameters, as a checkpoint stores them: a tied matrix counts once."""
     both_counted: int
-    """Embedding and head always both: grows with depth, the axis of plots."""
+    """Embedding and head both counted, even if tied. This grows with depth and is used in plots."""
 
 
 def count_parameters(config: PreTrainedConfig, trust_remote_code: bool = False) -> ParameterCount:
-    """Both counts of a language model, from its config alone."""
+    """Count the parameters of a config's language model, without its weights."""
     model = empty_model(config, trust_remote_code=trust_remote_code)
     stored = sum(parameter.numel() for parameter in model.parameters())
     tied = model.all_tied_weights_keys

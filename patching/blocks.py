@@ -1,12 +1,12 @@
 """Which teacher layers each student layer stands for: the arithmetic everything else follows from.
 
-A student keeps some teacher layers, and student layer i stands for the teacher layers from its own
-up to the next kept one:
+A student keeps some of the teacher's N layers. Student layer i stands for the teacher layers from
+its own up to the next kept one:
 
     teacher block i = range(kept[i], kept[i + 1])        (the last block ends at N)
 
-Patching student layer i puts its whole block in its place. Everything here is integers (arXiv
-2510.05064, section 2); no torch.
+Patching student layer i replaces it with its whole block (arXiv 2510.05064, section 2). Everything
+here is integers.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from itertools import pairwise
 from typing import Literal
 
 Order = Literal["last", "first"] | tuple[int, ...]
-"""The sequence in which student layers are patched as k grows: from the last towards the first,
-from the first, or the layers themselves (see `LayerMap.sequence`).
+"""The sequence in which student layers are patched as k grows: from the last to the first, from the
+first to the last, or an explicit list of student layers (see `LayerMap.sequence`).
 """
 
 
@@ -27,13 +27,13 @@ def default_kept_layers(
     first_layers_to_keep: int,
     last_layers_to_keep: int,
 ) -> tuple[int, ...]:
-    """The first layers, every n-th one from the last of those, and the tail, as 0-based teacher
-    layers.
+    """Return the teacher layers to keep: the first ones, every n-th from the last of those on, and
+    the last ones.
 
-    On some remainders this differs from the paper's code, which leaves layers unaligned there; the
-    published models' layers come out the same.
+    For some numbers this differs from the paper's code, which then leaves student layers unaligned.
+    For the published models the layers are the same.
 
-    Raises ValueError where a number lies outside 1..num_teacher_layers.
+    Raises ValueError if a number is outside 1..num_teacher_layers.
     """
     problems = [
         f"{name}={value}: this teacher has {num_teacher_layers} layers, "
@@ -55,13 +55,13 @@ def default_kept_layers(
 
 @dataclass(frozen=True)
 class LayerMap:
-    """How a student's layers map onto its teacher's.
+    """The teacher block of each student layer, and what follows from the blocks.
 
     Raises ValueError unless `kept` starts at 0, increases, and stays below `num_teacher_layers`.
     """
 
     kept: tuple[int, ...]
-    """Teacher layer that student layer i was initialised from."""
+    """kept[i] is the teacher layer that student layer i was initialized from."""
     num_teacher_layers: int
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class LayerMap:
 
     @cached_property
     def blocks(self) -> tuple[range, ...]:
-        """Teacher block of each student layer; together they partition the teacher's layers."""
+        """The teacher block of each student layer. Together they partition the teacher's layers."""
         stops = (*self.kept[1:], self.num_teacher_layers)
         return tuple(range(start, stop) for start, stop in zip(self.kept, stops))
 
@@ -95,20 +95,20 @@ class LayerMap:
 
     @cached_property
     def alignment_pairs(self) -> tuple[tuple[int, int], ...]:
-        """(student hidden state, teacher hidden state) to compare: embeddings, then the end of each
-        block.
+        """Pairs (student hidden state, teacher hidden state) that distillation compares: the
+        embeddings, then the end of each block.
 
-        Hidden state j is the activation after j layers; the last pair is after each model's final
-        norm.
+        Hidden state j is the activation after j layers. The last pair is taken after the final
+        norms.
         """
         return ((0, 0), *((i + 1, block.stop) for i, block in enumerate(self.blocks)))
 
     def sequence(self, order: Order) -> tuple[int, ...]:
-        """Student layers in the sequence they are patched: the families along one order are nested.
+        """Return all student layers in the sequence in which they are patched.
 
-        A layer whose block is a single one adds no depth; it comes along with the patchable layer
-        behind it in the sequence. An explicit order names every patchable layer once, and may name
-        the others too; those it leaves out come last.
+        A layer with a single-layer block adds no depth. It is patched together with the next
+        patchable layer in the sequence. An explicit order must name every patchable layer once and
+        may name the others. Layers that it does not name come last.
 
         Raises ValueError for an explicit order that does not.
         """
@@ -116,8 +116,8 @@ class LayerMap:
         if order == "last":
             return tuple(reversed(layers))
         if order == "first":
-            # Layers between two patchable ones come along with the earlier, so they stand before
-            # it.
+            # Layers between two patchable ones are patched with the first of the two, so they come
+            # before it.
             stops = [0, *self.patchable[1:], len(self.kept)]
             groups = [range(start, stop) for start, stop in pairwise(stops)]
             return tuple(
@@ -127,7 +127,7 @@ class LayerMap:
             raise ValueError(f"order={order}: choose last or first, or name the student layers")
         problems = []
         if len(set(order)) != len(order):
-            problems.append("a layer stands in it twice")
+            problems.append("it names a layer twice")
         if unknown := sorted(set(order) - set(layers)):
             problems.append(f"the student has layers 0-{layers[-1]}, not {as_layer_list(unknown)}")
         if missing := sorted(set(self.patchable) - set(order)):
@@ -137,13 +137,11 @@ class LayerMap:
         return (*order, *sorted(set(layers) - set(order)))
 
     def patched_layers(self, num_layers_to_patch: int, order: Order) -> frozenset[int]:
-        """The student layers replaced at size k: the order's sequence up to its k-th patchable
-        layer.
+        """Return the student layers replaced at size k: the sequence up to the k-th patchable one.
 
-        Single-layer blocks at the patched end come from the teacher too, so that k = max is the
-        teacher itself.
+        At k = max these are all layers, so that the model is the teacher itself.
 
-        Raises ValueError where k lies outside 0..max_layers_to_patch.
+        Raises ValueError if k is outside 0..max_layers_to_patch.
         """
         k, k_max = num_layers_to_patch, self.max_layers_to_patch
         if not 0 <= k <= k_max:
@@ -158,9 +156,9 @@ class LayerMap:
         return frozenset(sequence[: patchable[k - 1] + 1])
 
     def num_patched(self, patched_layers: frozenset[int]) -> int:
-        """How many patchable layers a set holds: its k, were it on the order.
+        """Return how many of the given student layers are patchable: the size k of that set.
 
-        Raises ValueError where the set holds a layer the student does not have.
+        Raises ValueError if the set holds a layer that the student does not have.
         """
         if unknown := sorted(patched_layers - set(range(len(self.kept)))):
             raise ValueError(
@@ -171,5 +169,5 @@ class LayerMap:
 
 
 def as_layer_list(layers: Sequence[int]) -> str:
-    """Layers as text for a person: `0,2,4`."""
+    """Return layers as text for messages: `0,2,4`."""
     return ",".join(map(str, layers))

@@ -1,4 +1,6 @@
-"""`student_config.json`: which teacher layers a student was made from, kept beside its weights."""
+"""`student_config.json`: the file next to a student's weights that says which teacher layers it was
+made from.
+"""
 
 import json
 from dataclasses import dataclass
@@ -25,22 +27,20 @@ KNOWN_STUDENTS = {
     )
     for owner in ("", "distilbert/")
 }
-"""Layers of public students that do not state them, by repository.
+"""Layers of public students without a student_config.json, by repository.
 
-They were made with transformers' example `research_projects/distillation`: of the 12 layers its
+They were made with transformers' example `research_projects/distillation`, whose scripts
 `scripts/extract_distilbert.py` (BERT) and `scripts/extract.py` (RoBERTa and GPT-2) copy these.
 """
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What a student says of itself. Published students state the two lists of layers and nothing
-    more.
-    """
+    """The contents of student_config.json. Published students have only the two lists of layers."""
 
     layer_map: LayerMap
     patch_order: Order | None = None
-    """The order recommended by whoever trained the student."""
+    """The order recommended by whoever trained the student, if any."""
 
     def to_dict(self) -> dict[str, object]:
         kept = self.layer_map.kept
@@ -58,11 +58,11 @@ class StudentConfig:
 
 
 def read_student_config(student_name_or_path: str, revision: str | None = None) -> StudentConfig:
-    """Read `student_config.json` from a local folder or a hub repository; a few public students
-    without one are known.
+    """Read `student_config.json` from a local folder or a hub repository, or look the student up in
+    KNOWN_STUDENTS.
 
-    Raises ValueError where the file is missing, is not JSON, lacks one of the two lists, or where
-    the lists do not split the teacher's layers between them.
+    Raises ValueError if the file is missing or not JSON, if one of the two lists is missing, or if
+    the lists do not name every teacher layer exactly once.
     """
     if student_name_or_path in KNOWN_STUDENTS and not Path(student_name_or_path).exists():
         return StudentConfig(KNOWN_STUDENTS[student_name_or_path])
@@ -71,7 +71,7 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
         path = cached_file(student_name_or_path, FILE_NAME, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"{where} cannot be read: a student needs it beside its weights to say which teacher "
+            f"{where} cannot be read: a student needs it next to its weights to say which teacher "
             f"layers it was made from, or give --kept_layers ({_first_line(error)})"
         ) from error
     try:

@@ -1,4 +1,4 @@
-"""Small random encoders and their tokenizer."""
+"""Small random encoders, a tokenizer for them, and texts."""
 
 import random
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ SHAPE = {
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word, in BERT's frame of special tokens."""
+    """Return a tokenizer with one token per word and BERT's special tokens around a text."""
     vocab = {word: i for i, word in enumerate([*SPECIAL_TOKENS, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -68,13 +68,13 @@ def tiny_distilbert(num_layers: int, tied: bool = True, seed: int = 0) -> Distil
 
 
 def texts_of(lengths: Iterable[int], seed: int = 0) -> list[str]:
-    """Texts of so many words each."""
+    """Return random texts with the given numbers of words."""
     draw = random.Random(seed)
     return [" ".join(draw.choice(WORDS) for _ in range(length)) for length in lengths]
 
 
 def ids_and_mask() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows of tokens, the second one padded."""
+    """Return two rows of random tokens, the second one padded, and their mask."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(5, VOCAB_SIZE, (2, 11), generator=generator)
     mask_BT = torch.ones_like(ids_BT)

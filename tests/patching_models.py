@@ -1,4 +1,4 @@
-"""Small random pairs of every family in the table, in memory and on disk."""
+"""Small random pairs of models for every architecture in the table, in memory and on disk."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ import torch
 from conftest import byte_tokenizer, tiny_model, trained_student
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from patching.architectures.table import ARCHITECTURES
 from patching.blocks import LayerMap
 from patching.recipe import Recipe
 from patching.student_config import StudentConfig
@@ -61,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "sliding_window": 4,
         "query_pre_attn_scalar": 8,
-        # The kept layers are all of one kind: the student has no rotary table of the other.
+        # The kept layers are all of one kind, so the student has no rotary table for the other.
         "layer_types": [MIXED_KINDS[i in (1, 4)] for i in range(NUM_LAYERS)],
     },
     "olmo2": GATED,
@@ -96,8 +97,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+ENCODERS = {name for name, row in ARCHITECTURES.items() if row.predicts_masked_tokens}
+
+
 def family_config(model_type: str, tied: bool = False, **changes: Any) -> PreTrainedConfig:
-    """A small config of a family, its layers of every kind the family has."""
+    """Return a small config with every kind of layer that the architecture has."""
     settings = SETTINGS[model_type] | {"tie_word_embeddings": tied} | changes
     depth = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
     return CONFIG_MAPPING[model_type](**{depth: NUM_LAYERS} | settings)
@@ -106,7 +110,7 @@ def family_config(model_type: str, tied: bool = False, **changes: Any) -> PreTra
 def family_pair(
     model_type: str, tied: bool = False, **changes: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A random teacher and a student whose every tensor differs from it."""
+    """Return a random teacher and a student in which every tensor differs from the teacher's."""
     teacher = tiny_model(family_config(model_type, tied, **changes))
     return teacher, trained_student(teacher, LAYER_MAP)
 
@@ -118,7 +122,7 @@ def save_models(
     layer_map: LayerMap = LAYER_MAP,
     max_shard_size: str = "50GB",
 ) -> tuple[str, str]:
-    """Both as users have them; the names of the folders."""
+    """Save both models as users have them and return the names of the folders."""
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(folder / name, max_shard_size=max_shard_size)
         byte_tokenizer().save_pretrained(folder / name)
@@ -138,13 +142,13 @@ PATHS = {
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm"),
     "opt": ("model.decoder.layers", "model.decoder.final_layer_norm"),
 }
-"""Where layers and final norm lie, for families not built like Llama."""
+"""Paths of layers and final norm, for architectures that are not built like Llama."""
 
 
 def hand_written(
     recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
 ) -> PreTrainedModel:
-    """What a recipe means: copies of layers put into a copy of the embedding's model."""
+    """Build a recipe's model by putting copies of layers into a copy of the embedding's parent."""
     parents = {"teacher": teacher, "student": student}
     model = copy.deepcopy(parents[recipe.embedding])
     layers_path, norm_path = PATHS.get(model.config.model_type, ("model.layers", "model.norm"))
@@ -172,7 +176,7 @@ def hand_written(
             parents[parent].config.layer_types[layer_idx] for parent, layer_idx in recipe.layers
         ]
     if model.config.model_type in ("gemma3_text", "olmo3"):
-        # A student whose layers are all of one kind has no rotary table of the other.
+        # A student whose layers are all of one kind has no rotary table for the other.
         model.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
     model.config.num_hidden_layers = recipe.depth
     return model.eval()

@@ -77,7 +77,7 @@ def test_what_distilbert_lacks_is_filled_in_and_said():
     assert not bert.bert.embeddings.token_type_embeddings.weight.any()
     assert bert.bert.pooler is None
     headless = DistilBertModel(DistilBertConfig(dim=32, n_heads=4, hidden_dim=48, n_layers=2))
-    with pytest.raises(ValueError, match="DistilBertModel has no masked language modelling head"):
+    with pytest.raises(ValueError, match="DistilBertModel has no masked language modeling head"):
         as_bert(headless)
     bert_model = tiny_model(encoder_config("bert", 2))
     assert as_bert(bert_model) is bert_model

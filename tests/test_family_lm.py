@@ -7,13 +7,12 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from patching_models import LAYER_MAP, SETTINGS, family_pair, save_models
+from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair, save_models
 from transformers import BloomConfig
 
 from evaluate.family import FamilyLM, SingleModel
 from evaluate.rows import batch_of, rows_of
 from patching.architectures.lookup import architecture_of
-from patching.architectures.models import MASKED_LANGUAGE_MODELS
 from patching.patch import build_intermediate_model
 from patching.recipe import Recipe, intermediate_model, naively_pruned
 from patching.running.prefix_tree import PrefixTree
@@ -61,7 +60,7 @@ def assert_same_scores(found: list, expected: list) -> None:
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - MASKED_LANGUAGE_MODELS))
+@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - ENCODERS))
 def test_log_likelihoods_are_those_of_hflm(model_type):
     lm = family_model(model_type)
     requests = instances("loglikelihood", PAIRS)

@@ -171,7 +171,7 @@ def test_shapes_that_disagree_with_the_config(pair, tmp_path, capsys):
         change_config(pair / parent, intermediate_size=40)
     error = refused(pair, tmp_path / "out", capsys)
     assert "in the weights and" in error
-    assert "by the config" in error
+    assert "in the config" in error
     assert "[48, 32]" in error or "[32, 48]" in error
 
 
@@ -184,7 +184,7 @@ def test_the_same_faults_of_pickled_weights(tmp_path, capsys):
     wrong = tensors | {"model.norm.weight": torch.ones(31)}
     for content, message in (
         (lacking, "its weights lack model.layers.5.mlp.up_proj.weight"),
-        (wrong, "model.norm.weight has shape [31] in the weights and [32] by the config"),
+        (wrong, "model.norm.weight has shape [31] in the weights and [32] in the config"),
     ):
         torch.save(content, path.with_name("pytorch_model.bin"))
         with pytest.raises(SystemExit) as ended:

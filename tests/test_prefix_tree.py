@@ -1,4 +1,4 @@
-"""Many recipes as a tree: the same logits as each member by itself, every prefix run once."""
+"""Many recipes as a tree: the logits of each member by itself, and every prefix run once."""
 
 from collections import Counter
 
@@ -105,7 +105,7 @@ def small_pair():
     return family_pair("llama", rope_parameters=None)
 
 
-def test_states_are_kept_only_where_members_part(small_pair, monkeypatch):
+def test_states_are_kept_only_where_members_diverge(small_pair, monkeypatch):
     teacher, student = small_pair
     tree = PrefixTree(family(LAYER_MAP, "last"), teacher=teacher, student=student)
     most = 0
@@ -119,11 +119,11 @@ def test_states_are_kept_only_where_members_part(small_pair, monkeypatch):
 
     monkeypatch.setattr(prefix_tree, "_run", watched)
     gather(tree, {"input_ids": torch.arange(6)[None]}, torch.tensor([5]))
-    # k = 0 and 1 part behind student layer 1, k = 2 begins anew: one state and a member's own end.
+    # k = 0 and 1 diverge after student layer 1, k = 2 shares nothing: one state and a member's end.
     assert most == 2
 
 
-def test_the_models_are_as_before(small_pair):
+def test_the_models_are_left_unchanged(small_pair):
     teacher, student = small_pair
     tree = PrefixTree(family(LAYER_MAP, "first"), teacher=teacher, student=student)
     gather(tree, {"input_ids": torch.arange(6)[None]}, torch.tensor([5]))

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from patching_models import LAYER_MAP, SETTINGS, family_config, family_pair, save_models
+from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_config, family_pair, save_models
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from patching.architectures.config import config_for
-from patching.architectures.models import MASKED_LANGUAGE_MODELS
 from patching.assemble import assemble, count_parameters
 from patching.blocks import LayerMap, default_kept_layers
 from patching.checkpoints.layout import layout_of
@@ -188,7 +187,7 @@ def test_sizes_are_those_of_the_built_model(model_type, tmp_path):
         model = assemble(recipe, teacher=teacher, student=student)
         assert size.parameters == count_parameters(model.config)
         assert size.parameters.stored == sum(p.numel() for p in model.parameters())
-        if model_type in MASKED_LANGUAGE_MODELS:
+        if model_type in ENCODERS:
             assert size.kv_cache_bytes_per_token is None
             continue
         # Three tokens are fewer than any window, so every cache holds them all.

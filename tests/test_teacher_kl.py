@@ -14,7 +14,6 @@ from patching.recipe import patched_model
 from patching.running import teacher_kl
 from patching.running.calibration import padded_batches
 from patching.running.teacher_kl import TeacherKL, kl_sums
-from train import vocabulary_loss as divergence
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19], [20, 21, 22, 23, 24]]
 SETS = [frozenset(), frozenset({0}), frozenset({2, 3}), frozenset({0, 1}), frozenset({0, 1, 2, 3})]
@@ -36,8 +35,8 @@ def naive_kl(model, teacher) -> float:
 
 @pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - CHANGES_LOGITS))
 def test_as_the_formula_says(model_type, monkeypatch):
-    monkeypatch.setattr(divergence, "CHUNK_LOGITS", 5 * 257)
-    monkeypatch.setattr(divergence, "CPU_SOFTMAX_LOGITS", 2 * 257)
+    monkeypatch.setattr(teacher_kl, "CHUNK_LOGITS", 5 * 257)
+    monkeypatch.setattr(teacher_kl, "CPU_SOFTMAX_LOGITS", 2 * 257)
     teacher, student = family_pair(model_type)
     measure = TeacherKL(teacher=teacher, student=student, batches=padded_batches(ROWS))
     found = measure.of(RECIPES)

@@ -1,7 +1,6 @@
-"""A model without weights, built from its config alone: what transformers itself says about an
-architecture.
+"""Checks that layers can be moved: between two parents, and from a parent to a new position.
 
-It lies on torch's meta device, so it takes milliseconds and no memory at any size.
+They compare configs and empty models on the meta device, so they take milliseconds and no memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,25 +10,20 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from patching.architectures.config import depth_field
-from patching.architectures.lookup import (
-    architecture_of,
-)
-from patching.architectures.table import (
-    LOGIT_FIELDS,
-    MAY_DIFFER,
-)
+from patching.architectures.lookup import architecture_of
+from patching.architectures.table import LOGIT_CHANGES, MAY_DIFFER
 from patching.recipe import Parent, Recipe
 
 POSITION_ATTRIBUTE = "layer_idx"
-"""Where a layer's cache entries go: the one thing about a layer that its position may decide."""
+"""The index of a layer's cache entries: the one attribute that may depend on a layer's position."""
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
 
 
 def signature(layer: nn.Module) -> dict[str, Any]:
-    """All that decides what a layer computes, but for the numbers in its tensors and its position.
+    """Return the classes, shapes and plain attributes of a layer and of all modules in it, by name.
 
-    Classes, shapes and plain attributes of the layer and everything inside it, by name.
+    Together with the values of its tensors they decide what the layer computes.
     """
     return dict(_facts(layer))
 
@@ -52,36 +46,22 @@ def _facts(layer: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_same_layer(source: nn.Module, target: nn.Module, what: str) -> None:
-    """Raise ValueError, naming the first difference, unless `target` computes what `source` does,
-    given its tensors.
+    """Raise ValueError unless `target`, given the tensors of `source`, computes what `source` does.
 
-    `what` begins the message: which layer went where.
+    The message names the first difference and begins with `what`: which layer went where.
     """
     here, there = signature(source), signature(target)
     for fact in here | there:
         if here.get(fact) != there.get(fact):
             raise ValueError(
                 f"{what} would compute something else: {fact} is {here.get(fact)} where it "
-                "comes from and "
-                f"{there.get(fact)} where it would go, so this architecture cannot be cut and "
-                "joined there"
+                f"comes from and {there.get(fact)} where it would go, so this layer cannot be moved"
             )
 
 
-def changes_logits(config: PreTrainedConfig) -> list[str]:
-    """Config fields that make logits something else than the head's output, such as
-    `final_logit_softcapping=30.0`.
-    """
-    return [
-        f"{name}={getattr(config, name)}"
-        for name, neutral in LOGIT_FIELDS.items()
-        if getattr(config, name, neutral) not in (neutral, None)
-    ]
-
-
 def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """Raise ValueError, naming the fields, unless layers of one model can stand between layers of
-    the other.
+    """Raise ValueError, naming the fields that differ, unless the layers of the two models can be
+    mixed.
     """
     if student.model_type != teacher.model_type:
         raise ValueError(
@@ -89,9 +69,8 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
             "model: a student must have been distilled from this teacher"
         )
     student_values, teacher_values = student.to_dict(), teacher.to_dict()
-    declared = set(
-        type(teacher)().to_dict()
-    )  # what only a config file holds, no forward pass reads
+    # No forward pass reads a field that the class does not declare.
+    declared = set(type(teacher)().to_dict())
     names = declared - MAY_DIFFER - {depth_field(teacher)}
     different = [
         f"{name} is {student_values.get(name)} in the student and {teacher_values.get(name)} "
@@ -108,12 +87,12 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
 def check_recipe(
     model: PreTrainedModel, recipe: Recipe, parents: Mapping[Parent, PreTrainedModel]
 ) -> None:
-    """Raise ValueError unless every layer computes in `model` what it does in its parent, and all
-    fits.
+    """Raise ValueError unless every layer computes in `model` what it computes in its parent, and
+    all other tensors have the same shape in both.
 
-    `model` is the recipe's, built from `config_for`. All of them may be empty: tensors are not
-    read. What a config cannot express about a layer at its new position shows up here, whatever the
-    architecture.
+    `model` is built from the config that `config_for` returns for the recipe. This finds layers
+    that a config cannot express at their new position, in any architecture. Tensors are not read,
+    so all models may be empty.
     """
     architecture = architecture_of(model.config)
     layers = model.get_submodule(architecture.layers)
@@ -137,24 +116,20 @@ def check_recipe(
             if shapes[parent].get(parent_name) != tensor.shape:
                 raise ValueError(
                     f"model_type={model.config.model_type}: {name} has shape "
-                    f"{tuple(tensor.shape)} in a model of "
-                    f"{recipe.depth} layers and {tuple(shapes[parent].get(parent_name, ()))} in "
-                    f"the {parent}, so this "
-                    "architecture cannot be cut and joined"
+                    f"{tuple(tensor.shape)} in a model of {recipe.depth} layers and "
+                    f"{tuple(shapes[parent].get(parent_name, ()))} in the {parent}, so layers of "
+                    "this architecture cannot be moved"
                 )
 
 
-CHANGES_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields that say the logits are not what the head gives."""
-
-
 def check_logits_are_the_heads(config: PreTrainedConfig) -> None:
-    """Raise ValueError for a model that caps or scales its logits behind the head: here they are
-    computed from the head's weight alone.
+    """Raise ValueError if a model caps or scales the output of its head.
+
+    The loss and the KL from the teacher are computed from the head's output alone.
     """
-    for name in CHANGES_OF_LOGITS:
+    for name in LOGIT_CHANGES:
         if getattr(config, name, None) not in (None, 1):
             raise ValueError(
                 f"{name}={getattr(config, name)} in the {config.model_type} config: logits that "
-                "are capped or scaled behind the head are not supported"
+                "are capped or scaled after the head are not supported"
             )

@@ -1,26 +1,32 @@
-"""TODO."""
+"""The config of the model a recipe makes: the one place that knows which config fields depend on
+depth or on single layers.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from patching.architectures.table import (
-    ARCHITECTURES,
-    MAY_DIFFER,
-    PER_LAYER_LISTS,
-)
+from patching.architectures.table import ARCHITECTURES, MAY_DIFFER, PER_LAYER_LISTS
 from patching.recipe import Parent, Recipe
 
 
 def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> PreTrainedConfig:
-    """The config of the model a recipe makes: depth, per-layer entries and tying follow the recipe.
+    """Return the config of the model a recipe makes.
 
-    Embedding and head stay tied only where one tied model supplies both. Otherwise the config says
-    they are not, or every loader would tie them again and silently change the model.
+    Depth, per-layer entries and tying follow the recipe. Embedding and head stay tied only if one
+    tied model supplies both. Otherwise the config must say that they are not tied, or every loader
+    would tie them again and silently change the model.
 
-    Raises ValueError where only one of the parents says something of its layers.
+    Raises ValueError if a parent lacks a layer of the recipe, or if a per-layer list is in the
+    config of only one parent.
     """
+    for parent, layer_idx in recipe.layers:
+        if layer_idx >= parents[parent].num_hidden_layers:
+            raise ValueError(
+                f"the recipe takes layer {layer_idx} of the {parent}, which has layers "
+                f"0-{parents[parent].num_hidden_layers - 1}"
+            )
     base = parents[recipe.embedding]
     values = base.to_dict()
     if base.model_type not in ARCHITECTURES:
@@ -29,20 +35,20 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     values[depth_field(base)] = recipe.depth
 
     def follow(read: Callable[[PreTrainedConfig, int], Any]) -> list[Any]:
-        """What each layer's own config says of it."""
+        """Read a value for each layer from the config of its parent."""
         return [read(parents[source.parent], source.layer_idx) for source in recipe.layers]
 
     stored = {parent: parents[parent].to_dict() for parent in recipe.parents}
     for name in PER_LAYER_LISTS:
         stated = {stored[parent].get(name) is not None for parent in recipe.parents}
         if len(stated) == 2:
-            raise ValueError(f"{name} stands in only one of the two configs: they do not match")
+            raise ValueError(f"{name} is in only one of the two configs: they do not match")
         if stated == {True}:
             values[name] = follow(
                 lambda config, layer_idx, name=name: getattr(config, name)[layer_idx]
             )
     if values.get("max_window_layers") is not None and values.get("layer_types"):
-        # A threshold: restated for the new layers, though `layer_types` outranks it.
+        # This threshold repeats what `layer_types` says, so it must agree with the new list.
         values["max_window_layers"] = next(
             (i for i, kind in enumerate(values["layer_types"]) if kind != "full_attention"),
             recipe.depth,
@@ -55,25 +61,25 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
 
 
 def _check_lists(config: PreTrainedConfig) -> None:
-    """Raise ValueError where a config may have an entry per layer that nothing here knows of."""
+    """Raise ValueError if a list in the config may have one entry per layer and is not in
+    PER_LAYER_LISTS.
+    """
     values = config.to_dict()
     for name in sorted(type(config)().to_dict().keys() & values.keys() - MAY_DIFFER):
         if isinstance(values[name], list) and len(values[name]) == config.num_hidden_layers:
             raise ValueError(
-                f"model_type={config.model_type}: this architecture is not supported, {name} in "
-                "its config may "
-                "have an entry for each layer and transformers does not declare it; add it to "
-                "PER_LAYER_LISTS in "
-                "patching/architectures/table.py if it does"
+                f"model_type={config.model_type}: this architecture is not supported, because "
+                f"{name} in its config may have one entry per layer; if it does, add it to "
+                "PER_LAYER_LISTS in patching/architectures/table.py"
             )
 
 
 def _is_dense(config: PreTrainedConfig, layer_idx: int) -> bool:
-    """Whether a layer of a mixture-of-experts model has a plain MLP, as Qwen's configs write it."""
+    """Return whether a layer of a mixture-of-experts model has a plain MLP, by Qwen's fields."""
     step = config.decoder_sparse_step
     return layer_idx in config.mlp_only_layers or (layer_idx + 1) % step != 0
 
 
 def depth_field(config: PreTrainedConfig) -> str:
-    """The depth as this config writes it, `n_layer` for GPT-2."""
+    """Return the name of the config's field for its depth, such as `n_layer` for GPT-2."""
     return config.attribute_map.get("num_hidden_layers", "num_hidden_layers")

@@ -1,7 +1,8 @@
-"""A DistilBERT read as what it is, a BERT of fewer layers, so that it needs no code anywhere else.
+"""Convert a DistilBERT to the equivalent BERT with fewer layers, so that no other code treats it
+specially.
 
-Its tensors are BERT's under other names. It has no token types (a table of zeros adds nothing), and
-no pooler, which BERT's masked language model does not have either.
+Its tensors are BERT's under other names. It has no token types (a table of zeros adds nothing) and
+no pooler (nor has BERT's masked language model).
 """
 
 import torch
@@ -32,10 +33,10 @@ CONFIG_FIELDS = {
     "chunk_size_feed_forward": "chunk_size_feed_forward",
     "dtype": "dtype",
 }
-"""BERT's names of what DistilBERT's config says."""
+"""BERT's config fields and DistilBERT's names for them."""
 
 LAYER_NORM_EPS = 1e-12
-"""Not in DistilBERT's config: its code has this number."""
+"""A constant in DistilBERT's code, not in its config."""
 
 NAMES = {
     "bert.embeddings.": "distilbert.embeddings.",
@@ -52,24 +53,22 @@ NAMES = {
     "cls.predictions.transform.LayerNorm.": "vocab_layer_norm.",
     "cls.predictions.decoder.": "vocab_projector.",
 }
-"""Parts of BERT's names of tensors and DistilBERT's for them; where several stand in a name, the
-earlier ones here are replaced first.
-"""
+"""Parts of BERT's tensor names and DistilBERT's names for them, replaced in this sequence."""
 
 TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 UNUSED_BIAS = "cls.predictions.bias"
-"""In a BERT a second name of the decoder's bias, which is all that DistilBERT has."""
+"""BERT's second name for the decoder's bias. DistilBERT has only one."""
 
 
 def distilbert_name(name: str) -> str:
-    """DistilBERT's name of a tensor that BERT calls `name`."""
+    """Return DistilBERT's name for the tensor that BERT calls `name`."""
     for bert, distilbert in NAMES.items():
         name = name.replace(bert, distilbert)
     return name
 
 
 def as_bert_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the same model as a BERT; any other architecture's as it is."""
+    """Return the config of the equivalent BERT. Any other config is returned unchanged."""
     if config.model_type != "distilbert":
         return config
     return BertConfig(
@@ -80,21 +79,22 @@ def as_bert_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def as_bert(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model as a BERT that shares its tensors; any other architecture's as it is.
+    """Return the equivalent BERT. Any other model is returned unchanged.
 
-    Its logits are DistilBERT's, to the last bit. Raises ValueError for a DistilBERT without its
-    masked language modelling head.
+    The BERT shares the model's tensors and gives exactly the same logits.
+
+    Raises ValueError if a DistilBERT has no masked language modeling head.
     """
     if model.config.model_type != "distilbert":
         return model
     if not isinstance(model, DistilBertForMaskedLM):
         raise ValueError(
-            f"a {type(model).__name__} has no masked language modelling head: load it with "
+            f"a {type(model).__name__} has no masked language modeling head: load it with "
             "AutoModelForMaskedLM"
         )
     config = as_bert_config(model.config)
     config._attn_implementation = model.config._attn_implementation
-    with init_empty_weights(include_buffers=False):  # positions are in no state dict
+    with init_empty_weights(include_buffers=False):  # position ids are in no state dict
         bert = BertForMaskedLM(config)
     tensors = model.state_dict()
     state = {}
@@ -104,7 +104,7 @@ def as_bert(model: PreTrainedModel) -> PreTrainedModel:
         elif name == UNUSED_BIAS:
             state[name] = tensors["vocab_projector.bias"]
             if not config.tie_word_embeddings:
-                # Two tensors that are one would be stored as one, and read back as one too few.
+                # Names that share a tensor are saved as one, and loading would lack the other.
                 state[name] = state[name].clone()
         else:
             state[name] = tensors[distilbert_name(name)]

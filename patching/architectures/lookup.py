@@ -1,4 +1,4 @@
-"""TODO."""
+"""Find the architecture of a config: its row in the table, or one that transformers declares."""
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
@@ -10,13 +10,13 @@ from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Archi
 from patching.recipe import Parent
 
 _declared: dict[type[PreTrainedConfig], Architecture] = {}
-"""Rows that transformers supplied, by config class."""
+"""Architectures outside the table, by config class."""
 
 
 def architecture_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Architecture:
-    """Where an architecture keeps its parts: its table row, or what transformers declares of it.
+    """Return the config's row in the table, or the architecture that transformers declares.
 
-    Raises ValueError where neither says enough, and where a flag ties a layer to its position.
+    Raises ValueError if neither is enough, or if a config field prevents layers from being moved.
     """
     architecture = ARCHITECTURES.get(config.model_type) or _declared.get(type(config))
     if architecture is None:
@@ -24,26 +24,26 @@ def architecture_of(config: PreTrainedConfig, trust_remote_code: bool = False) -
     for flag in architecture.position_dependent_flags:
         if getattr(config, flag):
             raise ValueError(
-                f"{flag}=True in the {config.model_type} config: a layer's arithmetic then depends "
-                "on its position, so it cannot be moved; only models with this flag off can be "
-                "pruned and patched"
+                f"{flag}=True in the {config.model_type} config: what a layer computes then "
+                "depends on its position, so it cannot be moved; only models with this flag off "
+                "can be pruned and patched"
             )
     if predicts_masked_tokens(config) and config.is_decoder:
         raise ValueError(
             f"is_decoder=True in the {config.model_type} config: this model predicts the next "
-            "token; only encoders, with is_decoder off, are supported of this architecture"
+            "token; of this architecture only encoders, with is_decoder off, are supported"
         )
     values = config.to_dict()
     for name in LAYERS_THAT_SHARE:
         if values.get(name):
             raise ValueError(
-                f"{name}={values[name]} in the {config.model_type} config: layers then differ "
-                "by position or share their keys and values, so they cannot be moved; such models "
-                "cannot be pruned and patched"
+                f"{name}={values[name]} in the {config.model_type} config: layers differ by "
+                "position or share their keys and values, so such models cannot be pruned and "
+                "patched"
             )
     if values.get("quantization_config"):
         raise ValueError(
-            f"the {config.model_type} checkpoint is quantized: name the original in floating point"
+            f"the {config.model_type} checkpoint is quantized: use the original in floating point"
         )
     return architecture
 
@@ -51,18 +51,16 @@ def architecture_of(config: PreTrainedConfig, trust_remote_code: bool = False) -
 def declared_architecture(
     config: PreTrainedConfig, trust_remote_code: bool = False
 ) -> Architecture:
-    """A row for an architecture outside the table, from what transformers declares and an empty
-    model shows.
+    """Return the architecture of a config outside the table, found in an empty model.
 
-    Raises ValueError, naming what is missing, unless the base model is an input embedding, one list
-    of layers and a final norm, in this sequence, under a linear head.
+    Raises ValueError, naming what is missing, unless the base model consists of an input embedding,
+    one list of layers and a final norm, in this sequence, followed by a linear head.
     """
 
     def refuse(missing: str) -> ValueError:
         return ValueError(
             f"model_type={config.model_type}: this architecture is not supported, {missing}; "
-            "choose one of "
-            f"{', '.join(sorted(ARCHITECTURES))} or add a row to ARCHITECTURES in "
+            f"choose one of {', '.join(sorted(ARCHITECTURES))} or add a row to ARCHITECTURES in "
             "patching/architectures/table.py"
         )
 
@@ -73,20 +71,20 @@ def declared_architecture(
             raise refuse(f"its config has no {name}")
     try:
         model = empty_model(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the library's code may raise
+    except Exception as error:  # the code of a model may raise anything
         first_line = str(error).partition("\n")[0]
         raise refuse(
-            f"transformers builds no causal language model of it ({first_line})"
+            f"transformers cannot build a causal language model of it ({first_line})"
         ) from error
     if config.is_encoder_decoder or model.base_model is model:
-        raise refuse("it is not a base model under a head")
+        raise refuse("it is not a base model with a head")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
         raise refuse("it has no standard input and output embeddings")
     children = list(model.base_model.children())
     lists = [part for part in children if isinstance(part, nn.ModuleList) and len(part) == depth]
     if len(lists) != 1:
-        raise refuse(f"its base model has {len(lists)} lists of {depth} layers where one is needed")
+        raise refuse(f"its base model has {len(lists)} lists of {depth} layers instead of one")
     (layers,) = lists
     norms = [part for part in children if "norm" in type(part).__name__.lower()]
     others = [part for part in children if part not in (layers, embedding, *norms)]
@@ -99,20 +97,19 @@ def declared_architecture(
     ):
         names = ", ".join(paths[part] for part in children)
         raise refuse(
-            f"of its parts ({names}) it is not clear which stand before the layers and which "
-            "behind them"
+            f"it is not clear which of its parts ({names}) come before the layers and which after"
         )
     outside = {name.partition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     outside -= {model.base_model_prefix, paths[head]}
     if outside or model.base_model_prefix not in paths.values():
-        raise refuse(f"it has parts beside base model and head ({', '.join(sorted(outside))})")
+        raise refuse(f"it has more parts than base model and head ({', '.join(sorted(outside))})")
     return Architecture(
         layers=paths[layers], norm=paths[norms[0]], head=paths[head], takes_packed_rows=False
     )
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Tokens that a model can read at once; None where no table of positions sets a limit."""
+    """Return the most tokens a model can read, None if its positions are computed, not learned."""
     count = architecture_of(config).count_positions
     return None if count is None else count(config)
 
@@ -120,9 +117,9 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 def read_config(
     parent: Parent, name_or_path: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
-    """A model's config, from a folder or the hub; a DistilBERT's as that of a BERT.
+    """Read a model's config from a folder or the hub, that of a DistilBERT as a BERT's.
 
-    Raises ValueError where it cannot be read or its architecture has no row in the families table.
+    Raises ValueError if it cannot be read or its architecture is not supported.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -130,8 +127,8 @@ def read_config(
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{parent}_model_name_or_path={name_or_path}: neither a model folder nor a hub "
-            f"repository that can be read here ({error})"
+            f"{parent}_model_name_or_path={name_or_path}: this is neither a model folder nor a hub "
+            f"repository that can be read from here ({error})"
         ) from error
     config = as_bert_config(config)
     architecture_of(config, trust_remote_code)

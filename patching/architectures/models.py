@@ -1,5 +1,5 @@
-"""Which kind of language model an architecture is: the one place that chooses the class to load or
-build it with.
+"""Build a model from its config, without weights, or load it: the one place that chooses between
+causal and masked language models.
 """
 
 import pickle
@@ -17,33 +17,31 @@ from transformers import (
 )
 
 from patching.architectures.distilbert import as_bert
+from patching.architectures.table import ARCHITECTURES
 from patching.recipe import Reference
 
 
 def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The config's language model on the meta device."""
+    """Return the config's language model on the meta device."""
     with torch.device("meta"):
         return auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
 
 
-MASKED_LANGUAGE_MODELS = frozenset({"bert", "distilbert", "roberta"})
-"""Encoders by `config.model_type`: they predict masked tokens, where all others predict the
-next.
-"""
-
-
 def predicts_masked_tokens(config: PreTrainedConfig) -> bool:
-    return config.model_type in MASKED_LANGUAGE_MODELS
+    """Return whether a model predicts masked tokens. All others predict the next token."""
+    # The table has no row for DistilBERT, which becomes a BERT when it is loaded.
+    model_type = "bert" if config.model_type == "distilbert" else config.model_type
+    return model_type in ARCHITECTURES and ARCHITECTURES[model_type].predicts_masked_tokens
 
 
 def auto_class(
     config: PreTrainedConfig,
 ) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]:
-    """transformers' class for a config's language model."""
+    """Return transformers' class that builds and loads the config's language model."""
     return AutoModelForMaskedLM if predicts_masked_tokens(config) else AutoModelForCausalLM
 
 
@@ -54,11 +52,11 @@ def load_model(
     attn_implementation: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A model with its weights, never from a pickle that could run code; `auto` is the dtype they
-    are stored in. A DistilBERT becomes a BERT.
+    """Load a model with its weights. `dtype` "auto" is the dtype they are stored in. A DistilBERT
+    becomes a BERT. Pickles that could run code are never loaded.
 
-    transformers fills gaps with random numbers and a warning; here they are a ValueError, as are
-    damaged files.
+    Raises ValueError if files are damaged or tensors are missing, which transformers would fill
+    with random numbers and a warning.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -86,7 +84,7 @@ def load_model(
         name, stored, expected = sorted(found["mismatched_keys"])[0]
         raise ValueError(
             f"{reference.name_or_path}: {name} has shape {list(stored)} in the weights and "
-            f"{list(expected)} by the config"
+            f"{list(expected)} in the config"
         )
     if found["missing_keys"]:
         raise ValueError(

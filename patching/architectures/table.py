@@ -1,8 +1,8 @@
-"""What the architectures differ in: where a model keeps its parts, and what its config says layer
-by layer.
+"""The supported architectures: where each keeps its parts, and what its config fields mean.
 
-One table row per `config.model_type`; nothing is ever decided by a model's name or path. An
-architecture without a row works where transformers itself says all that a row would.
+To add an architecture, add a row to ARCHITECTURES, under its `config.model_type`. A model's name or
+path never decides anything. An architecture without a row is supported if transformers declares
+everything that a row would say (see `lookup.declared_architecture`).
 """
 
 from collections.abc import Callable
@@ -15,25 +15,30 @@ from patching.recipe import Parent, Recipe
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths inside a language model; all that is not named here goes with the embedding."""
+    """Module paths of a language model's parts, and what is special about it.
+
+    Modules that are not named here, such as rotary tables, go with the embedding.
+    """
 
     layers: str
     norm: str | None
-    """Behind the last layer; None where each layer ends with a norm of its own."""
+    """The final norm. None if each layer ends with its own norm."""
     head: str = "lm_head"
-    """All that makes logits of the last hidden state: more than a projection in an encoder."""
+    """The module that computes logits. In an encoder it is more than a projection."""
     between_norm_and_head: tuple[str, ...] = ()
+    predicts_masked_tokens: bool = False
+    """Whether the model is an encoder that predicts masked tokens, not the next token."""
     position_dependent_flags: tuple[str, ...] = ()
-    """Config flags that make a layer's arithmetic depend on its position: refused when set."""
+    """Config flags that make what a layer computes depend on its position. They must be off."""
     count_positions: Callable[[PreTrainedConfig], int] | None = None
-    """Tokens that a table of learned positions has room for; None where positions are computed."""
+    """Return the most tokens the model can read. None if positions are computed, not learned."""
     takes_packed_rows: bool = True
-    """Whether a 4-D attention mask and explicit position ids decide alone which tokens a token sees
-    and where it stands, so that continuations of one context can share a row.
+    """Whether a 4-D attention mask and explicit position ids fully determine what each token sees,
+    so that several continuations of one context can share a row.
     """
 
     def source_of(self, name: str, recipe: Recipe) -> tuple[Parent, str]:
-        """Parent, and the name there, of a tensor of the assembled model called `name`."""
+        """Return the parent of tensor `name` of an assembled model, and the name it has there."""
         position = self.layer_of(name)
         if position is not None:
             parent, layer_idx = recipe.layers[position]
@@ -42,13 +47,13 @@ class Architecture:
         return (recipe.head if self.goes_with_head(name) else recipe.embedding), name
 
     def layer_of(self, name: str) -> int | None:
-        """Position of the layer that a tensor belongs to, None for one outside the layers."""
+        """Return the position of the layer a tensor belongs to, None for a tensor outside them."""
         if not name.startswith(f"{self.layers}."):
             return None
         return int(name.removeprefix(f"{self.layers}.").partition(".")[0])
 
     def goes_with_head(self, name: str) -> bool:
-        """Whether a tensor outside the layers comes from the model that supplies the last layer."""
+        """Return whether a tensor outside the layers comes from the parent of the last layer."""
         paths = (self.norm, *self.between_norm_and_head, self.head)
         return name.startswith(tuple(f"{path}." for path in paths if path is not None))
 
@@ -58,7 +63,7 @@ def _all_positions(config: PreTrainedConfig) -> int:
 
 
 def _positions_after_padding(config: PreTrainedConfig) -> int:
-    """RoBERTa's first token has the position behind that of the padding token."""
+    """RoBERTa numbers positions from `pad_token_id + 1`."""
     return config.max_position_embeddings - config.pad_token_id - 1
 
 
@@ -66,7 +71,11 @@ LLAMA_LAYOUT = Architecture(layers="model.layers", norm="model.norm")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
-        layers="bert.encoder.layer", norm=None, head="cls", count_positions=_all_positions
+        layers="bert.encoder.layer",
+        norm=None,
+        head="cls",
+        predicts_masked_tokens=True,
+        count_positions=_all_positions,
     ),
     "gemma2": LLAMA_LAYOUT,
     "gemma3_text": LLAMA_LAYOUT,
@@ -94,24 +103,27 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": LLAMA_LAYOUT,
     "qwen3_moe": LLAMA_LAYOUT,
     "roberta": Architecture(
-        layers="roberta.encoder.layer", norm=None, count_positions=_positions_after_padding
+        layers="roberta.encoder.layer",
+        norm=None,
+        predicts_masked_tokens=True,
+        count_positions=_positions_after_padding,
     ),
     "smollm3": LLAMA_LAYOUT,
     "stablelm": LLAMA_LAYOUT,
 }
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Config lists with one entry per layer: an entry follows its layer."""
+"""Config fields with one entry per layer. An entry moves with its layer."""
 
 LAYERS_THAT_SHARE = ("num_kv_shared_layers", "per_layer_config")
-"""Config fields that, when set, tie layers to others or to their position: refused."""
+"""Config fields that tie a layer to other layers or to its position. They must not be set."""
 
-LOGIT_FIELDS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
-"""Config fields that scale or cap what the head returns, and the value at which they do nothing."""
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config fields that cap or scale the head's output. None and 1 mean no change."""
 
 MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
-    # Bookkeeping of any model, above, and what changes neither the forward pass nor the shape of a
-    # layer.
+    # The bookkeeping fields of every config, above. Below, fields that change neither the forward
+    # pass in eval mode nor the shape of a layer.
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -136,10 +148,12 @@ MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
     "summary_proj_to_labels",
     "summary_type",
     "summary_use_proj",
-    "type_vocab_size",  # of a table that is the embedding's own
-    "tie_word_embeddings",  # worked out anew for every recipe
-    "max_window_layers",  # only what it says layer by layer counts: see `layer_types`
-    "mlp_only_layers",  # the same, see `_is_dense`
+    "type_vocab_size",  # the table it sizes moves with the embedding
+    # Fields that `config_for` computes for each recipe.
+    "tie_word_embeddings",
+    "max_window_layers",
+    "mlp_only_layers",
     "decoder_sparse_step",
     *PER_LAYER_LISTS,
 }
+"""Config fields in which a student may differ from its teacher."""

@@ -1,18 +1,17 @@
-"""TODO."""
+"""A short text that identifies a model's weights."""
 
 import hashlib
 from pathlib import Path
 
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 SAMPLED_BYTES = 2**20
+"""Bytes read at the beginning, in the middle and at the end of each weights file."""
 
 
 def fingerprint(name_or_path: str, config: PreTrainedConfig) -> str:
-    """Tells a model's weights from others that lay at the same place: the commit of a hub
-    repository, of a folder a hash over the config and parts of the weights.
+    """Return a text that differs for other weights under the same name: the commit of a hub
+    repository, or for a folder a hash of the config and samples of the weights.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():

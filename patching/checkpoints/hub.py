@@ -1,4 +1,4 @@
-"""Saved models on the hub: private unless their owner says otherwise."""
+"""Upload saved models to the hub, into private repositories unless `public` is set."""
 
 from pathlib import Path
 
@@ -6,23 +6,21 @@ from huggingface_hub import HfApi
 
 
 def check_can_push(repository: str, public: bool) -> None:
-    """Raise ValueError or OSError where a push would fail, or would publish what was not meant to
-    be.
-
-    Nothing is made there yet.
+    """Raise ValueError or OSError if a push would fail, or would publish a model that is meant to
+    be private. This creates nothing on the hub.
     """
     api = HfApi()
     api.whoami()
     if api.repo_exists(repository) and not public and not api.repo_info(repository).private:
         raise ValueError(
-            f"--push_to_hub {repository}: this repository is public; add --public, or name another"
+            f"--push_to_hub {repository}: this repository is public; add --public or choose another"
         )
 
 
 def push(folder: Path, repository: str, public: bool) -> str:
-    """Upload a saved model as one commit; its address.
+    """Upload a saved model in one commit and return its address.
 
-    Raises OSError, saying that the folder is complete, where the hub does not take it.
+    Raises OSError, which says that the folder is complete, if the upload fails.
     """
     api = HfApi()
     try:
@@ -32,7 +30,7 @@ def push(folder: Path, repository: str, public: bool) -> str:
         )
     except OSError as error:
         raise OSError(
-            f"the model is complete in {folder}, and its upload failed ({error}); "
-            f"`hf upload {repository} {folder}` tries again"
+            f"the model is complete in {folder}, but its upload failed ({error}); try again with "
+            f"`hf upload {repository} {folder}`"
         ) from error
     return str(address)

@@ -1,8 +1,8 @@
-"""What checkpoints of an architecture hold, part by part, from its config alone.
+"""The tensors of a model's checkpoint, part by part, from its config alone.
 
-Names on disk differ from names in memory: GPT-NeoX's head is `embed_out`, experts lie side by side,
-old GPT-2 files lack a prefix. transformers knows all of it; here its own rules are applied to an
-empty model.
+Names on disk differ from names in memory: GPT-NeoX's head is `embed_out`, experts are stored one by
+one, old GPT-2 files lack a prefix. Here transformers' own renaming rules are applied to an empty
+model.
 """
 
 import copy
@@ -43,21 +43,19 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""torch's dtypes by safetensors' names of them."""
+"""safetensors' names of torch's dtypes."""
 
 
 class Cost(NamedTuple):
-    """What one part of a model costs."""
+    """Parameters and FLOPs of one part of a model."""
 
     parameters: int
     flops: int
-    """For one token, in products with parameters: two for each, experts that are not asked left
-    out.
-    """
+    """Per token: two for each parameter that is multiplied, without experts that are not chosen."""
 
 
 class SourcedTensor(NamedTuple):
-    """A tensor of a checkpoint to be, and where its numbers come from."""
+    """A tensor of a planned checkpoint, and the parent's tensor that it is a copy of."""
 
     tensor: StoredTensor
     parent: Parent
@@ -66,9 +64,9 @@ class SourcedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of one parent's checkpoint, by the part of the model they belong to.
+    """The tensors of one model's checkpoint, by the part of the model they belong to.
 
-    Embedding and head are both counted in here; that a tied checkpoint holds one of them is `tied`.
+    Embedding and head are both included, even if they are tied (`is_tied`).
     """
 
     model: PreTrainedModel
@@ -78,7 +76,9 @@ class Layout:
 
     @cached_property
     def parts(self) -> dict[int | str, list[StoredTensor]]:
-        """Tensors as `save_pretrained` names them: `embedding`, each layer's position, `head`."""
+        """Tensors as `save_pretrained` names them, under `embedding`, each layer's position and
+        `head`.
+        """
         model = self.model
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         model._weight_conversions = [
@@ -105,7 +105,7 @@ class Layout:
 
     @cached_property
     def costs(self) -> dict[int | str, Cost]:
-        """Parameters and operations of each part, embedding and head both counted."""
+        """The cost of each part."""
         costs = dict.fromkeys(self.parts, Cost(0, 0))
         for name, parameter in self.model.named_parameters():
             part = self.part_of(name)
@@ -113,7 +113,7 @@ class Layout:
             module = self.model.get_submodule(name.rpartition(".")[0])
             if parameter.ndim >= 2 and not isinstance(module, nn.Embedding):
                 share = 1.0
-                if parameter.ndim == 3:  # experts, counted by the first dimension
+                if parameter.ndim == 3:  # the first dimension is the expert
                     share = self.model.config.num_experts_per_tok / parameter.shape[0]
                 flops += round(2 * parameter.numel() * share)
             costs[part] = Cost(num_parameters + parameter.numel(), flops)
@@ -133,10 +133,8 @@ class Layout:
         return self.model.state_dict()
 
     def memory_name(self, key: str) -> tuple[str, bool]:
-        """The tensor in memory that a key of a checkpoint is loaded into, and whether it becomes
-        only a part of it.
-
-        The rules are those of `from_pretrained`.
+        """Return the name of the tensor that `from_pretrained` loads a checkpoint's key into, and
+        whether the key is only a part of that tensor.
         """
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(key, *self._conversions, prefix, self.memory)
@@ -146,7 +144,9 @@ class Layout:
 
     @cached_property
     def tied_names(self) -> dict[str, str]:
-        """Tensors of the head that a tied model takes from its embedding, both as stored."""
+        """Stored names of the head's tensors that a tied model takes from its embedding, with the
+        stored names of these.
+        """
         tied = self.model._tied_weights_keys or {}
         stored = {self.memory_name(tensor.name)[0]: tensor.name for tensor in self.tensors}
         return {
@@ -159,7 +159,7 @@ class Layout:
 def layout_of(
     config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Layout:
-    """The layout of a config's model in one dtype."""
+    """Return the layout of a config's model with all weights in `dtype`."""
     untied = copy.deepcopy(config)
     untied.tie_word_embeddings = False
     model = empty_model(untied, dtype, trust_remote_code)
@@ -167,7 +167,7 @@ def layout_of(
 
 
 def tensors_of(recipe: Recipe, layouts: Mapping[Parent, Layout]) -> list[SourcedTensor]:
-    """What the checkpoint of a recipe holds, in the sequence of the model."""
+    """Return the tensors of a recipe's checkpoint, in the sequence of the model."""
     embedding, head = layouts[recipe.embedding], layouts[recipe.head]
     is_tied = recipe.embedding == recipe.head and embedding.is_tied
     tensors = list(_sourced(embedding.parts["embedding"], recipe.embedding))
@@ -187,8 +187,8 @@ def _sourced(tensors: Iterable[StoredTensor], parent: Parent) -> Iterator[Source
 
 
 def renumbered(name: str, old: int, new: int) -> str:
-    """The name of a layer's tensor with the layer's number, which stands before any other,
-    replaced.
+    """Return the name of a layer's tensor with the layer's number replaced, the first in the
+    name.
     """
-    before, _, behind = name.partition(f".{old}.")
-    return f"{before}.{new}.{behind}"
+    before, _, after = name.partition(f".{old}.")
+    return f"{before}.{new}.{after}"

@@ -1,7 +1,7 @@
-"""Safetensors files as bytes: their headers, checked, and copies of byte ranges made by the kernel.
+"""Safetensors files as bytes: read and write headers, and copy byte ranges in the kernel.
 
-A file is eight bytes (the length of the header, little-endian), a JSON header, and the tensors'
-bytes without holes. Nothing here knows a tensor's numbers.
+A file consists of eight bytes (the length of the header, little-endian), a JSON header, and the
+tensors' bytes without holes.
 """
 
 import errno
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-"""Longer headers are refused by every reader of the format."""
+"""Every reader of the format refuses longer headers."""
 
 ITEM_BYTES = {
     "F64": 8,
@@ -35,10 +35,10 @@ ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-"""Bytes per element by the format's names of dtypes."""
+"""Bytes per element, by the format's names of dtypes."""
 
 METADATA = {"format": "pt"}
-"""Without it transformers refuses a file."""
+"""transformers refuses a file without it."""
 
 
 class StoredTensor(NamedTuple):
@@ -54,7 +54,7 @@ class StoredTensor(NamedTuple):
 
 
 class TensorOnDisk(NamedTuple):
-    """A tensor and the byte range of its file, half-open, where its numbers lie."""
+    """A tensor and the half-open byte range of a file that holds its data."""
 
     tensor: StoredTensor
     path: Path
@@ -63,9 +63,9 @@ class TensorOnDisk(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
-    """The tensors of a file by name.
+    """Return the tensors of a file by name.
 
-    Raises ValueError where the file is damaged: a header that is not one, or offsets that leave the
+    Raises ValueError if the file is damaged: its header is invalid, or offsets are outside the
     file, overlap, leave holes, or disagree with shape and dtype.
     """
     try:
@@ -95,11 +95,11 @@ def _read_header(path: Path) -> dict[str, TensorOnDisk]:
         if dtype not in ITEM_BYTES:
             raise ValueError(f"{name} has the unknown dtype {dtype}")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-            raise ValueError(f"{name} has a shape or offsets that are no sizes")
+            raise ValueError(f"{name} has an invalid shape or invalid offsets")
         tensor = StoredTensor(name, dtype, tuple(shape))
         if stop - start != tensor.num_bytes:
             raise ValueError(
-                f"{name} takes {stop - start} bytes, and its shape and dtype {tensor.num_bytes}"
+                f"{name} takes {stop - start} bytes, but by its shape and dtype {tensor.num_bytes}"
             )
         tensors[name] = TensorOnDisk(tensor, path, data_start + start, data_start + stop)
     end = data_start
@@ -108,19 +108,19 @@ def _read_header(path: Path) -> dict[str, TensorOnDisk]:
             raise ValueError(f"{on_disk.tensor.name} overlaps another tensor or leaves a hole")
         end = on_disk.stop
     if end != num_bytes:
-        raise ValueError(f"it has {num_bytes} bytes, and its header describes {end}")
+        raise ValueError(f"it has {num_bytes} bytes, but its header describes {end}")
     return tensors
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("its header names something twice")
+        raise ValueError("its header has a duplicate key")
     return values
 
 
 def header_of(tensors: Iterable[StoredTensor]) -> bytes:
-    """The beginning of a file that holds these tensors in this sequence, up to their numbers."""
+    """Return the bytes of a file with these tensors that come before the tensors' data."""
     header: dict[str, Any] = {"__metadata__": METADATA}
     end = 0
     for tensor in tensors:
@@ -131,7 +131,7 @@ def header_of(tensors: Iterable[StoredTensor]) -> bytes:
             "data_offsets": (start, end),
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)  # tensors start aligned
+    text += b" " * (-len(text) % LENGTH_BYTES)  # aligns the tensors
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
@@ -143,18 +143,18 @@ NOT_OFFERED = {
     errno.EPERM,
     errno.EBADF,
 }
-"""What a kernel or file system answers that does not copy this way between these two files."""
+"""Errors that mean the kernel or the file system cannot copy this way between two files."""
 
 PIECE_BYTES = 2**17
-"""What is copied at once. With larger pieces the system looks for larger stretches of free memory
-to cache the target in, which takes longer than it saves.
+"""Bytes copied at once. Larger pieces are slower, because the system then looks for larger ranges
+of free memory to cache the target in.
 """
 
 
 def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
-    """Append bytes start..stop of one open file to another, both given by their descriptors.
+    """Append bytes start..stop of one open file to another, both given as file descriptors.
 
-    Raises OSError where the source ends early or the target takes no more.
+    Raises OSError if the source ends early or the target cannot be written.
     """
     start = _copy_in_kernel(source, target, start, stop)
     while start < stop:
@@ -166,16 +166,16 @@ def copy_bytes(source: int, target: int, start: int, stop: int) -> None:
 
 
 def _copy_in_kernel(source: int, target: int, start: int, stop: int) -> int:
-    """Copy as far as the kernel offers to; where it stopped.
+    """Copy as much as the kernel can and return where it stopped.
 
-    Through a pipe that holds pages of the source. copy_file_range does the same with half the
-    pages at a time, and takes longer where pages of both files do not lie alike.
+    The copy goes through a pipe that holds pages of the source. copy_file_range does the same with
+    half as many pages at a time, and is slower if the two files are aligned differently.
     """
     if not hasattr(os, "splice"):  # this operating system lacks the call
         return start
     outlet, inlet = os.pipe()
     try:
-        with suppress(OSError):  # a smaller pipe does too
+        with suppress(OSError):  # a smaller pipe works too
             fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, PIECE_BYTES)
         while waiting := os.splice(source, inlet, min(stop - start, PIECE_BYTES), offset_src=start):
             while waiting:
@@ -192,7 +192,7 @@ def _copy_in_kernel(source: int, target: int, start: int, stop: int) -> int:
 
 
 def write_all(file: int, data: bytes | memoryview) -> None:
-    """Write all of it, however little the system takes at once."""
+    """Write all data, in as many calls as the system needs."""
     left = memoryview(data)
     while left:
         left = left[os.write(file, left) :]

@@ -1,7 +1,7 @@
-"""How large each member of a family is, from configs alone, and which member fits a limit.
+"""The size of each member of a family, from configs alone, and which member fits a limit.
 
-Stored sizes do not grow with depth throughout: where embedding and head come from different models
-they are stored twice. So a limit is held against every member.
+Stored sizes do not always grow with depth: if embedding and head come from different models, a tied
+matrix is stored twice. So a limit is compared with every member.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,24 +18,25 @@ from patching.checkpoints.splice import bytes_of_files, plan_files
 from patching.recipe import Parent, Recipe
 
 CACHED_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Kinds of layers, as `layer_types` has them, that keep a key and a value of each token."""
+"""Kinds of layers in `layer_types` that cache one key and one value per token and head."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model costs to store and to run."""
+    """What it takes to store and run a model."""
 
     depth: int
     parameters: ParameterCount
     bytes_on_disk: int
-    """All weights files in the chosen dtype, headers included."""
+    """All weights files in the chosen dtype, with their headers."""
     kv_cache_bytes_per_token: int | None
-    """Over all layers in the chosen dtype; a sliding layer's share stops growing at its window.
-    None where keys and values are not kept as they are, or not at all.
+    """For all layers in the chosen dtype. The cache of a sliding layer stops growing at its window.
+    None if a layer caches something other than keys and values, or nothing.
     """
     flops_per_token: int
-    """Forward pass, two for each multiplied parameter, experts that are not asked left out; without
-    attention's own products, which grow with the text."""
+    """Forward pass: two for each parameter that is multiplied, without experts that are not chosen,
+    and without the products of queries and keys, which grow with the text.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"parameters": self.parameters._asdict()}
@@ -44,7 +45,9 @@ class Size:
 def size_of(
     recipe: Recipe, layouts: Mapping[Parent, Layout], dtype: torch.dtype, max_shard_bytes: int
 ) -> Size:
-    """The size of a recipe's model; `layouts` are its parents' in `dtype`."""
+    """Return the size of a recipe's model, saved in files of at most `max_shard_bytes`. `layouts`
+    are those of its parents in `dtype`.
+    """
     embedding, head = layouts[recipe.embedding], layouts[recipe.head]
     parts = [(embedding, "embedding"), (head, "head")]
     parts += [(layouts[parent], layer_idx) for parent, layer_idx in recipe.layers]
@@ -68,9 +71,7 @@ def size_of(
 
 
 def cached_numbers(config: PreTrainedConfig, layer_idx: int) -> int | None:
-    """Numbers a layer's key-value cache holds of a token, None where it holds something else or
-    there is none.
-    """
+    """Return how many numbers a layer caches per token, None if these are not keys and values."""
     if predicts_masked_tokens(config):
         return None
     values = config.to_dict()
@@ -85,9 +86,10 @@ def cached_numbers(config: PreTrainedConfig, layer_idx: int) -> int | None:
 
 
 def deepest_that_fits(costs: Sequence[int], limit: int, name: str, unit: str) -> int:
-    """Index of the deepest member that costs at most `limit`, with members in order of depth.
+    """Return the index of the deepest member that costs at most `limit`. Members are in order of
+    depth.
 
-    Raises ValueError, with the name of the limit and the smallest cost, if none does.
+    Raises ValueError, with the name of the limit and the smallest cost, if no member fits.
     """
     fitting = [k for k, cost in enumerate(costs) if cost <= limit]
     if not fitting:

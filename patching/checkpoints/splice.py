@@ -1,8 +1,8 @@
-"""From a recipe and its parents on disk to a checkpoint, without a model in memory.
+"""Write the checkpoint of a recipe from its parents on disk, without a model in memory.
 
-Both parents' headers are read, the output's files are planned, and each tensor's bytes are copied
-by the kernel under a new name. Only where the dtype changes does a tensor pass through memory,
-piece by piece.
+The headers of both parents are read, the output files are planned, and the kernel copies the bytes
+of each tensor under its new name. A tensor passes through memory only if its dtype changes, piece
+by piece.
 """
 
 import json
@@ -33,18 +33,18 @@ from patching.files.outputs import write_json
 from patching.recipe import Parent, Recipe, Reference
 
 CAST_BYTES = 2**24
-"""Of a tensor whose dtype changes, how much is in memory at once."""
+"""Bytes in memory at once of a tensor whose dtype changes."""
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class OtherLayout(ValueError):
-    """A checkpoint that is fine but cannot be copied byte by byte: it has to be loaded."""
+    """A checkpoint that is valid but cannot be copied byte by byte, so it has to be loaded."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A weights file to be: its tensors in sequence, and where each one's numbers lie now."""
+    """A planned weights file: its tensors in sequence, and where to copy each one from."""
 
     file_name: str
     tensors: list[StoredTensor]
@@ -53,23 +53,23 @@ class Shard:
 
 @dataclass(frozen=True)
 class Splice:
-    """A checked plan: the config of a recipe's model, and the files of its checkpoint."""
+    """A checked plan: the config of a recipe's model and the files of its checkpoint."""
 
     config: PreTrainedConfig
     shards: list[Shard]
 
     @property
     def num_bytes(self) -> int:
-        """What the weights files will take, to the byte."""
+        """The exact size of all weights files."""
         return bytes_of_files([shard.tensors for shard in self.shards])
 
     def write(self, folder: Path) -> None:
-        """Write the weights files, and their index where there are several.
+        """Write the weights files, and an index if there are several.
 
-        Like `cp`, this leaves it to the system when bytes reach the disk. Files only ever grow, so
-        what a power failure leaves of one is too short for its header and no loader takes it.
+        Like `cp`, this lets the system decide when bytes reach the disk. Files only ever grow, so a
+        file cut short by a power failure is too short for its header, and no loader accepts it.
 
-        Raises OSError where a parent's file ends early or the disk is full.
+        Raises OSError if a parent's file ends early or the disk is full.
         """
         for shard in self.shards:
             target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -100,12 +100,12 @@ def plan_splice(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> Splice:
-    """Find every tensor of the recipe on disk, with the shape its config says, and share them out
-    among files.
+    """Find every tensor of the recipe on disk, check its shape, and distribute the tensors over
+    files.
 
-    Raises OtherLayout where a parent has to be loaded instead, ValueError where files are damaged,
-    missing, or disagree with the config. Numbers that are wrong but all there are copied as they
-    are: the format has no checksums.
+    Raises OtherLayout if a parent has to be loaded instead, and ValueError if files are damaged,
+    missing, or disagree with the config. Wrong values in a complete file go unnoticed, because the
+    format has no checksums.
     """
     config = config_for(recipe, configs)
     if config.to_dict().get("auto_map") is not None:
@@ -130,7 +130,7 @@ def plan_splice(
         if found.tensor.shape != tensor.shape:
             raise ValueError(
                 f"{where}: {parent_name} has shape {list(found.tensor.shape)} in the weights and "
-                f"{list(tensor.shape)} by the config"
+                f"{list(tensor.shape)} in the config"
             )
         if found.tensor.dtype != tensor.dtype and not {found.tensor.dtype, tensor.dtype} <= CASTS:
             raise OtherLayout(
@@ -154,7 +154,7 @@ CASTS = {"F64", "F32", "F16", "BF16"}
 
 
 def _check_names(planned: Sequence, layout: Layout, config: PreTrainedConfig) -> None:
-    """Our own invariant: the planned names are those transformers would save this model under."""
+    """Assert that the planned tensors are those that transformers would save for this model."""
     expected = {tensor.name: tensor for tensor in layout.tensors}
     left_out = layout.tied_names if config.tie_word_embeddings else {}
     assert {tensor.name: tensor for tensor, *_ in planned} == {
@@ -165,9 +165,9 @@ def _check_names(planned: Sequence, layout: Layout, config: PreTrainedConfig) ->
 def _tensors_on_disk(
     parent: Parent, reference: Reference, layout: Layout
 ) -> dict[str, TensorOnDisk]:
-    """A parent's tensors by the name `save_pretrained` would store them under.
+    """Return a parent's tensors by the names `save_pretrained` would store them under.
 
-    A tied parent's head is its embedding. Keys that `from_pretrained` would ignore are left out.
+    The head of a tied parent is its embedding. Keys that `from_pretrained` ignores are left out.
 
     Raises OtherLayout or ValueError as `plan_splice` does.
     """
@@ -199,9 +199,9 @@ def _tensors_on_disk(
         for head, embedding in layout.tied_names.items():
             if head in found and embedding in found and not _equal(found[head], found[embedding]):
                 raise ValueError(
-                    f"{reference.name_or_path}: its config ties the head to the embedding, and "
-                    "its weights hold "
-                    "two different ones; set tie_word_embeddings to false in its config"
+                    f"{reference.name_or_path}: its config ties the head to the embedding, but "
+                    "its weights hold two different matrices; set tie_word_embeddings to false in "
+                    "its config"
                 )
             either = found.get(embedding) or found.get(head)
             if either is not None:
@@ -210,7 +210,7 @@ def _tensors_on_disk(
 
 
 def stored_model_type(reference: Reference) -> str | None:
-    """The architecture that a model's config.json names, before anything is read as another."""
+    """Return the `model_type` in a model's config.json, which is `distilbert` for a DistilBERT."""
     values, _ = PreTrainedConfig.get_config_dict(
         reference.name_or_path, revision=reference.revision
     )
@@ -218,9 +218,9 @@ def stored_model_type(reference: Reference) -> str | None:
 
 
 def weights_files(reference: Reference) -> list[Path] | None:
-    """A model's safetensors files, from a folder or the hub; None where it has none.
+    """Return a model's safetensors files, from a folder or the hub. None if it has none.
 
-    Raises ValueError where an index is damaged or names a file that is not there.
+    Raises ValueError if an index is damaged or names a file that does not exist.
     """
     name_or_path, revision = reference
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -233,20 +233,20 @@ def weights_files(reference: Reference) -> list[Path] | None:
     try:
         names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
         if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it must name files beside it")
+            raise ValueError("it must name files in its own folder")
         paths, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: {error}; download or save it again") from error
     files = [Path(path) for path in paths]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{name_or_path}: {', '.join(missing)} is missing, and its index names it")
+        raise ValueError(f"{name_or_path}: {', '.join(missing)} is missing, but its index names it")
     return files
 
 
 def plan_files(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
-    """Tensors in sequence, cut into files of at most `max_shard_bytes`; one that is larger has a
-    file of its own.
+    """Distribute tensors in sequence over files of at most `max_shard_bytes`. A larger tensor gets
+    its own file.
     """
     files: list[list[StoredTensor]] = []
     room = 0
@@ -257,19 +257,19 @@ def plan_files(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[li
             room = max_shard_bytes
         files[-1].append(tensor)
         room -= needed
-    # Wide items first, so that every tensor is aligned in its file.
+    # The widest dtypes come first, so that every tensor is aligned in its file.
     return [sorted(file, key=lambda tensor: -ITEM_BYTES[tensor.dtype]) for file in files]
 
 
 def bytes_of_files(files: Sequence[Sequence[StoredTensor]]) -> int:
-    """What weights files take on disk, headers included."""
+    """Return the bytes that weights files with these tensors take on disk, headers included."""
     return sum(
         len(header_of(tensors)) + sum(tensor.num_bytes for tensor in tensors) for tensors in files
     )
 
 
 def file_names(num_files: int) -> list[str]:
-    """Weights files as transformers calls them."""
+    """Return the names transformers gives to this many weights files."""
     if num_files == 1:
         return [SAFE_WEIGHTS_NAME]
     stem, suffix = SAFE_WEIGHTS_NAME.split(".")
@@ -290,9 +290,9 @@ def _write_tensors(target: int, shard: Shard) -> None:
 
 
 def _by_file(shard: Shard) -> Iterator[tuple[Path, list[tuple[int, int, str, str]]]]:
-    """Byte ranges of a shard's tensors, joined where they follow each other, in runs from one file.
+    """Yield the files that a shard's tensors are copied from, in sequence, each with byte ranges.
 
-    Each range has the dtype it is stored in and the one it becomes.
+    A range is (start, stop, stored dtype, dtype to write). Adjacent ranges are merged.
     """
     path: Path | None = None
     ranges: list[tuple[int, int, str, str]] = []
@@ -313,9 +313,7 @@ def _by_file(shard: Shard) -> Iterator[tuple[Path, list[tuple[int, int, str, str
 def _cast(
     source: int, target: int, start: int, stop: int, stored: torch.dtype, dtype: torch.dtype
 ) -> None:
-    """Append bytes start..stop of a file, numbers of one dtype, to another file as numbers of
-    another dtype.
-    """
+    """Append bytes start..stop of one file to another, cast from `stored` to `dtype`."""
     while start < stop:
         piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
         numbers = torch.frombuffer(piece, dtype=stored).to(dtype)
@@ -334,7 +332,7 @@ def _read_exactly(source: int, start: int, num_bytes: int) -> bytearray:
 
 
 def _equal(one: TensorOnDisk, other: TensorOnDisk) -> bool:
-    """Whether two tensors on disk are the same, bit by bit."""
+    """Return whether two tensors on disk are the same, bit by bit."""
     if one.tensor[1:] != other.tensor[1:]:
         return False
     num_bytes = one.tensor.num_bytes
@@ -349,7 +347,7 @@ def _equal(one: TensorOnDisk, other: TensorOnDisk) -> bool:
 
 
 def generation_config_of(reference: Reference) -> GenerationConfig:
-    """A model's generation config, as `from_pretrained` finds it."""
+    """Return a model's generation config, read as `from_pretrained` reads it."""
     options = {} if reference.revision is None else {"revision": reference.revision}
     try:
         return GenerationConfig.from_pretrained(reference.name_or_path, **options)

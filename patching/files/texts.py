@@ -1,24 +1,26 @@
-"""Text as users name it, local files or a hub dataset, and the few documents that calibrate.
+"""Read documents from local files or a hub dataset, and find documents that two texts share."""
 
-Shapes: B rows, T positions.
-"""
+from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 LONG_LINE = 40
-"""Characters of a line that hardly stands in two documents by chance."""
+"""Characters from which on a line is unlikely to be in two documents by chance."""
 
 
 def num_found_in(texts: Iterable[str], others: Iterable[str]) -> int:
-    """How many texts stand in the others, however either are cut into documents: half of their
-    lines, those of a few words aside, or the whole text where it has only such.
+    """Count the texts that also appear in the others, however these are cut into documents.
+
+    A text appears in them if half of its long lines do. A text without long lines must appear
+    whole.
     """
     known = {line for other in others for line in _long_lines(other)}
     lines = [_long_lines(text) for text in texts]
@@ -38,10 +40,16 @@ def load_documents(
     dataset_split: str = "train",
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """Documents in one column, `text`. A hub dataset is streamed, local files only when asked.
+    """Return documents in one column, `text`.
 
-    Raises ValueError where there is no text, no such column, or no file of a known kind.
+    `name` is a file, a folder of files or a hub dataset. Plain text is split into documents at
+    blank lines. A hub dataset is always streamed, local files only if `streaming` is set.
+
+    Raises ValueError if there is no text, no such column, or no file of a known kind.
     """
+    from datasets import load_dataset  # takes a second, and most command lines need no text
+    from datasets.exceptions import DatasetGenerationError
+
     path = Path(name)
     column = text_column
     if path.exists():
@@ -73,12 +81,12 @@ def load_documents(
 
 
 def _local_files(path: Path) -> tuple[str, list[str]]:
-    """The `datasets` builder for a file or folder, and the files in it."""
+    """Return the name of the `datasets` builder for a file or folder, and the files in it."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     known = [file for file in files if file.suffix in BUILDERS]
     builders = {BUILDERS[file.suffix] for file in known}
     if len(builders) != 1:
-        found = "none of these" if not builders else "several kinds"
+        found = "several kinds" if builders else "none of these"
         raise ValueError(
             f"dataset={path}: name a .txt, .jsonl or .parquet file or a folder of one kind; "
             f"there is {found}"

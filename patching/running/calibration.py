@@ -1,4 +1,4 @@
-"""TODO."""
+"""Calibration text: the few documents on which models and layers are compared."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from patching.files.texts import (
-    load_documents,
-)
+from patching.files.texts import load_documents
 
 ROWS_PER_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Documents, and what to call them."""
+    """Some documents."""
 
     name: str
+    """What to call them in reports."""
     texts: list[str]
     length: int
-    """Tokens of each that are read."""
+    """Tokens that are read of each document."""
 
     @classmethod
     def read(
@@ -38,10 +37,11 @@ class Calibration:
         skip: int = 0,
         length: int = 256,
     ) -> "Calibration":
-        """The first documents of a text file, a folder of them or a hub dataset, after `skip`
-        others.
+        """Read the first documents of a text file, a folder of them or a hub dataset.
 
-        Raises ValueError or OSError if there are none.
+        The first `skip` documents are skipped. Documents without text do not count.
+
+        Raises ValueError or OSError if there is no text.
         """
         documents = load_documents(
             name,
@@ -63,14 +63,14 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Tells these texts from others of the same name."""
+        """A hash that differs for different texts of the same name."""
         return hashlib.sha256("\0".join([*self.texts, str(self.length)]).encode()).hexdigest()
 
     def batches(
         self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     ) -> list[dict[str, Tensor]]:
-        """`input_ids` and `attention_mask`, each (B, T), padded on the right, no longer than a
-        model of this config reads.
+        """Return batches of `input_ids` and `attention_mask`, each of shape (B, T), padded on the
+        right and not longer than a model of this config can read.
         """
         length = min(self.length, getattr(config, "max_position_embeddings", self.length))
         rows = tokenizer(self.texts, truncation=True, max_length=length)["input_ids"]
@@ -78,7 +78,9 @@ class Calibration:
 
 
 def padded_batches(rows: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
-    """Rows of token ids as `input_ids` and `attention_mask`, each (B, T), padded on the right."""
+    """Return rows of token ids as batches of `input_ids` and `attention_mask`, each of shape
+    (B, T), padded on the right.
+    """
     batches = []
     for start in range(0, len(rows), ROWS_PER_BATCH):
         batch = rows[start : start + ROWS_PER_BATCH]

@@ -1,5 +1,7 @@
-"""Hidden states at chosen depths, handed over as they appear, without keeping those in between;
-and what a model makes of the last one before its output embeddings read it.
+"""Hidden states at chosen depths, without keeping those in between.
+
+Hidden state j is the input of layer j. The last one, with j = number of layers, is taken after the
+final norm, as in transformers' `hidden_states`.
 
 Shapes: B rows, T positions, N tokens, D hidden size.
 """
@@ -19,21 +21,18 @@ def visit_hidden_states(
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor | None = None,
 ) -> None:
-    """Run the model without its head and call `visit(j, state_BTD)` for each j of `indices` as soon
-    as hidden state j is there.
-
-    Hidden state j is what layer j reads; the last, behind all layers, is taken after the final
-    norm, as transformers counts them too.
+    """Run the model without its head and call `visit(j, state_BTD)` for each j in `indices` as soon
+    as hidden state j is computed.
     """
     layers = model.get_submodule(architecture_of(model.config).layers)
 
-    def when_read(index: int):
+    def visit_input(index: int):
         def hook(_layer, args, kwargs) -> None:
             visit(index, args[0] if args else kwargs["hidden_states"])
 
         return layers[index].register_forward_pre_hook(hook, with_kwargs=True)
 
-    handles = [when_read(index) for index in indices if index < len(layers)]
+    handles = [visit_input(index) for index in indices if index < len(layers)]
     try:
         last_BTD = model.base_model(
             input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
@@ -46,8 +45,9 @@ def visit_hidden_states(
 
 
 def before_output_embeddings(model: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
-    """What the output embeddings read of a last hidden state: that state itself in a causal model;
-    in an encoder what its head, but for the projection to the vocabulary, makes of it.
+    """Return the input of the output embeddings, given the last hidden state.
+
+    In a causal model this is the hidden state itself. In an encoder the head transforms it first.
     """
     head_path = architecture_of(model.config).head
     head, projection = model.get_submodule(head_path), model.get_output_embeddings()
@@ -56,7 +56,7 @@ def before_output_embeddings(model: PreTrainedModel, hidden_ND: Tensor) -> Tenso
     (path,) = (name for name, module in head.named_modules() if module is projection)
     parent_path, _, name = path.rpartition(".")
     parent = head.get_submodule(parent_path)
-    parent._modules[name] = nn.Identity()  # registered aside, so that no parameter moves
+    parent._modules[name] = nn.Identity()  # set directly, so that no parameter is re-registered
     try:
         return head(hidden_ND)
     finally:
@@ -69,7 +69,7 @@ def hidden_states_at(
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor | None = None,
 ) -> list[Tensor]:
-    """The hidden states `indices`, each of shape (B, T, D), in that order."""
+    """Return the hidden states `indices`, each of shape (B, T, D), in that sequence."""
     states: dict[int, Tensor] = {}
     visit_hidden_states(model, indices, states.__setitem__, input_ids_BT, attention_mask_BT)
     return [states[index] for index in indices]

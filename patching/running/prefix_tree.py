@@ -1,9 +1,10 @@
-"""Many recipes of one pair as a tree of layers: every distinct prefix of layers is run once.
+"""Many recipes of one teacher and student as a tree of layers, in which every distinct prefix runs
+once.
 
-Members of a family share most of their layers. The tree is walked depth first; what the layers give
-is kept only where members part. Each member runs its architecture's own forward pass, in which the
-layers of a shared prefix hand over what is kept instead of computing it: masks, rotary tables,
-scaled embeddings and capped logits stay the architecture's affair.
+Members of a family share most of their layers. The tree is walked depth first, and the output of a
+layer is kept only where members diverge. Each member runs its architecture's own forward pass, in
+which the layers of a shared prefix return what was kept instead of computing it. So masks, rotary
+tables, scaled embeddings and capped logits are handled by transformers' code.
 
 Shapes: B rows, T positions, N selected positions, D hidden size, V vocabulary.
 """
@@ -22,12 +23,11 @@ from patching.recipe import Recipe
 from patching.running.chunks import CHUNK_LOGITS
 
 LayerPath = tuple[Any, ...]
-"""What hidden states depend on, the embedding's parent and layer by layer: equal paths, equal
-states."""
+"""The embedding's parent and the sources of some first layers. Equal paths have equal states."""
 
 
 class PrefixTree:
-    """The members of `recipes`, by name, sharing their tensors with teacher and student."""
+    """The models of `recipes`, by name, which share their tensors with teacher and student."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class PrefixTree:
             for i, path in enumerate(paths)
         ]
         self.num_layers_run = 0
-        """Layers that batches have gone through so far."""
+        """Layers run so far, counted once per batch."""
 
     @property
     def num_layer_forwards(self) -> int:
-        """Layers that one batch goes through, over all members."""
+        """Layers that run for one batch, over all members."""
         depths = [self.models[name].config.num_hidden_layers for name in self.names]
         return sum(depths) - sum(self._resume_at)
 
@@ -68,11 +68,12 @@ class PrefixTree:
     def logits(
         self, inputs: Mapping[str, Tensor], positions_N: Tensor
     ) -> Iterator[tuple[str, slice, Tensor]]:
-        """Each member's logits at some positions of a batch: its name, which of the positions, and
-        theirs of shape (n, V), in chunks of at most `CHUNK_LOGITS` entries.
+        """Yield each member's logits at some positions of a batch, in chunks of at most
+        `CHUNK_LOGITS` entries.
 
-        `inputs` go to the models' forward pass, `input_ids` of shape (B, T) among them;
-        `positions_N` count through its rows. Members come in the tree's sequence.
+        A chunk is the member's name, the slice of `positions_N`, and its logits of shape (n, V).
+        `inputs` are the arguments of the models' forward pass, with `input_ids` of shape (B, T).
+        `positions_N` index its flattened rows. Members come in the tree's sequence.
         """
         for name, states, resume_at, keep in self._walk():
             model = self.models[name]
@@ -99,35 +100,34 @@ class PrefixTree:
         positions_N: Tensor,
         known: MutableMapping[LayerPath, Any] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each member's name and what its head reads at those positions, (N, D); otherwise like
-        `logits`.
+        """Yield each member's name and the input of its head at those positions, of shape (N, D).
 
-        `known` are states of this batch by the path that leads to them, from other trees of the
-        same parents. Those of this tree's members are added in front of each student layer, where
-        the members of a next tree may part from them.
+        The arguments are those of `logits`. `known` holds states of this batch from other trees of
+        the same parents, by the path that leads to them. The states of this tree's members before
+        each student layer are added to it, because the members of a next tree may diverge there.
         """
         for name, states, resume_at, keep in self._walk(known):
             model = self.models[name]
-            head, read = model.get_output_embeddings(), []
-            head.forward = lambda hidden, read=read: read.append(hidden) or hidden
+            head, head_inputs = model.get_output_embeddings(), []
+            head.forward = lambda hidden, seen=head_inputs: seen.append(hidden) or hidden
             try:
                 _run(model, inputs, positions_N, states, resume_at, keep, self._parts[name])
             finally:
                 del head.forward
-            yield name, read[0].flatten(0, 1)[: len(positions_N)]
+            yield name, head_inputs[0].flatten(0, 1)[: len(positions_N)]
 
     def _walk(
         self, known: MutableMapping[LayerPath, Any] | None = None
     ) -> Iterator[tuple[str, dict[int, Any], int, set[int]]]:
-        """Members in the tree's sequence: name, states of its prefix by depth, the deepest of
-        these, depths to add to them.
+        """Yield for each member, in the tree's sequence, its name, the states of its prefix by
+        depth, the deepest of these depths, and the depths whose states are to be added.
         """
         states: dict[int, Any] = {}
         for name, path, shared, keep in zip(self.names, self.paths, self._resume_at, self._keep):
             states = {depth: output for depth, output in states.items() if depth <= shared}
-            in_front = set()
+            before_student = set()
             if known is not None:
-                in_front = {
+                before_student = {
                     depth for depth in range(1, len(path) - 1) if path[depth + 1][0] == "student"
                 }
                 for depth in range(len(path) - 1, max(states, default=0), -1):
@@ -136,8 +136,8 @@ class PrefixTree:
                         break
             resume_at = max(states, default=0)
             self.num_layers_run += len(path) - 1 - resume_at
-            yield name, states, resume_at, keep | in_front
-            for depth in in_front & states.keys():
+            yield name, states, resume_at, keep | before_student
+            for depth in before_student & states.keys():
                 known[path[: depth + 1]] = states[depth]
 
 
@@ -146,14 +146,14 @@ def _path(recipe: Recipe) -> LayerPath:
 
 
 def _shared_depth(a: tuple, b: tuple) -> int:
-    """How many layers two paths begin with alike, 0 where their embeddings differ."""
+    """Return how many first layers two paths have in common, 0 if their embeddings differ."""
     shared = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return max(0, shared - 1)
 
 
 def _parts_of(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
-    """The layers, and what reads the state behind them: the head in the few models without a final
-    norm.
+    """Return the layers and the module that reads their output: the final norm, or the head in
+    models without one.
     """
     architecture = architecture_of(model.config)
     modules = dict(model.named_modules())
@@ -171,15 +171,14 @@ def _run(
     keep: Collection[int],
     parts: tuple[nn.ModuleList, nn.Module],
 ) -> Tensor:
-    """Logits (N, V) at some positions, by the model's own forward pass from layer `resume_at` on,
-    the head as it is at the moment.
+    """Return the logits (N, V) at some positions, running the model from layer `resume_at` on.
 
-    `states[j]` is what the first j layers give, as the last of them returns it; those of `keep` are
-    added. `parts` are those of `_parts_of`, found once and not for every batch.
+    `states[j]` is the output of layer j - 1 as that layer returns it. Those at the depths `keep`
+    are added. `parts` is the result of `_parts_of`.
     """
-    layers, behind_layers = parts
+    layers, after_layers = parts
     num_positions, row_length = len(positions_N), inputs["input_ids"].shape[1]
-    # Whole rows again, for some architectures restore the shape of their input behind the norm.
+    # Fill up whole rows, because some architectures restore the input's shape after the norm.
     filled = nn.functional.pad(positions_N, (0, -num_positions % row_length))
 
     def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -194,6 +193,6 @@ def _run(
                 lambda _layer, _args, output, depth=depth: states.__setitem__(depth, output)
             )
             undo.callback(hook.remove)
-        undo.callback(behind_layers.register_forward_pre_hook(select).remove)
+        undo.callback(after_layers.register_forward_pre_hook(select).remove)
         logits = model(**inputs, use_cache=False).logits
     return logits.flatten(0, 1)[:num_positions]

@@ -1,10 +1,10 @@
-"""How far models are from their teacher: mean KL(teacher || model) per token of some text.
+"""How far models are from their teacher: KL(teacher || model), the mean over tokens of some text.
 
-Models that are measured together share their prefixes of layers, and with those measured just
-before what of their states is kept. Of the teacher only its last hidden states are kept, and its
-probabilities are formed once for each chunk of tokens.
+Models that are measured together share their common prefixes of layers. They can also reuse states
+kept from the call before. Only the last hidden states of the teacher are kept, and its
+probabilities are computed once per chunk of tokens for all models.
 
-Shapes: B rows, T positions, N tokens that are no padding, D hidden size.
+Shapes: B rows, T positions, N tokens that are not padding, D hidden size, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, slices
 from patching.running.prefix_tree import LayerPath, PrefixTree
 
 MOST_KNOWN_BYTES = 2**32
-"""Of hidden states that are kept from one call to the next, over all batches."""
+"""Most bytes of hidden states that are kept from one call to the next, over all batches."""
 
 
 class KnownStates(dict[LayerPath, Any]):
-    """States of one batch by the path that leads to them, as many as there is room for."""
+    """States of one batch by the path that leads to them, as many as fit in `room_bytes`."""
 
     def __init__(self, room_bytes: int) -> None:
         super().__init__()
@@ -43,16 +43,17 @@ class KnownStates(dict[LayerPath, Any]):
         super().__delitem__(path)
 
     def only_for(self, paths: Sequence[LayerPath]) -> None:
-        """Forget what is the beginning of none of these paths."""
+        """Forget the states that are not on the way to any of these paths."""
         beginnings = {path[:length] for path in paths for length in range(len(path) + 1)}
         for path in self.keys() - beginnings:
             del self[path]
 
 
 class TeacherKL:
-    """Measures recipes of one pair on batches of `input_ids` and `attention_mask`, each (B, T).
+    """Measures recipes of one teacher and student on batches of text.
 
-    Raises ValueError where there is no token, and for models that cap or scale their logits.
+    A batch holds `input_ids` and `attention_mask`, both of shape (B, T). Raises ValueError if the
+    batches contain no token, or if a model caps or scales its logits.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class TeacherKL:
             raise ValueError("there is no text to measure models on")
         self._known = [KnownStates(MOST_KNOWN_BYTES // len(self.batches)) for _ in self.batches]
         self.num_layer_forwards = 0
-        """Layers that batches went through, each with its rows together."""
+        """Layers run so far, counted once per batch."""
         whole = whole_model(teacher.config.num_hidden_layers)
         tree = PrefixTree({"teacher": whole}, teacher=teacher)
         self._teacher_states = [
@@ -85,10 +86,10 @@ class TeacherKL:
         ]
 
     def of(self, recipes: Mapping[str, Recipe], remember: bool = False) -> dict[str, float]:
-        """Each recipe's KL in nats, by its name, all in one tree.
+        """Return the KL of each recipe's model by name, in nats per token.
 
-        `remember` keeps states for a next call whose models differ from these by more patched
-        layers, as the next step of a search does.
+        `remember` keeps states for a next call with models that have more patched layers, as in the
+        next step of a search.
         """
         tree = PrefixTree(recipes, teacher=self.teacher, student=self.student)
         heads = {name: model.get_output_embeddings() for name, model in tree.models.items()}
@@ -116,10 +117,10 @@ def kl_sums(
     teacher_head: nn.Linear,
     models: Sequence[tuple[Tensor, nn.Linear]],
 ) -> Tensor:
-    """Sums over tokens of KL(teacher || model) in nats, for several models, each as the states
-    (N, D) its head reads and the head; float64 of shape (models,).
+    """Return the sum over tokens of KL(teacher || model) for each model, in nats.
 
-    The teacher's probabilities are formed once for all of them. Softmaxes are taken in fp32.
+    A model is given as the input of its head, of shape (N, D), and the head. The result is float64
+    of shape (number of models,). Softmaxes are computed in fp32, those of the teacher only once.
     """
     num_tokens, device = teacher_hidden_ND.shape[0], teacher_hidden_ND.device
     vocab_size = len(teacher_head.weight)
