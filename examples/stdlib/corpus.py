@@ -1,8 +1,8 @@
-"""The demo's text: the source of Python's own standard library, one document per module.
+"""The demo's text: the source of Python's standard library, one document per module.
 
-It is on every machine that can run the toolkit, it is real text written by many people, and it
-needs no download. A module belongs to the held-out part if a hash of its *name* says so, so the
-modules that the shipped teacher never saw stay held out under every Python version.
+Every machine that runs the toolkit has it, and it is real text by many authors. A hash of its *name*
+decides whether a module is held out. The modules that the shipped teacher never saw therefore stay
+held out in every Python version.
 
     python -m examples.stdlib.corpus --save_directory demo/corpus
 """
@@ -22,24 +22,23 @@ GENERATED_TABLE = "generated from 'MAPPINGS"
 
 class Module(NamedTuple):
     name: str
-    """Dotted name, `json.decoder`; a package is named without `__init__`."""
+    """Dotted name, such as `json.decoder`. A package's name leaves out `__init__`."""
     text: str
-    """Source, decoded as its coding cookie says, newlines as `\\n`."""
+    """Source, decoded as its coding cookie says, with newlines as `\\n`."""
 
 
 def is_held_out(module_name: str) -> bool:
-    """Whether the module is kept from all training, decided by its name alone."""
+    """Whether a module is kept out of all training. Only its name decides."""
     digest = hashlib.sha256(module_name.encode()).digest()
     return int.from_bytes(digest[:4], "big") % 1000 < HELD_OUT_PERMILLE
 
 
 def iter_modules(root: Path | None = None) -> Iterator[Module]:
-    """The modules of the standard library in name order, those that do not decode left out.
+    """The modules of the standard library in name order. Files that do not decode are skipped.
 
-    `root` is the library's folder, by default the running interpreter's. Installed packages are not
-    part of it, and neither are the build record of this very machine (`_sysconfigdata_*`) and the
-    character tables of `encodings`, which are generated and nearly equal to one another: held-out
-    ones would hold nothing out.
+    `root` is the library's folder, by default the running interpreter's. Also skipped are installed
+    packages, the build record of this machine (`_sysconfigdata_*`) and the generated character
+    tables of `encodings`: these are so alike that a held-out one would not be unseen text.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -53,14 +52,20 @@ def iter_modules(root: Path | None = None) -> Iterator[Module]:
         try:
             with tokenize.open(path) as file:
                 text = file.read()
-        except (SyntaxError, UnicodeDecodeError):  # the library's own tests hold broken sources
+        except (
+            SyntaxError,
+            UnicodeDecodeError,
+        ):  # some of the library's tests are broken sources on purpose
             continue
         if text.strip() and GENERATED_TABLE not in text[:300]:
             yield Module(name, text)
 
 
 def write_corpus(save_directory: Path) -> dict[str, int]:
-    """Write `train.jsonl` and `heldout.jsonl` (`module`, `text`); return the bytes in each."""
+    """Write `train.jsonl` and `heldout.jsonl`, with a `module` and a `text` per line.
+
+    Return the bytes of text in each.
+    """
     save_directory.mkdir(parents=True, exist_ok=True)
     sizes_bytes = {"train.jsonl": 0, "heldout.jsonl": 0}
     with (

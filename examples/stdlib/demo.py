@@ -1,12 +1,14 @@
-"""The whole way on the embedded default: distil, evaluate every size, save one, use it.
+"""Run the whole workflow on a small teacher: distill, evaluate every size, save one and use it.
 
     python -m examples.stdlib.demo
 
-The shipped teacher learns nothing here: its student is distilled from it by `train.train` on the
-standard library's source, every size is measured by `evaluate.evaluate` on modules neither has
-seen beside the teacher pruned in two ways, and `patching.patch` saves one. The three command lines
-are printed as they are run. With --variants a student distilled from random weights with the same
-budget joins the sweep, and the `first` order is set beside it by `evaluate.report`."""
+`train.train` distills a student from the shipped teacher on the source of the standard library.
+`evaluate.evaluate` measures every size on modules that neither model has seen, next to the teacher
+pruned in two ways. `patching.patch` saves one size. Each command line is printed before it runs.
+
+With --variants, a student distilled from random weights for as many steps joins the sweep, and
+`evaluate.report` compares the patch orders `last` and `first`.
+"""
 
 import argparse
 import shlex
@@ -46,7 +48,7 @@ def main(folder: Path, variants: bool) -> None:
     write_tasks((module for module in iter_modules() if is_held_out(module.name)), folder / "tasks")
     print({name: f"{size / 1e6:.1f} MB" for name, size in sizes_bytes.items()})
 
-    student = distil(folder, "student")
+    student = distill(folder, "student")
     baselines = [
         *("--baselines", "naive,block_influence"),
         *("--calibration", folder / "corpus" / "train.jsonl"),
@@ -66,24 +68,19 @@ def main(folder: Path, variants: bool) -> None:
     if variants:
         for name in ("student_random", "results_first", "both_orders"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        random_student = distil(folder, "student_random", "--random_initialization")
-        # What is in the folder already is not computed again.
+        random_student = distill(folder, "student_random", "--random_initialization")
+        # Results that are already in the folder are not computed again.
         evaluate(folder, student, "results", *baselines, "--random_student", random_student)
         first = evaluate(folder, student, "results_first", "--order", "first")
         run("evaluate.report", results, first, "--save_directory", folder / "both_orders")
 
 
-def distil(folder: Path, name: str, *flags: str) -> Path:
-    """A student in `folder/name`, through the command line."""
+def distill(folder: Path, name: str, *flags: str) -> Path:
+    """Distill a student into `folder/name` with `train.train`. Return that folder."""
     settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
     run(
-        *(
-            "train.train",
-            "--teacher_model_name_or_path",
-            TEACHER,
-            "--save_directory",
-            folder / name,
-        ),
+        *("train.train", "--teacher_model_name_or_path", TEACHER),
+        *("--save_directory", folder / name),
         *("--dataset", folder / "corpus" / "train.jsonl"),
         *("--eval_dataset", folder / "corpus" / "heldout.jsonl"),
         *settings,
@@ -93,7 +90,7 @@ def distil(folder: Path, name: str, *flags: str) -> Path:
 
 
 def evaluate(folder: Path, student: Path, name: str, *flags: object) -> Path:
-    """Results of every size in `folder/name`, through the command line."""
+    """Evaluate every size into `folder/name` with `evaluate.evaluate`. Return that folder."""
     run(
         *("evaluate.evaluate", "--teacher_model_name_or_path", TEACHER),
         *("--student_model_name_or_path", student, "--save_directory", folder / name),
@@ -105,14 +102,14 @@ def evaluate(folder: Path, student: Path, name: str, *flags: object) -> Path:
 
 
 def run(module: str, *arguments: object) -> None:
-    """`python -m module arguments`, printed first; raises CalledProcessError where it fails."""
+    """Print and run `python -m module arguments`. Raises CalledProcessError if it fails."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ python -m {module} {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, check=True)
 
 
 def complete(model_folder: Path, prompt: str) -> str:
-    """The prompt and how the saved model goes on, up to the end of the line."""
+    """The prompt and the saved model's continuation, up to the end of the line."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -126,7 +123,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save_directory", type=Path, default=Path("demo_output"))
     parser.add_argument(
-        "--variants", action="store_true", help="also the first order and random weights"
+        "--variants",
+        action="store_true",
+        help="also run the `first` order and a student from random weights",
     )
     arguments = parser.parse_args()
     main(arguments.save_directory.resolve(), arguments.variants)

@@ -1,10 +1,10 @@
 """Local lm-eval tasks over the held-out modules of the standard library.
 
-    stdlib_bits_per_byte  rolling log-likelihood of their beginnings
-    stdlib_next_line      which of four lines of this module comes next (multiple choice)
-    stdlib_end_of_line    finish the line (generation, exact match)
+    stdlib_bits_per_byte  rolling log-likelihood of each module's beginning
+    stdlib_next_line      choose which of four lines of the module comes next
+    stdlib_end_of_line    generate the last word of a line (exact match)
 
-What is asked for depends on the modules' names and text alone.
+The questions depend only on the modules' names and text.
 """
 
 import json
@@ -28,10 +28,10 @@ TASK_NAMES = tuple(NUM_DOCUMENTS)
 
 
 def beginning(module: Module) -> list[dict[str, Any]]:
-    """The module's first lines, about BEGINNING_CHARACTERS of them.
+    """The module's first lines, about BEGINNING_CHARACTERS in all.
 
-    A beginning and not a piece from the middle: models only ever see an end-of-text token, which
-    scoring puts first, before the first line of a module.
+    Scoring puts an end-of-text token first. In training, that token only precedes the first line of
+    a module, so the text must be a beginning.
     """
     text = module.text[:BEGINNING_CHARACTERS]
     if len(text) < len(module.text):
@@ -40,9 +40,7 @@ def beginning(module: Module) -> list[dict[str, Any]]:
 
 
 def next_line_questions(module: Module) -> list[dict[str, Any]]:
-    """Some lines, what stands before each, and the right next line among three others of the
-    module.
-    """
+    """For some lines: the context before, and the line itself among three others of the module."""
     lines = module.text.splitlines()
     candidates = sorted({line for line in lines if 10 <= len(line.strip()) <= 60})
     draw = random.Random(module.name)
@@ -58,7 +56,7 @@ def next_line_questions(module: Module) -> list[dict[str, Any]]:
 
 
 def end_of_line_questions(module: Module) -> list[dict[str, Any]]:
-    """Some lines without their last word, and that word."""
+    """For some lines: the context and the line without its last word, and that word."""
     lines = module.text.splitlines()
     draw = random.Random(module.name)
     questions = []
@@ -70,7 +68,7 @@ def end_of_line_questions(module: Module) -> list[dict[str, Any]]:
 
 
 def _asked_lines(lines: list[str], draw: random.Random) -> list[int]:
-    """Up to eight line numbers, in order, each with a full context before it."""
+    """Up to eight increasing line indices, each with a full context before it."""
     possible = range(CONTEXT_LINES, len(lines))
     return sorted(draw.sample(possible, min(8, len(possible))))
 
@@ -122,7 +120,7 @@ TASK_FILES: dict[str, dict[str, Any]] = {
 
 
 def write_tasks(modules: Iterable[Module], folder: Path) -> None:
-    """Write each task's documents and its task file to `folder`, for `--include_path`."""
+    """Write each task's documents and task file to `folder`, which `--include_path` then names."""
     folder.mkdir(parents=True, exist_ok=True)
     modules = list(modules)
     for name, make in MAKERS.items():

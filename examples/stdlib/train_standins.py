@@ -1,13 +1,15 @@
-"""Small trained stand-ins for BERT and DistilBERT, and for GPT-2 and DistilGPT2, from the standard
-library: what made the four folders of `examples/stdlib/standins`.
+"""Train small stand-ins for BERT, DistilBERT, GPT-2 and DistilGPT2 on the standard library.
 
     python -m examples.stdlib.train_standins teacher --kind bert --save_directory BERT
     python -m examples.stdlib.train_standins student --teacher BERT --save_directory DISTILBERT
 
-The notebooks run on them in the tests, where there is no network. Teachers have 12 layers. Their
-matrices learn by Muon, the rest by AdamW, the learning rate falls linearly to zero. Students come
-from `train.train`, with the layers that the public ones keep; BERT's is saved as a DistilBERT.
-Some minutes each on two CPU cores.
+This is how the four folders of `examples/stdlib/standins` were made. The tests run the notebooks
+on them, because tests have no network. Teachers have 12 layers. Students are distilled by
+`train.train` and keep the same layers as the public ones. BERT's student is saved as a DistilBERT.
+Each takes some minutes on two CPU cores.
+
+Shapes: B rows, T positions, V vocabulary. While starting weights are made: D hidden size, H size of
+a head, F frequencies.
 """
 
 import argparse
@@ -15,14 +17,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import WordPieceTrainer
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -39,6 +40,7 @@ from transformers import (
 
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.train_teacher import train_tokenizer
+from examples.stdlib.training import Batch, held_out_loss, save, train
 from patching.architectures.distilbert import (
     CONFIG_FIELDS,
     TOKEN_TYPES,
@@ -50,9 +52,11 @@ from train.batches import collate
 from train.data import load_rows
 from train.data_args import DataArguments
 from train.loss import IGNORED_LABEL
-from train.masking import Masking
+from train.masking import SHARE_OF_TARGETS, Masking
 
 ROW_TOKENS = 128
+STEPS = {"bert": 1602, "gpt2": 2081}
+"""The steps that the shipped teachers were trained for."""
 DISTILLATION = {
     "kept_layers": "0,2,4,7,9,11",
     "per_device_train_batch_size": 16,
@@ -65,12 +69,14 @@ DISTILLATION = {
     "save_dtype": "bfloat16",
 }
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-SHARE_OF_TARGETS = 0.3
-"""More than a student is trained with: a teacher from nothing learns more of each row so."""
+TEACHER_SHARE_OF_TARGETS = 0.3
+"""Share of masked tokens. It is higher than in distillation, because a teacher trained from scratch
+then learns more from each row.
+"""
 
 
 def train_wordpiece(modules: list[Module], vocab_size: int) -> PreTrainedTokenizerFast:
-    """BERT's kind of tokenizer over the training modules: lower case, words, punctuation apart."""
+    """Train a tokenizer like BERT's on the modules: lower case, punctuation split off."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -94,9 +100,10 @@ def train_wordpiece(modules: list[Module], vocab_size: int) -> PreTrainedTokeniz
 
 
 def pieces(module: Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Lines of a module, as many together as a row holds with a special token at each end.
+    """Cut a module at line ends into pieces that fit a row with a special token at each end.
 
-    Where those are not BERT's, the first is written out: end of text, which scoring puts there too.
+    Scoring puts the end-of-text token in front of a text, so pieces for tokenizers that have one
+    start with it.
     """
     front = tokenizer.eos_token or ""
     lines = module.text.splitlines(keepends=True)
@@ -112,7 +119,7 @@ def pieces(module: Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def write_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """Write a document for each piece; return the flags of `train.train` for them."""
+    """Write each piece as a document. Return the flags with which `train.train` reads them."""
     parts: dict[str, list[str]] = {"train": [], "heldout": []}
     for module in iter_modules():
         part = parts["heldout" if is_held_out(module.name) else "train"]
@@ -163,20 +170,21 @@ def new_teacher(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMode
 
 NUM_RATES = 16
 FIRST_LOOKS = ((-1, 1), (-2, 2))
-"""Tokens that the heads of the first layers look at in the beginning, counted from their own."""
+"""Where each head of the first layers attends to at the start, relative to its own position."""
 SHARPNESS = 2.0
 
 
 @torch.no_grad()
-def look_at_neighbours(model: BertForMaskedLM) -> None:
-    """Start from positions as sines and cosines, and from heads that find the tokens next to each.
+def look_at_neighbors(model: BertForMaskedLM) -> None:
+    """Start with sinusoidal positions, and with heads that attend to the neighboring tokens.
 
-    A masked model learns nothing beyond how frequent tokens are until its heads look at neighbours,
-    which from random weights and small text takes hours. What they look at is learned on from here.
+    Until its heads attend to neighbors, a masked model learns only how frequent tokens are. From
+    random weights and on a small corpus, getting past that takes hours. Training continues from
+    these weights like from any others.
     """
     table_TD = model.bert.embeddings.position_embeddings.weight
     num_positions, width = table_TD.shape
-    fast_F = torch.linspace(0.1, 3.0, NUM_RATES)  # tell neighbours apart, the slow ones regions
+    fast_F = torch.linspace(0.1, 3.0, NUM_RATES)  # for neighbors; the slow ones, for regions
     slow_F = 0.1 * 100.0 ** -torch.linspace(0, 1, width // 2 - NUM_RATES)
     angles_TF = torch.arange(num_positions)[:, None] * torch.cat((fast_F, slow_F))
     words_std = model.bert.embeddings.word_embeddings.weight.std()
@@ -198,31 +206,48 @@ def look_at_neighbours(model: BertForMaskedLM) -> None:
                 key_HD[pair, pair] = SHARPNESS * torch.eye(2)
 
 
-def loss_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_of(model: PreTrainedModel, input_ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
     """Mean cross entropy over the targets, in nats."""
-    mask_BT = (batch["labels"] != IGNORED_LABEL).long()
-    states_BTD = model.base_model(batch["input_ids"], attention_mask=mask_BT).last_hidden_state
-    labels_BT = batch["labels"]
-    if isinstance(model, BertForMaskedLM):
-        is_target_BT, head = labels_BT >= 0, model.cls
-        logits_NV, labels_N = head(states_BTD[is_target_BT]), labels_BT[is_target_BT]
-    else:
-        is_target_BT = labels_BT[:, 1:] >= 0
-        logits_NV = model.lm_head(states_BTD[:, :-1][is_target_BT])
-        labels_N = labels_BT[:, 1:][is_target_BT]
-    return nn.functional.cross_entropy(logits_NV.float(), labels_N)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mask_BT = (labels_BT != IGNORED_LABEL).long()
+        logits_BTV = model(input_ids=input_ids_BT, attention_mask=mask_BT).logits
+    if not isinstance(model, BertForMaskedLM):
+        logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
+    targets_BT = labels_BT.where(labels_BT >= 0, IGNORED_LABEL)
+    return nn.functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED_LABEL
+    )
 
 
-@torch.no_grad()
-def held_out_nats(model: PreTrainedModel, rows: list[list[int]], masking: Masking | None) -> float:
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for first in range(0, len(rows), 32):
-        batch = collate([{"input_ids": ids} for ids in rows[first : first + 32]])
-        if masking is not None:
-            batch = masking.hide(batch, generator)
-        losses.append(loss_of(model, batch).item())
-    return sum(losses) / len(losses)
+def batch_of(
+    rows: list[list[int]],
+    masking: Masking | None,
+    generator: torch.Generator,
+    share: float = SHARE_OF_TARGETS,
+) -> Batch:
+    """Token ids and labels, each of shape (B, T). T is always ROW_TOKENS, as the loss is compiled
+    for one shape.
+    """
+    batch = collate([{"input_ids": ids} for ids in rows])
+    padding = (0, ROW_TOKENS - batch["labels"].shape[1])
+    batch = {
+        "input_ids": nn.functional.pad(batch["input_ids"], padding),
+        "labels": nn.functional.pad(batch["labels"], padding, value=IGNORED_LABEL),
+    }
+    if masking is not None:
+        batch = masking.hide(batch, generator, share)
+    return batch["input_ids"], batch["labels"]
+
+
+def training_batches(
+    rows: list[list[int]], rows_per_step: int, masking: Masking | None, generator: torch.Generator
+) -> Iterator[Batch]:
+    """Full batches of rows in random order, epoch after epoch, with new masks every time."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(rows) - rows_per_step + 1, rows_per_step):
+            chosen = [rows[i] for i in order[start : start + rows_per_step]]
+            yield batch_of(chosen, masking, generator, TEACHER_SHARE_OF_TARGETS)
 
 
 def train_teacher(arguments: argparse.Namespace) -> None:
@@ -235,92 +260,36 @@ def train_teacher(arguments: argparse.Namespace) -> None:
     masking = None if arguments.kind == "gpt2" else Masking.of(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         text = DataArguments(**write_pieces(Path(folder), tokenizer))
-        train, held_out = load_rows(text, tokenizer, arguments.seed)
-        rows, held_out = train["input_ids"][:], held_out["input_ids"][:512]
-    num_tokens = sum(map(len, rows))
-    print(f"{len(rows)} rows, {num_tokens} tokens", flush=True)
-
+        train_rows, held_out_rows = load_rows(text, tokenizer, arguments.seed)
+        rows, held_out_rows = train_rows["input_ids"][:], held_out_rows["input_ids"][:512]
+    print(f"{len(rows)} rows, {sum(map(len, rows))} tokens", flush=True)
+    masks = torch.Generator().manual_seed(0)
+    held_out = [
+        batch_of(held_out_rows[start : start + 32], masking, masks)
+        for start in range(0, len(held_out_rows), 32)
+    ]
     model = new_teacher(arguments.kind, tokenizer)
     if arguments.kind == "bert":
-        look_at_neighbours(model)
-    model.base_model.forward = torch.compile(model.base_model.forward, dynamic=False)
-    matrices = [
-        parameter
-        for name, parameter in model.base_model.named_parameters()
-        if parameter.ndim == 2 and "embeddings" not in name and not name.startswith(("wte", "wpe"))
-    ]
-    chosen = set(map(id, matrices))
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=arguments.muon_lr, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=arguments.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    rows_per_step = arguments.rows_per_step
-    log, started, step = [], time.time(), 0
-
-    def factor() -> float:
-        """Warm-up, then linearly to zero at the end of the allotted time."""
-        passed = (time.time() - started) / arguments.seconds
-        return min((step + 1) / arguments.warmup_steps, max(0.0, 1 - passed))
-
-    order: list[int] = []
-    trained_tokens = 0
-    while time.time() - started < arguments.seconds:
-        if len(order) < rows_per_step:
-            order = torch.randperm(len(rows), generator=generator).tolist()
-        chosen_rows, order = order[:rows_per_step], order[rows_per_step:]
-        # One shape for every step: the model is compiled once.
-        batch = collate([{"input_ids": rows[i]} for i in chosen_rows])
-        batch = {name: _widened(name, batch[name]) for name in ("input_ids", "labels")}
-        if masking is not None:
-            batch = masking.hide(batch, generator, SHARE_OF_TARGETS)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, (arguments.muon_lr, arguments.adam_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor()
-            optimizer.step()
-            optimizer.zero_grad()
-        trained_tokens += int((batch["labels"] != IGNORED_LABEL).sum())
-        if step % 25 == 0:
-            seconds = time.time() - started
-            log.append({"step": step, "loss": round(loss.item(), 4)})
-            print(
-                f"step {step} loss {loss.item():.3f} {trained_tokens / seconds:.0f} tokens/s "
-                f"{seconds:.0f} s",
-                flush=True,
-            )
-        step += 1
-
-    del model.base_model.forward
-    model = model.to(torch.bfloat16)
-    nats = held_out_nats(model, held_out, masking)
-    print(f"{step} steps, held-out {nats:.4f} nats per target", flush=True)
-    model.save_pretrained(arguments.save_directory)
-    tokenizer.save_pretrained(arguments.save_directory)
-    record = {
-        "arguments": {
-            k: str(v) for k, v in vars(arguments).items() if k not in ("save_directory", "run")
-        },
-        "torch": torch.__version__,
-        "steps": step,
-        "trained_tokens": trained_tokens,
-        "held_out_nats_per_target": nats,
-        "log": log,
-    }
-    (arguments.save_directory / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _widened(name: str, tensor_BT: torch.Tensor) -> torch.Tensor:
-    padding = IGNORED_LABEL if name == "labels" else 0
-    return nn.functional.pad(tensor_BT, (0, ROW_TOKENS - tensor_BT.shape[1]), value=padding)
+        look_at_neighbors(model)
+    run = train(
+        model,
+        loss_of,
+        training_batches(rows, arguments.rows_per_step, masking, generator),
+        steps=arguments.steps or STEPS[arguments.kind],
+        warmup_steps=arguments.warmup_steps,
+        muon_lr=arguments.muon_lr,
+        adam_lr=arguments.adam_lr,
+        held_out=held_out,
+    )
+    nats = held_out_loss(model, loss_of, held_out)
+    print(f"{run.steps} steps, held-out {nats:.4f} nats per target", flush=True)
+    settings = {name: value for name, value in vars(arguments).items() if name != "run"}
+    save(arguments.save_directory, model, tokenizer, settings, run, held_out_nats_per_target=nats)
 
 
 def train_student(arguments: argparse.Namespace) -> None:
-    """Distil with `train.train`; a BERT's student is saved as a DistilBERT, and none says which
-    layers it kept, as the public ones do not.
+    """Distill with `train.train` and save the student as the public ones are: a BERT's student as a
+    DistilBERT, and without a record of the layers it kept.
     """
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     with tempfile.TemporaryDirectory() as name:
@@ -355,7 +324,9 @@ def train_student(arguments: argparse.Namespace) -> None:
 
 
 def as_distilbert(bert: BertForMaskedLM) -> DistilBertForMaskedLM:
-    """The same model as a DistilBERT: what its first token type adds goes into the positions."""
+    """The same model as a DistilBERT. Its positions include the embedding of BERT's first token
+    type, because DistilBERT has no token types.
+    """
     fields = {ours: getattr(bert.config, theirs) for theirs, ours in CONFIG_FIELDS.items()}
     model = DistilBertForMaskedLM(DistilBertConfig(**fields)).to(bert.dtype)
     tensors = bert.state_dict()
@@ -372,7 +343,7 @@ if __name__ == "__main__":
     teacher = commands.add_parser("teacher")
     teacher.add_argument("--kind", choices=("bert", "gpt2"), required=True)
     teacher.add_argument("--save_directory", type=Path, required=True)
-    teacher.add_argument("--seconds", type=float, default=430.0)
+    teacher.add_argument("--steps", type=int, help=f"default: {STEPS}, as the shipped ones")
     teacher.add_argument("--rows_per_step", type=int, default=16)
     teacher.add_argument("--muon_lr", type=float, default=0.02)
     teacher.add_argument("--adam_lr", type=float, default=2e-3)
