@@ -5,7 +5,8 @@
     family.model(4)              # the model itself, in memory
     for member in family: ...    # every size, sharing one copy of both models' weights
 
-Opening a family reads and checks configs only. Weights are loaded when the first model is asked for.
+Opening a family reads and checks configs only. Weights are loaded when the first model is asked
+for.
 """
 
 import dataclasses
@@ -131,13 +132,13 @@ class Family:
         order.json. If None, it is the order recorded in student_config.json, or else the one the
         paper recommends for the architecture. `revision` and `student_revision` are branches, tags
         or commits on the hub. `student_config` or `kept_layers` replaces student_config.json.
-        `dtype` "auto" is the teacher's. A parent given as a name is loaded onto `device`, by default
-        the device of the other parent if that one is in memory, else the CPU; `device_map` places
-        it as in transformers.
+        `dtype` "auto" is the teacher's. A parent given as a name is loaded onto `device`, by
+        default the device of the other parent if that one is in memory, else the CPU; `device_map`
+        places it as in transformers.
 
-        Raises ValueError or OSError, before any weights load, if a file is missing, the architecture
-        cannot be cut and joined, the two models do not fit together, or one is wrapped (PEFT, DDP,
-        torch.compile).
+        Raises ValueError or OSError, before any weights load, if a file is missing, the
+        architecture cannot be cut and joined, the two models do not fit together, or one is wrapped
+        (PEFT, DDP, torch.compile).
         """
         models = {
             parent: as_bert(plain_model(parent, model))
@@ -161,8 +162,8 @@ class Family:
         if order is None:
             recommended = recommended_order(configs["teacher"].model_type)
             order = student_config.patch_order or recommended
-        order, searched_for = read_order(order)
-        student_config.layer_map.sequence(order)  # raises for an order of other layers
+        layer_order, searched_for = read_order(order)
+        student_config.layer_map.sequence(layer_order)  # raises for an order of other layers
         weights = Weights(
             references,
             _dtype_of(dtype, configs["teacher"], models.get("teacher")),
@@ -173,9 +174,8 @@ class Family:
             models,
             frozenset(models),
         )
-        family = cls(configs, student_config.layer_map, order, weights)
-        if searched_for:
-            _check_order_belongs_to(family, searched_for)
+        family = cls(configs, student_config.layer_map, layer_order, weights)
+        _check_order_belongs_to(family, order, searched_for)
         return family
 
     @property
@@ -339,6 +339,11 @@ def plain_model(parent: Parent, model: nn.Module) -> PreTrainedModel:
             )
         if kind.startswith("FSDP"):
             raise ValueError(f"the {parent} is sharded ({kind}): save it and name the folder")
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"the {parent} is a {kind}, which has no language modeling head: load it with "
+                "AutoModelForCausalLM, or AutoModelForMaskedLM for an encoder"
+            )
         return model
     remedies = {
         "OptimizedModule": "give the model that torch.compile was called on",
@@ -417,13 +422,17 @@ def _check_depths(
             )
 
 
-def _check_order_belongs_to(family: Family, searched_for: Mapping[str, Any]) -> None:
+def _check_order_belongs_to(
+    family: Family, order_file: object, searched_for: Mapping[str, Any]
+) -> None:
     """Raise ValueError if an order was searched for different layers. Different weights only warn:
     the order still names the right layers, but a search might find another.
     """
+    if not searched_for:
+        return
     for name, own in family.identity.items():
         other = searched_for.get(name, own)
-        found = f"order {as_layer_list(family.order)} was found for {name}={other}"
+        found = f"order={order_file} was found for {name}={other}"
         if name not in ("teacher", "student"):
             if other != own:
                 raise ValueError(

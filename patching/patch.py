@@ -1,63 +1,45 @@
 """Build the model of any size between a student and its teacher, with no further training.
 
-In Python, `build_intermediate_model` and `iter_family`. On the command line it is saved as an
-ordinary Hugging Face checkpoint, copied file to file without loading a model where that is
-possible:
+In Python, use `build_intermediate_model` and `iter_family`, or `patching.family.Family`. On the
+command line, the model is saved as an ordinary Hugging Face checkpoint, copied from file to file
+without loading a model wherever that is possible:
 
     python -m patching.patch --teacher_model_name_or_path TEACHER \\
         --student_model_name_or_path STUDENT --num_layers_to_patch 4 --save_directory DIR
 
 The size may also be named by a limit (`--target_params 3.1B`, `--target_bytes 6GB`) or layer by
-layer (`--patched_layers 3,5,16-18`); `--list` shows every size and builds nothing. `--order klpatch
+layer (`--patched_layers 3,5,16-18`). `--list` shows every size and builds nothing. `--order klpatch
 --calibration TEXT` searches the order first; patching.orders does so once for all sizes.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from patching.architectures.models import predicts_masked_tokens
-from patching.arguments import (
-    DTYPES,
-    CalibrationArguments,
-    FamilyArguments,
-    calibration_of,
-    references,
+from patching.arguments import DTYPES, CalibrationArguments, FamilyArguments
+from patching.cli.command_line import (
+    CommandLineParser,
+    check_one_process,
+    print_search_step,
+    user_errors,
 )
-from patching.assemble import assemble
-from patching.blocks import Order, as_layer_list
-from patching.checkpoints.hub import check_can_push, push
-from patching.checkpoints.layout import Layout, layout_of
-from patching.checkpoints.model_card import FILE_NAME as CARD_FILE_NAME
-from patching.checkpoints.model_card import model_card, origin_of
-from patching.checkpoints.sizes import Size, deepest_that_fits, size_of, table
-from patching.checkpoints.splice import OtherLayout, Splice, generation_config_of, plan_splice
-from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
 from patching.cli.units import bytes_text, count_text, parse_bytes, parse_count, parse_ranges
-from patching.family import Family, usable_device
-from patching.files.outputs import (
-    check_new_folder,
-    check_space,
-    environment,
-    new_folder,
-    write_json,
-    write_text,
-)
-from patching.orders.measurements import Measurements
-from patching.orders.named_searches import searched_order
+from patching.files.outputs import check_new_folder
 from patching.patch_order import SEARCHED_ORDERS
-from patching.recipe import Parent, Recipe, patched_model
-from patching.student_config import StudentConfig
 
-PROVENANCE_FILE_NAME = "provenance.json"
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from patching.blocks import Order
+    from patching.checkpoints.sizes import Size
+    from patching.family import Family, Member
+    from patching.student_config import StudentConfig
 
 WAYS_TO_NAME_A_SIZE = ("num_layers_to_patch", "target_params", "target_bytes", "patched_layers")
 
@@ -65,24 +47,26 @@ WAYS_TO_NAME_A_SIZE = ("num_layers_to_patch", "target_params", "target_bytes", "
 @dataclass
 class PatchArguments(CalibrationArguments, FamilyArguments):
     num_layers_to_patch: int | None = field(
-        default=None, metadata={"help": "how many patchable student layers become teacher blocks"}
+        default=None,
+        metadata={"help": "how many student layers to replace by their teacher blocks"},
     )
     target_params: str | None = field(
         default=None,
-        metadata={"help": "the deepest member with at most so many stored parameters: 3.1B, 350M"},
+        metadata={"help": "the deepest member with at most this many parameters stored: 3.1B"},
     )
     target_bytes: str | None = field(
         default=None,
-        metadata={"help": "the deepest member whose weights files fit: 6GB (10^9), 6GiB (2^30)"},
+        metadata={"help": "the deepest member whose weights fit: 6GB (10^9 each), 6GiB (2^30)"},
     )
     patched_layers: str | None = field(
-        default=None, metadata={"help": "these student layers become teacher blocks: 3,5,16-18"}
+        default=None,
+        metadata={"help": "replace these student layers by teacher blocks: 3,5,16-18"},
     )
     list: bool = field(
         default=False,
-        metadata={"help": "show every size of the family, from configs alone, and build nothing"},
+        metadata={"help": "list every size of the family, from configs alone, and build nothing"},
     )
-    json: bool = field(default=False, metadata={"help": "with --list: as JSON, numbers exact"})
+    json: bool = field(default=False, metadata={"help": "with --list: print exact numbers as JSON"})
     save_directory: Path | None = field(
         default=None, metadata={"help": "new folder for the checkpoint"}
     )
@@ -94,13 +78,15 @@ class PatchArguments(CalibrationArguments, FamilyArguments):
         default="5GB", metadata={"help": "largest weights file: 5GB, 500MB, 2GiB"}
     )
     push_to_hub: str | None = field(
-        default=None, metadata={"help": "upload the checkpoint to this hub repository, private"}
+        default=None,
+        metadata={"help": "upload the checkpoint to this hub repository, privately"},
     )
     public: bool = field(
-        default=False, metadata={"help": "with --push_to_hub: anyone may see the repository"}
+        default=False, metadata={"help": "with --push_to_hub: make the repository public"}
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         named = [name for name in WAYS_TO_NAME_A_SIZE if getattr(self, name) is not None]
         flags = " or ".join(f"--{name}" for name in WAYS_TO_NAME_A_SIZE)
         problems = self.check_calibration()
@@ -109,28 +95,20 @@ class PatchArguments(CalibrationArguments, FamilyArguments):
         elif not self.list and len(named) != 1:
             given = f", not both --{' and --'.join(named)}" if named else ""
             problems.append(f"name one size with {flags}{given}")
-        if self.order in SEARCHED_ORDERS and self.patched_layers is not None:
+        if self.searches_order and self.patched_layers is not None:
             problems.append(f"--patched_layers names every layer: leave out --order {self.order}")
-        if self.order not in SEARCHED_ORDERS and self.calibration is not None:
+        if not self.searches_order and self.calibration is not None:
             problems.append(f"--calibration belongs to --order {' or '.join(SEARCHED_ORDERS)}")
         if self.list and self.push_to_hub:
             problems.append("--list builds nothing: leave out --push_to_hub")
         if not self.list and self.save_directory is None:
-            problems.append("--save_directory says where the model goes: give it")
+            problems.append("--save_directory is required: name a folder for the model")
         if self.json and not self.list:
             problems.append("--json belongs to --list")
         if self.public and not self.push_to_hub:
             problems.append("--public belongs to --push_to_hub")
         if problems:
             raise ValueError("; ".join(problems))
-
-
-class Member(NamedTuple):
-    """One size of a family."""
-
-    num_layers_to_patch: int
-    recipe: Recipe
-    model: PreTrainedModel
 
 
 def build_intermediate_model(
@@ -146,37 +124,36 @@ def build_intermediate_model(
     student_config: StudentConfig | None = None,
     kept_layers: Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The family's member of size k and its tokenizer, which pads on the left with a padding token.
+    """Return the family's member of size k and its tokenizer, which pads on the left with a padding
+    token.
 
     k = 0 is exactly the student, the largest k exactly the teacher (arXiv 2510.05064, section 2).
-    Either parent may be a model in memory; the member then shares its tensors.
-    `patch_first_k_layers` None leaves the order to `order`, student_config.json and the
-    architecture; True patches from the first layer on, False from the last one back. `dtype` `auto`
-    is the teacher's. `student_config` and `tokenizer` are read from where the models came from
-    unless given; `kept_layers` says of a student without one which teacher layers it was made
-    from. A DistilBERT becomes a BERT; an encoder's tokenizer pads on its own side.
+    `patch_first_k_layers` True patches from the first layer on and False from the last one back;
+    None leaves the order to `order`, student_config.json and the architecture. `tokenizer` is the
+    teacher's unless given. A DistilBERT becomes a BERT, and an encoder's tokenizer keeps its
+    padding side. The other arguments, and the models in memory that either name may be, are those
+    of `Family.from_pretrained`.
 
     Raises ValueError or OSError, before any weights load, for a k out of range, parents that do not
-    fit together, and files that are not there.
+    fit together, and missing files.
     """
-    family = open_pair(
+    family = _open(
         teacher_name_or_path,
         student_name_or_path,
         patch_first_k_layers,
         order,
-        revision,
-        student_revision,
-        student_config,
-        kept_layers,
+        dtype=dtype,
+        revision=revision,
+        student_revision=student_revision,
+        student_config=student_config,
+        kept_layers=kept_layers,
+        trust_remote_code=trust_remote_code,
     )
-    recipe = family.recipe(num_layers_to_patch)
-    if tokenizer is None and not family.arguments.teacher_model_name_or_path:
-        raise ValueError(
-            "the teacher in memory does not say where it came from: give its tokenizer too"
-        )
+    family.recipe(num_layers_to_patch)  # raises for a k out of range
     tokenizer = family.tokenizer if tokenizer is None else tokenizer
-    return assemble(recipe, **family.load(recipe.parents, family.dtype(dtype))), tokenizer
+    return family.model(num_layers_to_patch), tokenizer
 
 
 def iter_family(
@@ -191,83 +168,46 @@ def iter_family(
     student_revision: str | None = None,
     student_config: StudentConfig | None = None,
     kept_layers: Sequence[int] | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[Member]:
-    """Every size of a family in turn, or the given ones, over one copy of teacher and student in
-    memory.
+    """Iterate over every size of a family, or the given ones, with one copy of teacher and student
+    in memory.
 
-    Arguments and errors are those of `build_intermediate_model`; they are raised by the call,
-    before the first member is asked for.
+    Arguments and errors are those of `build_intermediate_model`. Errors are raised by the call, not
+    by the first iteration.
     """
-    family = open_pair(
+    family = _open(
         teacher_name_or_path,
         student_name_or_path,
         patch_first_k_layers,
         order,
-        revision,
-        student_revision,
-        student_config,
-        kept_layers,
+        dtype=dtype,
+        revision=revision,
+        student_revision=student_revision,
+        student_config=student_config,
+        kept_layers=kept_layers,
+        trust_remote_code=trust_remote_code,
     )
-    members = range(family.layer_map.max_layers_to_patch + 1) if sizes is None else sizes
-    recipes = {k: family.recipe(k) for k in members}
-    torch_dtype = family.dtype(dtype)
-
-    def members_in_turn() -> Iterator[Member]:
-        needed = set().union(*(recipe.parents for recipe in recipes.values()))
-        parents = family.load(needed, torch_dtype)
-        for k, recipe in recipes.items():
-            yield Member(k, recipe, assemble(recipe, **parents))
-
-    return members_in_turn()
+    chosen = list(range(len(family)) if sizes is None else sizes)
+    for k in chosen:
+        family.recipe(k)  # raises for a k out of range
+    return (family[k] for k in chosen)
 
 
-def open_pair(
+def _open(
     teacher: str | PreTrainedModel,
     student: str | PreTrainedModel,
     patch_first_k_layers: bool | None,
     order: Order | None,
-    revision: str | None,
-    student_revision: str | None,
-    student_config: StudentConfig | None,
-    kept_layers: Sequence[int] | None = None,
+    **how: Any,
 ) -> Family:
-    """A pair of which either parent is a name or a model in memory."""
-    if student_config is not None and kept_layers is not None:
-        raise ValueError("student_config and kept_layers both name layers: give one of them")
-    if patch_first_k_layers is not None and order is not None:
-        raise ValueError("patch_first_k_layers and order both name an order: give one of them")
+    from patching.family import Family
+
     if patch_first_k_layers is not None:
+        if order is not None:
+            raise ValueError("patch_first_k_layers and order both name an order: give one of them")
         order = "first" if patch_first_k_layers else "last"
-    given: dict[Parent, str | PreTrainedModel] = {"teacher": teacher, "student": student}
-    models = {
-        parent: model for parent, model in given.items() if isinstance(model, PreTrainedModel)
-    }
-    names = {
-        parent: model.name_or_path if isinstance(model, PreTrainedModel) else model
-        for parent, model in given.items()
-    }
-    if not names["student"] and student_config is None and kept_layers is None:
-        raise ValueError(
-            "the student in memory does not say where it came from: give kept_layers, or "
-            "student_config=StudentConfig(LayerMap(kept_layers, num_teacher_layers))"
-        )
-    arguments = FamilyArguments(
-        names["teacher"],
-        names["student"],
-        kept_layers=None if kept_layers is None else as_layer_list(kept_layers),
-        revision=revision,
-        student_revision=student_revision,
-    )
-    return Family.of(arguments, models, student_config, order)
-
-
-class Choice(NamedTuple):
-    """The model a command line asks for."""
-
-    recipe: Recipe
-    num_layers_to_patch: int
-    patched_layers: frozenset[int]
-    size: Size
+    return Family.from_pretrained(teacher, student, order, **how)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -278,190 +218,120 @@ def main(argv: list[str] | None = None) -> None:
         max_shard_bytes = parse_bytes(arguments.max_shard_size, "max_shard_size")
         if not arguments.list:
             check_new_folder(arguments.save_directory)
-        family = Family.from_pretrained(arguments)
-        dtype = family.dtype(arguments.dtype)
-        layouts = {
-            parent: layout_of(config, dtype, arguments.trust_remote_code)
-            for parent, config in family.configs.items()
-        }
-        if not arguments.list:  # a size that is not there is noticed before any search
-            choose(arguments, family, layouts, dtype, max_shard_bytes)
-        text = calibration_of(arguments)
-        if text is not None:
-            device = usable_device(None)
-            measure = Measurements(
-                family, text, dtype, lambda: family.load(["teacher", "student"], dtype, device)
-            )
-    if text is not None:
-        family = dataclasses.replace(family, order=searched_order(measure))
-        print(f"{arguments.order}: {as_layer_list(family.order)}", file=sys.stderr)
-    with user_errors():
-        if not arguments.list:
-            choice = choose(arguments, family, layouts, dtype, max_shard_bytes)
-            if arguments.push_to_hub:
-                check_can_push(arguments.push_to_hub, arguments.public)
-            tokenizer = family.tokenizer
-            check_space(arguments.save_directory, choice.size.bytes_on_disk)
-            plan = plan_or_model(choice.recipe, family, layouts, dtype, max_shard_bytes)
+        family = arguments.open_family(dtype=arguments.dtype)
+        if not arguments.list:  # a size that does not exist is noticed before any search
+            chosen_layers(arguments, family, max_shard_bytes)
+        if arguments.searches_order:
+            family, measure = searching(arguments, family)
+    if arguments.searches_order:
+        from patching.orders.findings import searched_order
+
+        family = family.with_order(searched_order(measure, arguments.order, print_search_step))
+        print(f"{arguments.order}: {','.join(map(str, family.order))}", file=sys.stderr)
     if arguments.list:
-        print(listing(family, layouts, dtype, max_shard_bytes, arguments.json))
+        print(listing(family, max_shard_bytes, arguments.json))
         return
+    save(arguments, family, max_shard_bytes)
+
+
+def searching(arguments: PatchArguments, family: Family):
+    """The family on the accelerator if there is one, and what its order is searched with."""
+    from patching.family import usable_device
+    from patching.orders.measurements import Measurements
+
+    if problems := arguments.check_calibration(f"--order {arguments.order} is measured on text"):
+        raise ValueError("; ".join(problems))
+    text = arguments.read_calibration()
+    family = arguments.open_family(dtype=family.dtype, device=usable_device(None))
+    return family, Measurements(family, text)
+
+
+def chosen_layers(
+    arguments: PatchArguments, family: Family, max_shard_bytes: int
+) -> frozenset[int]:
+    """The patched layers of the one member that the flags name. Raises ValueError if there is
+    none.
+    """
+    patched, params, num_bytes = (
+        arguments.patched_layers,
+        arguments.target_params,
+        arguments.target_bytes,
+    )
+    return family.patched_layers(
+        arguments.num_layers_to_patch,
+        patched_layers=None if patched is None else parse_ranges(patched, "patched_layers"),
+        target_params=None if params is None else parse_count(params, "target_params"),
+        target_bytes=None if num_bytes is None else parse_bytes(num_bytes, "target_bytes"),
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def save(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> None:
+    """Save the member that the flags name, and upload it if they ask for that."""
+    from patching.checkpoints.hub import check_can_push, push
+    from patching.checkpoints.save import plan_save
+
+    folder, repository = arguments.save_directory, arguments.push_to_hub
+    with user_errors():
+        patched_layers = chosen_layers(arguments, family, max_shard_bytes)
+        if repository:
+            check_can_push(repository, arguments.public)
+        plan = plan_save(family, patched_layers, folder, max_shard_bytes)
+    if plan.reason_to_load:
+        print(f"{plan.reason_to_load}: the models are loaded instead of copied file to file")
     with user_errors((OSError,)):
-        try:
-            with new_folder(arguments.save_directory) as folder:
-                save(folder, arguments, family, choice, plan, tokenizer, max_shard_bytes)
-        except OSError as error:
-            reason = error.strerror or error
-            raise OSError(
-                f"{arguments.save_directory} could not be written ({reason}), and nothing is "
-                "left of it"
-            ) from error
-    size = choice.size
+        plan.save(folder, repository or folder.name, asdict(arguments))
+    size = plan.size
     print(
-        f"{arguments.save_directory}: k = {choice.num_layers_to_patch}, {size.depth} layers, "
+        f"{folder}: k = {plan.num_layers_to_patch}, {size.depth} layers, "
         f"{count_text(size.parameters.stored)} parameters "
         f"({count_text(size.parameters.both_counted)} with embedding and head both counted), "
         f"{bytes_text(size.bytes_on_disk)}"
     )
-    if arguments.push_to_hub:
+    if repository:
         with user_errors():
-            address = push(arguments.save_directory, arguments.push_to_hub, arguments.public)
+            address = push(folder, repository, arguments.public)
         print(f"uploaded to {address}")
 
 
-def listing(
-    family: Family,
-    layouts: dict[Parent, Layout],
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    as_json: bool,
-) -> str:
+def listing(family: Family, max_shard_bytes: int, as_json: bool) -> str:
     """Every size of the family, as a table or as JSON."""
-    sizes = family_sizes(family, layouts, dtype, max_shard_bytes)
+    sizes = family.sizes(max_shard_bytes)
     if not as_json:
         return table(sizes)
     members = [
         {
             "num_layers_to_patch": k,
-            "patched_layers": sorted(family.layer_map.patched_layers(k, family.order)),
+            "patched_layers": sorted(family.patched_layers(k)),
             **size.to_dict(),
         }
         for k, size in enumerate(sizes)
     ]
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = str(family.dtype).removeprefix("torch.")
     return json.dumps({"order": family.order, "dtype": dtype_name, "members": members}, indent=2)
 
 
-def family_sizes(
-    family: Family, layouts: dict[Parent, Layout], dtype: torch.dtype, max_shard_bytes: int
-) -> list[Size]:
-    """The size of each member, k = 0 first."""
-    return [
-        size_of(family.recipe(k), layouts, dtype, max_shard_bytes)
-        for k in range(family.layer_map.max_layers_to_patch + 1)
+def table(sizes: Sequence[Size]) -> str:
+    """The sizes of a family as text, k = 0 first."""
+    rows = [
+        ("k", "layers", "parameters", "stored", "on disk", "KV cache per token", "FLOPs per token")
     ]
-
-
-def choose(
-    arguments: PatchArguments,
-    family: Family,
-    layouts: dict[Parent, Layout],
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> Choice:
-    """The one model that the flags name. Raises ValueError where there is none such."""
-    if arguments.patched_layers is not None:
-        patched = frozenset(parse_ranges(arguments.patched_layers, "patched_layers"))
-        k = family.layer_map.num_patched(patched)
-    else:
-        if arguments.num_layers_to_patch is not None:
-            k = arguments.num_layers_to_patch
-        elif arguments.target_params is not None:
-            limit = parse_count(arguments.target_params, "target_params")
-            k = deepest_that_fits(
-                family_sizes(family, layouts, dtype, max_shard_bytes),
-                lambda size: size.parameters.stored,
-                limit,
-                f"target_params={arguments.target_params}",
-                " parameters",
+    for k, size in enumerate(sizes):
+        rows.append(
+            (
+                str(k),
+                str(size.depth),
+                count_text(size.parameters.both_counted),
+                count_text(size.parameters.stored),
+                bytes_text(size.bytes_on_disk),
+                bytes_text(size.kv_cache_bytes_per_token),
+                count_text(size.flops_per_token),
             )
-        else:
-            limit = parse_bytes(arguments.target_bytes, "target_bytes")
-            k = deepest_that_fits(
-                family_sizes(family, layouts, dtype, max_shard_bytes),
-                lambda size: size.bytes_on_disk,
-                limit,
-                f"target_bytes={arguments.target_bytes}",
-                " bytes",
-            )
-        patched = family.layer_map.patched_layers(k, family.order)
-    recipe = patched_model(family.layer_map, patched)
-    return Choice(recipe, k, patched, size_of(recipe, layouts, dtype, max_shard_bytes))
-
-
-def plan_or_model(
-    recipe: Recipe,
-    family: Family,
-    layouts: dict[Parent, Layout],
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> Splice | PreTrainedModel:
-    """How to copy the recipe's model file to file; where that cannot be done, the model itself.
-
-    Raises ValueError where the parents' weights are damaged or do not fit their configs.
-    """
-    try:
-        return plan_splice(
-            recipe, family.configs, layouts, references(family.arguments), dtype, max_shard_bytes
         )
-    except OtherLayout as reason:
-        print(f"{reason}: the models are loaded instead of copied file to file")
-        return assemble(recipe, **family.load(recipe.parents, dtype))
-
-
-def save(
-    folder: Path,
-    arguments: PatchArguments,
-    family: Family,
-    choice: Choice,
-    plan: Splice | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_shard_bytes: int,
-) -> None:
-    """Fill a folder with the checkpoint and what describes it; what lets it load comes last."""
-    recipe, size = choice.recipe, choice.size
-    origins = {
-        parent: origin_of(reference)
-        for parent, reference in references(arguments).items()
-        if parent in recipe.parents
-    }
-    title = arguments.push_to_hub or arguments.save_directory.name
-    if isinstance(plan, Splice):
-        plan.write(folder)
-    tokenizer.save_pretrained(folder)
-    config = family.configs["teacher"]
-    write_text(folder / CARD_FILE_NAME, model_card(title, recipe, size, origins, config))
-    provenance: dict[str, Any] = {
-        "arguments": dataclasses.asdict(arguments),
-        "order": family.order,
-        "num_layers_to_patch": choice.num_layers_to_patch,
-        "patched_layers": sorted(choice.patched_layers),
-        "recipe": recipe.to_dict(),
-        **size.to_dict(),
-        "parents": {parent: origin._asdict() for parent, origin in origins.items()},
-        "copied_file_to_file": isinstance(plan, Splice),
-        "environment": environment(),
-    }
-    write_json(folder / PROVENANCE_FILE_NAME, provenance)
-    if isinstance(plan, Splice):
-        if not predicts_masked_tokens(config):
-            generation_config_of(references(arguments)[recipe.embedding]).save_pretrained(folder)
-        plan.config.save_pretrained(folder)
-    else:
-        try:
-            plan.save_pretrained(folder, max_shard_size=max_shard_bytes)
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows
+    )
 
 
 if __name__ == "__main__":

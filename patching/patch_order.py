@@ -1,5 +1,5 @@
-"""The order in which layers are patched, as users name it: `last`, `first`, a file, or the name of a
-search.
+"""The order in which layers are patched, as users name it: `last`, `first`, a file, or the name of
+a search.
 """
 
 import json
@@ -40,8 +40,8 @@ def read_order(
     path = Path(order)
     if not path.is_file():
         raise ValueError(
-            f"order={order}: choose last, first, {', '.join(SEARCHED_ORDERS)}, or an existing "
-            "JSON file"
+            f"order={order}: choose last, first, or an existing JSON file such as the order.json "
+            f"of patching.orders; on a command line also {' or '.join(SEARCHED_ORDERS)}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

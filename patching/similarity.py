@@ -1,12 +1,13 @@
-"""How near each student layer is to the end of its teacher block, before and after distillation.
+"""Measure how close each student layer comes to the end of its teacher block, before and after
+distillation.
 
     python -m patching.similarity --teacher_model_name_or_path TEACHER \\
         --student_model_name_or_path STUDENT --calibration TEXT --save_directory DIR
 
-A layer that ends where its block does can be put in the block's place: what patching lives on. Of
-each aligned pair of hidden states (the ones the loss compares) the cosine, mean over the text's
-tokens; before distillation the student is the kept teacher layers. DIR receives similarity.md,
-similarity.json and similarity.png.
+A student layer whose output is close to the end of its block can be replaced by the block, which is
+what patching relies on. For each aligned pair of hidden states (the pairs that the loss compares)
+this is their cosine, averaged over the tokens of the text. Before distillation the student is the
+kept teacher layers. DIR receives similarity.md, similarity.json and similarity.png.
 """
 
 from collections.abc import Sequence
@@ -15,15 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from patching.arguments import CalibrationArguments, MeasuringArguments
-from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
-from patching.family import Family, usable_device
 from patching.files.outputs import check_writable, environment, write_json, write_text
-from patching.files.plot import plot_lines, save_figure
-from patching.recipe import initial_student
-from patching.running.calibration import Calibration
-from patching.running.similarity import similarity_to_teacher
 
 FILE_NAME = "similarity"
 
@@ -33,6 +28,7 @@ class SimilarityArguments(CalibrationArguments, MeasuringArguments):
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for table and plot"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if problems := self.check_calibration("hidden states are compared on text"):
             raise ValueError("; ".join(problems))
 
@@ -40,7 +36,7 @@ class SimilarityArguments(CalibrationArguments, MeasuringArguments):
 def rows_of(
     layer_map: LayerMap, before: Sequence[float], after: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """A row for each aligned pair: the embedding, then each student layer with its block."""
+    """One row per aligned pair: the embedding, then each student layer with its block."""
     names = ["embedding", *range(len(layer_map.kept))]
     blocks = [None, *([block.start, block.stop - 1] for block in layer_map.blocks)]
     return [
@@ -50,7 +46,7 @@ def rows_of(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as a Markdown table."""
     lines = [
         "| student layer | teacher block | before distillation | after |",
         "| --- | --- | ---: | ---: |",
@@ -75,18 +71,23 @@ def main(argv: list[str] | None = None) -> None:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         folder = arguments.save_directory
         check_writable(folder)
-        family = Family.from_pretrained(arguments)
-        device, dtype = usable_device(arguments.device), family.dtype(arguments.dtype)
-        text = Calibration.read(arguments)
+
+        from patching.assemble import assemble
+        from patching.family import usable_device
+        from patching.files.plot import plot_lines, save_figure
+        from patching.recipe import initial_student
+        from patching.running.similarity import similarity_to_teacher
+
+        device = usable_device(arguments.device)
+        family = arguments.open_family(dtype=arguments.dtype, device=device)
+        text = arguments.read_calibration()
         batches = text.batches(family.tokenizer, family.configs["teacher"])
-        models = family.load(["teacher", "student"], dtype, device)
+        models = family.weights.load(("teacher", "student"))
     teacher, layer_map = models["teacher"], family.layer_map
+    students = (assemble(initial_student(layer_map), teacher=teacher), models["student"].eval())
     before, after = (
         similarity_to_teacher(student, teacher, layer_map.alignment_pairs, batches)
-        for student in (
-            assemble(initial_student(layer_map), teacher=teacher),
-            models["student"].eval(),
-        )
+        for student in students
     )
     rows = rows_of(layer_map, before, after)
     layers = rows[1:]
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     save_figure(figure, folder / f"{FILE_NAME}.png")
     values = {"text": text.name, "arguments": asdict(arguments), "environment": environment()}
     write_json(folder / f"{FILE_NAME}.json", {"layers": rows, **values})
-    title = f"Cosine of hidden states with the teacher's, mean over the tokens of {text.name}"
+    title = f"Cosine between student and teacher hidden states, mean over the tokens of {text.name}"
     write_text(
         folder / f"{FILE_NAME}.md", f"{title}\n\n{table(rows)}\n\n![Cosine](similarity.png)\n"
     )

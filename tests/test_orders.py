@@ -13,14 +13,15 @@ import torch
 from conftest import ROOT, run_module, save_pair
 from local_tasks import ROLLING, TEXTS, write_task
 
-from evaluate.evaluate import EvaluationArguments, second_pair
+from evaluate.evaluate import EvaluationArguments
 from evaluate.evaluate import main as evaluate_main
-from patching.arguments import CalibrationArguments, FamilyArguments
+from evaluate.plan import second_family
 from patching.blocks import LayerMap
-from patching.family import Family
+from patching.family import Family, Weights
 from patching.orders import __main__ as orders
+from patching.orders import findings, measurements
+from patching.orders.findings import most_restored_first
 from patching.orders.measurements import Measurements
-from patching.orders.named_searches import most_restored_first
 from patching.patch import build_intermediate_model
 from patching.patch import main as patch_main
 from patching.recipe import patched_model
@@ -59,7 +60,7 @@ def read(folder) -> dict:
 
 def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
     found = read(exact)
-    names = ["last", "first", "block-influence", "klpatch", "beam 2", "exact"]
+    names = ["last", "first", "block_influence", "klpatch", "beam 2", "exact"]
     assert list(found["orders"]) == names
     assert (exact / "kl.png").stat().st_size > 10_000
     kl = {}
@@ -83,13 +84,11 @@ def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
     assert [m["patched_layers"] for m in found["orders"]["first"]["members"]] == first
 
     # The same numbers from a tree of its own.
-    pair = Family.from_pretrained(FamilyArguments(*map(str, pair_folders)))
-    text = Calibration.read(
-        CalibrationArguments(str(text_file), calibration_texts=6, calibration_length=12)
-    )
+    family = Family.from_pretrained(*map(str, pair_folders), dtype=torch.float32)
+    text = Calibration.read(str(text_file), num_texts=6, length=12)
     measure = TeacherKL(
-        **pair.load(["teacher", "student"], torch.float32),
-        batches=text.batches(pair.tokenizer, pair.configs["teacher"]),
+        **family.weights.load(("teacher", "student")),
+        batches=text.batches(family.tokenizer, family.configs["teacher"]),
     )
     patched = LAYERS.patched_layers(2, "last")
     assert measure.of({"it": patched_model(LAYERS, patched)})["it"] == kl[patched]
@@ -98,7 +97,7 @@ def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
 def test_the_area_is_the_mean_along_parameters():
     points = [(0, 4.0), (10, 2.0), (40, 0.0)]
     members = [{"parameters": {"both_counted": p}, "kl": kl} for p, kl in points]
-    assert orders._area(members) == pytest.approx((30 + 30) / 40)
+    assert findings._area(members) == pytest.approx((30 + 30) / 40)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -112,7 +111,7 @@ def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_aft
             raise KeyboardInterrupt
         return of(self, recipes, **settings)
 
-    monkeypatch.setattr(orders, "SETS_PER_TREE", 5)
+    monkeypatch.setattr(measurements, "SETS_PER_TREE", 5)
     asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TeacherKL, "of", stopping)
@@ -132,15 +131,15 @@ def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_aft
     for name in ("order", "orders", "best_sets", "settings"):
         assert again[name] == whole[name]
 
-    monkeypatch.setattr(Family, "load", lambda *_: pytest.fail("everything is measured"))
+    monkeypatch.setattr(Weights, "load", lambda *_: pytest.fail("everything is measured"))
     orders.main(asked)
 
 
 KILLED_IN_A_SEARCH = """
 import os, signal, sys
-from patching import orders
+from patching.orders import __main__, measurements
 
-of, num_trees = orders.TeacherKL.of, 0
+of, num_trees = measurements.TeacherKL.of, 0
 
 def killing(*arguments, **settings):
     global num_trees
@@ -149,9 +148,9 @@ def killing(*arguments, **settings):
         os.kill(os.getpid(), signal.SIGKILL)
     return of(*arguments, **settings)
 
-orders.TeacherKL.of = killing
-orders.SETS_PER_TREE = 5
-orders.main(sys.argv[1:])
+measurements.TeacherKL.of = killing
+measurements.SETS_PER_TREE = 5
+__main__.main(sys.argv[1:])
 """
 
 
@@ -179,9 +178,9 @@ def test_other_settings_are_refused(exact, flags, capsys):
     ("extra", "message"),
     [
         (["--beam", "0"], "beam=0: choose 1 or more"),
-        (["--order", "klpatch"], "searched here in any case"),
-        (["--calibration_skip", "40"], "no text in it behind its first 40"),
-        (["--order", "middle"], "choose last, first, klpatch, block-influence, or a JSON file"),
+        (["--order", "klpatch"], "is always searched here"),
+        (["--calibration_skip", "40"], "no text in it after its first 40"),
+        (["--order", "middle"], "choose last, first, or an existing JSON file"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, tmp_path, capsys, extra, message):
@@ -223,16 +222,21 @@ def test_evaluate_searches_once(exact, flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "kept", "num_layers", "message"),
     [
-        ("llama", (0, 1, 3, 5, 7), 8, "kept_layers=[0, 2, 4, 6, 7] and this pair has [0, 1, 3, 5"),
-        ("llama", (0, 2, 4, 6, 7), 9, "num_teacher_layers=8 and this pair has 9"),
-        ("mistral", LAYERS.kept, 8, "model_type=llama and this pair has mistral"),
+        (
+            "llama",
+            (0, 1, 3, 5, 7),
+            8,
+            "kept_layers=[0, 2, 4, 6, 7] and this family has [0, 1, 3, 5",
+        ),
+        ("llama", (0, 2, 4, 6, 7), 9, "num_teacher_layers=8 and this family has 9"),
+        ("mistral", LAYERS.kept, 8, "model_type=llama and this family has mistral"),
     ],
 )
 def test_an_order_of_other_layers_is_refused(
     exact, tmp_path, capsys, monkeypatch, command, kind, kept, num_layers, message
 ):
     teacher, student = save_pair(tmp_path, kind, kept, num_layers)
-    monkeypatch.setattr(Family, "load", lambda *_: pytest.fail("weights load"))
+    monkeypatch.setattr(Weights, "load", lambda *_: pytest.fail("weights load"))
     with pytest.raises(SystemExit, match="2"):
         command(
             [
@@ -242,7 +246,7 @@ def test_an_order_of_other_layers_is_refused(
                 *("--order", str(exact / "order.json")),
             ]
         )
-    found = f"error: --order {exact / 'order.json'} was found for {message}"
+    found = f"error: order={exact / 'order.json'} was found for {message}"
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(found) and line.endswith("search one for it with patching.orders")
 
@@ -250,17 +254,16 @@ def test_an_order_of_other_layers_is_refused(
 def test_an_order_of_other_weights_is_taken_with_a_warning(exact, pair_folders, tmp_path):
     renamed = tmp_path / "renamed"
     shutil.copytree(pair_folders[1], renamed)
-    arguments = FamilyArguments(str(pair_folders[0]), str(renamed), order=str(exact / "order.json"))
+    names = str(pair_folders[0]), str(renamed)
     with warnings.catch_warnings(action="error"):
-        order = Family.from_pretrained(arguments).order
+        order = Family.from_pretrained(*names, exact / "order.json").order
     assert list(order) == read(exact)["order"]
     values = read(exact)
     values["settings"]["student"] = "student 0123456789abcdef"
     other = tmp_path / "other.json"
     other.write_text(json.dumps(values))
-    arguments.order = str(other)
     with pytest.warns(UserWarning, match="was found for student=student 0123456789abcdef, and"):
-        assert Family.from_pretrained(arguments).order == order
+        assert Family.from_pretrained(*names, other).order == order
 
 
 @pytest.mark.parametrize(("kept", "is_taken"), [(LAYERS.kept, True), ((0, 1, 3, 5, 7), False)])
@@ -273,9 +276,9 @@ def test_a_random_student_takes_the_order_where_its_layers_are_the_same(
         random_student=str(save_pair(tmp_path, "llama", kept, 8)[1]),
         save_directory=tmp_path,
     )
-    pair = Family.from_pretrained(arguments)
-    second = second_pair(pair, arguments)
-    assert second.order == (pair.order if is_taken else "first")  # else what suits a llama
+    family = arguments.open_family()
+    second = second_family(family, arguments)
+    assert second.order == (family.order if is_taken else "first")  # else what suits a llama
 
 
 @pytest.mark.slow
@@ -296,13 +299,13 @@ def test_two_ranks_search_once_and_agree(exact, flags, tmp_path):
         assert result["settings"]["order"] == read(exact)["orders"]["klpatch"]["order"]
     done = run_module(*launcher, "patching.orders", *flags, "--save_directory", tmp_path / "two")
     assert done.returncode != 0 and not (tmp_path / "two").exists()
-    assert "2 processes were started and this command runs as one" in done.stderr
+    assert "2 processes were started, and this command runs as one" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--num_layers_to_patch", "1"], "--calibration belongs to --order klpatch or block-infl"),
+        (["--num_layers_to_patch", "1"], "--calibration belongs to --order klpatch or block_infl"),
         (["--patched_layers", "1", "--order", "klpatch"], "leave out --order klpatch"),
     ],
 )
@@ -340,7 +343,7 @@ def test_a_search_needs_text(pair_folders, tmp_path, capsys):
         patch_main(
             [
                 *("--teacher_model_name_or_path", teacher),
-                *("--student_model_name_or_path", student, "--order", "block-influence"),
+                *("--student_model_name_or_path", student, "--order", "block_influence"),
                 *("--num_layers_to_patch", "1", "--save_directory", str(tmp_path / "out")),
             ]
         )
@@ -359,7 +362,7 @@ def test_an_order_of_ones_own_is_measured_too(exact, flags, tmp_path):
 
 
 def test_in_python_an_order_is_searched_beforehand(pair_folders):
-    with pytest.raises(ValueError, match="order=klpatch: choose last or first"):
+    with pytest.raises(ValueError, match="order=klpatch: choose last, first, or an existing"):
         build_intermediate_model(*map(str, pair_folders), 1, order="klpatch")
 
 
@@ -370,10 +373,10 @@ def test_influence_of_what_is_put_back():
 
 def test_a_damaged_file_is_named(exact, pair_folders, text_file, tmp_path):
     (tmp_path / "order_kl.json").write_text('{"settings": 1}')
-    pair = Family.from_pretrained(FamilyArguments(*map(str, pair_folders)))
+    family = Family.from_pretrained(*map(str, pair_folders))
     text = Calibration("x", ["abc"], 8)
     with pytest.raises(ValueError, match="order_kl.json is damaged"):
-        Measurements(pair, text, torch.float32, dict, tmp_path / "order_kl.json")
+        Measurements(family, text, tmp_path / "order_kl.json")
 
 
 @pytest.mark.slow

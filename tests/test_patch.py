@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run_module, save_pair, tiny_config, tiny_model
+from conftest import ROOT, run_module, save_pair, tiny_config, tiny_model
+from patching_models import family_pair, save_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patching.checkpoints.splice import OtherLayout
@@ -112,7 +115,7 @@ def change_config(folder, **changes):
         ({"num_layers_to_patch": "x"}, "invalid int value: 'x'"),
         ({"dtype": "int8"}, "invalid choice: 'int8'"),
         ({"order": "last", "patch_first_k_layers": True}, "both name an order"),
-        ({"order": "middle"}, "--order"),
+        ({"order": "middle"}, "order=middle: choose last, first"),
         ({"teacher_model_name_or_path": "no/such-teacher"}, "no/such-teacher"),
         ({"no_such_flag": 1}, "no_such_flag"),
     ],
@@ -161,7 +164,7 @@ def test_models_that_do_not_fit_together_are_refused(pair_folders, tmp_path, cap
         json.dumps({"copied_teacher_layers": [0, 2, 4, 6], "pruned_teacher_layers": [1, 3, 5]})
     )
     refused(
-        "the teacher has 6 layers and student_config.json speaks of 7",
+        "the teacher has 6 layers and student_config.json names 7",
         student_model_name_or_path=other,
     )
 
@@ -203,7 +206,7 @@ def test_a_saved_model_has_the_permissions_of_other_files(way, pair_folders, tmp
         raise OtherLayout("as if it were")
 
     if way == "loaded":
-        monkeypatch.setattr("patching.patch.plan_splice", other_layout)
+        monkeypatch.setattr("patching.checkpoints.save.plan_splice", other_layout)
     mask = os.umask(0o027)
     try:
         main(flags(pair_folders, tmp_path / "out"))
@@ -219,7 +222,87 @@ def test_nothing_is_left_of_a_save_that_fails(pair_folders, tmp_path, monkeypatc
     def fail(*_, **__):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("patching.patch.write_json", fail)
+    monkeypatch.setattr("patching.checkpoints.save.write_json", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         main(flags(pair_folders, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, str]:
+    return save_models(tmp_path_factory.mktemp("pair"), *family_pair("qwen3", tied=True))
+
+
+def size_flags(names: tuple[str, str], *more: object) -> list[str]:
+    base = ["--teacher_model_name_or_path", names[0], "--student_model_name_or_path", names[1]]
+    return [*base, *map(str, more)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "name one size with --num_layers_to_patch or --target_params or --target_bytes or"),
+        (
+            ("--num_layers_to_patch", 1, "--target_params", "1M"),
+            "not both --num_layers_to_patch and --target_params",
+        ),
+        (
+            ("--list", "--patched_layers", "1"),
+            "--list shows every size: leave out --patched_layers",
+        ),
+        (("--num_layers_to_patch", 1, "--json"), "--json belongs to --list"),
+        (("--num_layers_to_patch", 1, "--public"), "--public belongs to --push_to_hub"),
+        (("--target_params", "x"), "target_params=x: write a number of parameters such as"),
+        (("--target_bytes", "3B3"), "target_bytes=3B3: write a size such as 500MB"),
+        (
+            ("--target_bytes", "1KB"),
+            "target_bytes=1,000: no member of this family fits, the smallest takes",
+        ),
+        (("--patched_layers", "1,x"), "patched_layers=1,x: write numbers and ranges"),
+        (("--patched_layers", "2-4"), "patched_layers=2,3,4: this student has layers 0-3, not 4"),
+        (
+            ("--num_layers_to_patch", 1, "--max_shard_size", "big"),
+            "max_shard_size=big: write a size",
+        ),
+        (
+            ("--num_layers_to_patch", 1, "--order", "nowhere.json"),
+            "order=nowhere.json: choose last",
+        ),
+    ],
+)
+def test_one_way_of_naming_and_one_line_of_error(folders, tmp_path, capsys, given, message):
+    with pytest.raises(SystemExit) as ended:
+        main(
+            size_flags(
+                folders,
+                *given,
+                *([] if "--list" in given else ["--save_directory", tmp_path / "o"]),
+            )
+        )
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_size_without_a_folder_is_refused(folders, capsys):
+    with pytest.raises(SystemExit):
+        main(size_flags(folders, "--num_layers_to_patch", 1))
+    assert "--save_directory is required: name a folder for the model" in capsys.readouterr().err
+
+
+def test_importing_it_loads_neither_plots_nor_datasets():
+    code = (
+        "import sys; import patching.patch; "
+        "print([m for m in ('torch', 'matplotlib', 'datasets', 'lm_eval') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+    code = (
+        "import sys; from patching.patch import build_intermediate_model; "
+        "from patching.family import Family; "
+        "print([m for m in ('matplotlib', 'datasets', 'lm_eval') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

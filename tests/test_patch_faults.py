@@ -235,7 +235,9 @@ def test_a_disk_that_fills_up_in_the_middle(
     layout, pair, small_disk, tmp_path, capsys, monkeypatch
 ):
     assert shutil.disk_usage(small_disk).free < 100_000
-    monkeypatch.setattr("patching.patch.check_space", lambda *_: None)  # as if it filled up later
+    monkeypatch.setattr(
+        "patching.checkpoints.save.check_space", lambda *_: None
+    )  # as if it filled up later
     if layout == "loaded":
         for path in (pair / "student").glob("*.index.json"):
             tensors = {}
@@ -256,7 +258,8 @@ def test_a_disk_that_fills_up_in_the_middle(
 
 KILLED = """
 import os, signal, sys
-from patching import patch, splice
+from patching import patch
+from patching.checkpoints import save, splice
 calls = 0
 def dies(function, after):
     def call(*args, **kwargs):
@@ -267,7 +270,7 @@ def dies(function, after):
         return function(*args, **kwargs)
     return call
 where, after = sys.argv[1], int(sys.argv[2])
-module = patch if where in ("write_json", "write_text") else splice
+module = save if where in ("write_json", "write_text") else splice
 setattr(module, where, dies(getattr(module, where), after))
 patch.main(sys.argv[3:])
 """
@@ -303,7 +306,7 @@ def test_a_run_leaves_another_that_is_at_work_alone(tmp_path):
 
 
 def test_a_parent_that_becomes_shorter_while_it_is_copied(pair, tmp_path, capsys, monkeypatch):
-    from patching.splice import Splice
+    from patching.checkpoints.splice import Splice
 
     write = Splice.write
 

@@ -15,7 +15,6 @@ from patching.architectures.models import predicts_masked_tokens
 from patching.assemble import ParameterCount
 from patching.checkpoints.layout import Layout, tensors_of
 from patching.checkpoints.splice import bytes_of_files, plan_files
-from patching.cli.units import bytes_text, count_text
 from patching.recipe import Parent, Recipe
 
 CACHED_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -97,26 +96,3 @@ def deepest_that_fits(costs: Sequence[int], limit: int, name: str, unit: str) ->
             f"{min(costs):,} {unit}"
         )
     return fitting[-1]
-
-
-def table(sizes: Sequence[Size]) -> str:
-    """The sizes of a family as text, k = 0 first."""
-    rows = [
-        ("k", "layers", "parameters", "stored", "on disk", "KV cache per token", "FLOPs per token")
-    ]
-    for k, size in enumerate(sizes):
-        rows.append(
-            (
-                str(k),
-                str(size.depth),
-                count_text(size.parameters.both_counted),
-                count_text(size.parameters.stored),
-                bytes_text(size.bytes_on_disk),
-                bytes_text(size.kv_cache_bytes_per_token),
-                count_text(size.flops_per_token),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows
-    )

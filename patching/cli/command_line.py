@@ -1,26 +1,29 @@
-"""How the command lines meet their user: one line and exit code 2 for what the user can mend."""
+"""What the command lines share: parsing, progress, and one line with exit code 2 for what a user
+can fix.
+"""
 
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from transformers.hf_argparser import HfArgumentParser
 
+from patching.blocks import as_layer_list
 from patching.files.outputs import num_ranks
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Examples as they are written, each flag under one name, defaults where there are any."""
+    """Show examples as written, each flag under one name, and defaults that say something."""
 
     def _get_help_string(self, action: Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: Action) -> str:
-        # Flags can be written with dashes for underscores too.
+        # Every flag also works with dashes in place of underscores.
         names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
         if not names:
             return super()._format_action_invocation(action)
@@ -29,7 +32,7 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class CommandLineParser(HfArgumentParser):
-    """A parser whose complaints are one line, and whose usage is not every flag in a row."""
+    """A parser with one-line errors, and usage that does not list every flag."""
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
         settings = {"usage": "%(prog)s [flags]", "formatter_class": HelpFormatter}
@@ -40,19 +43,25 @@ class CommandLineParser(HfArgumentParser):
 
 
 def check_one_process() -> None:
-    """Raise ValueError under torchrun, for a command that has nothing to share out among ranks."""
+    """Raise ValueError under torchrun, for a command that cannot share its work among ranks."""
     if (count := num_ranks()) > 1:
         raise ValueError(
-            f"{count} processes were started and this command runs as one: leave out torchrun"
+            f"{count} processes were started, and this command runs as one: leave out torchrun"
         )
+
+
+def print_search_step(name: str, k: int, patched_layers: Collection[int], kl: float) -> None:
+    """Print what a search of orders chose at size k, on stderr."""
+    layers = as_layer_list(sorted(patched_layers))
+    print(f"{name}, k = {k}: patched {layers}, KL {kl:.4f}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit code 2.
+    """Turn what a user can fix into one line on stderr and exit code 2.
 
-    For the checks before any weights load; what fails later is unexpected and keeps its traceback,
-    but for what a disk or a network may do.
+    This is for the checks before any weights load. What fails later is unexpected and keeps its
+    traceback, unless it comes from a disk or a network.
     """
     try:
         yield

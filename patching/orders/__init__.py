@@ -1,0 +1,1 @@
+"""Orders of patching found by measurement, and the layers to keep."""

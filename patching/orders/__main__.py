@@ -1,30 +1,30 @@
-"""Which layers to patch first: orders searched by measurement, and how far each is from the best.
+"""Search the order in which layers are patched, and say how far each order is from the best.
 
     python -m patching.orders --teacher_model_name_or_path TEACHER \\
         --student_model_name_or_path STUDENT --calibration TEXT --save_directory DIR
 
-measures the sizes of several orders by their mean KL(teacher || model) per token of the calibration
-text: `last`, `first`, `block-influence` (patched first is what puts back the teacher layers of most
-influence) and `klpatch` (at each size the set of lowest KL). --beam widens the search, --exact
-measures every set, so that the best set of each size, the best nested family and each order's
-regret are known. DIR receives order.json (`order` is the best of those tried; patching.patch and
-evaluate.evaluate take the file as --order) and kl.png. A search that was stopped goes on where it
-was when it is started again. Nothing is random: the same text and models give the same order.
+Each order is judged by the mean KL(teacher || model) of its sizes, per token of the calibration
+text: `last`, `first`, `block_influence` (restore the most influential teacher layers first) and
+`klpatch` (at each size, add the layer that gives the lowest KL). --beam widens the search. --exact
+measures every set of layers, which gives the best set of each size, the best nested family, and the
+regret of each order.
+
+DIR receives order.json, with the best order found, and kl.png. patching.patch and evaluate.evaluate
+take that file as --order. A search that was stopped resumes when the same command runs again.
+Nothing is random: the same text and models give the same order.
 """
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from patching.arguments import CalibrationArguments, MeasuringArguments
-from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
-from patching.family import Family, usable_device
+from patching.cli.command_line import (
+    CommandLineParser,
+    check_one_process,
+    print_search_step,
+    user_errors,
+)
 from patching.files.outputs import check_writable, environment, write_json
-from patching.files.plot import save_figure
-from patching.orders.findings import findings, kl_figure, table, tried_orders
-from patching.orders.measurements import MEASURED_FILE_NAME, Measurements
-from patching.orders.search import all_sets
-from patching.patch_order import SEARCHED_ORDERS
-from patching.running.calibration import Calibration
 
 ORDER_FILE_NAME = "order.json"
 PLOT_FILE_NAME = "kl.png"
@@ -32,19 +32,20 @@ PLOT_FILE_NAME = "kl.png"
 
 @dataclass
 class OrdersArguments(CalibrationArguments, MeasuringArguments):
-    save_directory: Path = field(kw_only=True, metadata={"help": "folder for what is found"})
+    save_directory: Path = field(kw_only=True, metadata={"help": "folder for the results"})
     beam: int = field(
         default=1,
-        metadata={"help": "families that a search goes on with at each size"},
+        metadata={"help": "how many families the search keeps at each size"},
     )
     exact: bool = field(
         default=False, metadata={"help": "measure every set, for up to 12 patchable layers"}
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = self.check_calibration("orders are measured on text")
-        if self.order in SEARCHED_ORDERS:
-            problems.append(f"--order {self.order} is searched here in any case: leave it out")
+        if self.searches_order:
+            problems.append(f"--order {self.order} is always searched here: leave it out")
         if self.beam < 1:
             problems.append(f"beam={self.beam}: choose 1 or more")
         if problems:
@@ -58,26 +59,28 @@ def main(argv: list[str] | None = None) -> None:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         folder = arguments.save_directory
         check_writable(folder)
-        family = Family.from_pretrained(arguments)
-        if family.layer_map.max_layers_to_patch < 2:
+
+        from patching.family import usable_device
+        from patching.files.plot import save_figure
+        from patching.orders.findings import findings, kl_figure, table, tried_orders
+        from patching.orders.measurements import MEASURED_FILE_NAME, Measurements
+        from patching.orders.search import all_sets
+
+        device = usable_device(arguments.device)
+        family = arguments.open_family(dtype=arguments.dtype, device=device)
+        if family.max_layers_to_patch < 2:
             raise ValueError(
-                f"this student has {family.layer_map.max_layers_to_patch} patchable layers: there "
-                "is no size between it and the teacher to search"
+                f"this student has {family.max_layers_to_patch} patchable layers: there is no size "
+                "between it and the teacher to search"
             )
         if arguments.exact:
-            all_sets(family.layer_map)
-        device, dtype = usable_device(arguments.device), family.dtype(arguments.dtype)
-        text = Calibration.read(arguments)
-        _ = family.tokenizer  # one that is missing is noticed here
-        measure = Measurements(
-            family,
-            text,
-            dtype,
-            lambda: family.load(["teacher", "student"], dtype, device),
-            folder / MEASURED_FILE_NAME,
-        )
-    tried = tried_orders(measure, arguments)
-    found = findings(measure, tried, arguments.exact, arguments.trust_remote_code)
+            all_sets(family.layer_map)  # raises if there are too many
+        text = arguments.read_calibration()
+        _ = family.tokenizer  # raises here, not after minutes, if it is missing
+        measure = Measurements(family, text, folder / MEASURED_FILE_NAME)
+    given = family.order if arguments.requested_order() not in (None, "last", "first") else None
+    tried = tried_orders(measure, given, arguments.beam, arguments.exact, print_search_step)
+    found = findings(measure, tried)
     best = min(found["orders"], key=lambda name: found["orders"][name]["mean_kl"])
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(kl_figure(found), folder / PLOT_FILE_NAME)

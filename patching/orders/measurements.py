@@ -1,13 +1,16 @@
-"""TODO."""
+"""What a search knows about a family: the KL of its members, and the teacher's block influence.
+
+Both are measured when first asked for. With a file they are kept on disk, so that a search that was
+stopped resumes where it was.
+"""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from patching.architectures.checks import check_logits_are_the_heads
 from patching.architectures.models import predicts_masked_tokens
@@ -15,7 +18,7 @@ from patching.blocks import as_layer_list
 from patching.family import Family
 from patching.files.outputs import write_json
 from patching.orders.search import PatchedLayers
-from patching.recipe import Parent, patched_model
+from patching.recipe import patched_model
 from patching.running.block_influence import block_influence
 from patching.running.calibration import Calibration
 from patching.running.teacher_kl import TeacherKL
@@ -23,42 +26,32 @@ from patching.running.teacher_kl import TeacherKL
 MEASURED_FILE_NAME = "order_kl.json"
 
 SETS_PER_TREE = 64
-"""Sets whose models are measured together: what they share is run once, what they give is kept."""
-
-
-Load = Callable[[], Mapping[Parent, PreTrainedModel]]
+"""Sets whose models are measured together, so that shared prefixes of layers run only once."""
 
 
 class Measurements:
-    """The KL of every set of patched layers measured so far, and the teacher's block influences.
+    """The mean KL from the teacher, in nats per token, of every set of patched layers asked for.
 
-    With a `path` they are kept in a file, written after every tree of models, and taken from it;
-    weights are loaded when something is missing.
+    Calling it with sets measures the missing ones. Weights load with the first of them. `path` is
+    the file to keep the numbers in, rewritten after every tree of models.
 
-    Raises ValueError for a file that was made of other models, text or dtype, and for models that
-    cap or scale their logits.
+    Raises ValueError for a file made from other models, text or dtype, for encoders, and for models
+    that cap or scale their logits.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        text: Calibration,
-        dtype: torch.dtype,
-        load: Load,
-        path: Path | None = None,
-    ) -> None:
-        self.family, self.text, self.load, self.path = family, text, load, path
+    def __init__(self, family: Family, text: Calibration, path: Path | None = None) -> None:
+        self.family, self.text, self.path = family, text, path
         self.kl: dict[PatchedLayers, float] = {}
         self._influences: list[float] | None = None
         for config in family.configs.values():
             check_logits_are_the_heads(config)
             if predicts_masked_tokens(config):
                 raise ValueError(
-                    f"orders are searched for models that predict the next token, not for "
+                    "orders are searched for models that predict the next token, not for "
                     f"{config.model_type}: choose --order last, first or a file"
                 )
         self.settings = family.identity | {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(family.dtype).removeprefix("torch."),
             "text": text.name,
             "text_sha256": text.sha256,
         }
@@ -66,21 +59,18 @@ class Measurements:
             self._read(path)
 
     @cached_property
-    def models(self) -> Mapping[Parent, PreTrainedModel]:
-        return self.load()
-
-    @cached_property
     def batches(self) -> list[dict[str, torch.Tensor]]:
         return self.text.batches(self.family.tokenizer, self.family.configs["teacher"])
 
     @cached_property
     def teacher_kl(self) -> TeacherKL:
-        return TeacherKL(**self.models, batches=self.batches)
+        parents = self.family.weights.load(("teacher", "student"))
+        return TeacherKL(**parents, batches=self.batches)
 
     def __call__(self, sets: Collection[PatchedLayers]) -> Mapping[PatchedLayers, float]:
         layer_map = self.family.layer_map
         layers = range(len(layer_map.kept))
-        # Neighbours in this sequence share the longest prefixes.
+        # In this sequence, sets next to each other share the longest prefixes of layers.
         missing = sorted(
             set(sets) - self.kl.keys(), key=lambda patched: [i in patched for i in layers]
         )
@@ -98,11 +88,16 @@ class Measurements:
 
     @property
     def influences(self) -> list[float]:
-        """Of the teacher's layers."""
+        """Block influence of each teacher layer."""
         if self._influences is None:
-            self._influences = block_influence(self.models["teacher"], self.batches)
+            teacher = self.family.weights.load(["teacher"])["teacher"]
+            self._influences = block_influence(teacher, self.batches)
             self._write()
         return self._influences
+
+    def mean_kl(self, sets: Collection[PatchedLayers]) -> float:
+        """Mean over measured sets."""
+        return sum(self.kl[patched] for patched in sets) / len(sets)
 
     def _write(self) -> None:
         if self.path is None:
@@ -122,8 +117,8 @@ class Measurements:
         for name, value in self.settings.items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"{path} was measured with {name}={before.get(name)} and {value} is asked for "
-                    "now: choose another folder, or the same settings"
+                    f"{path} was measured with {name}={before.get(name)}, not {value}: choose "
+                    "another folder, or the same settings"
                 )
         self._influences = influences
         self.kl = {

@@ -38,7 +38,8 @@ class Calibration:
         skip: int = 0,
         length: int = 256,
     ) -> "Calibration":
-        """The first documents of a text file, a folder of them or a hub dataset, after `skip` others.
+        """The first documents of a text file, a folder of them or a hub dataset, after `skip`
+        others.
 
         Raises ValueError or OSError if there are none.
         """

@@ -1,0 +1,130 @@
+"""Save one member of a family as an ordinary checkpoint, with a card and a record of what made it.
+
+A plan is checked before anything is written: which bytes go where, or, if files cannot be copied
+byte by byte, the assembled model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from patching.architectures.models import predicts_masked_tokens
+from patching.assemble import assemble
+from patching.checkpoints.model_card import FILE_NAME as CARD_FILE_NAME
+from patching.checkpoints.model_card import model_card, origin_of
+from patching.checkpoints.sizes import Size
+from patching.checkpoints.splice import OtherLayout, Splice, generation_config_of, plan_splice
+from patching.family import MAX_SHARD_BYTES, Family
+from patching.files.outputs import (
+    check_space,
+    environment,
+    new_folder,
+    write_json,
+    write_text,
+)
+from patching.recipe import Recipe, patched_model
+
+PROVENANCE_FILE_NAME = "provenance.json"
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """Everything needed to write one member's checkpoint."""
+
+    family: Family
+    patched_layers: frozenset[int]
+    recipe: Recipe
+    size: Size
+    weights: Splice | PreTrainedModel
+    """A plan to copy bytes, or the model if its parents have to be loaded."""
+    reason_to_load: str | None
+    """Why the parents have to be loaded, None if their bytes are copied."""
+    max_shard_bytes: int
+
+    @property
+    def num_layers_to_patch(self) -> int:
+        return self.family.layer_map.num_patched(self.patched_layers)
+
+    def save(self, folder: Path, title: str, arguments: Mapping[str, Any]) -> None:
+        """Write the checkpoint to `folder`, which appears only when it is complete.
+
+        `title` names the model on its card, and `arguments` are recorded in provenance.json.
+
+        Raises OSError, and leaves nothing behind, if the disk is full or a parent's file changes.
+        """
+        try:
+            with new_folder(folder) as staging:
+                self._fill(staging, title, arguments)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(
+                f"{folder} could not be written ({reason}), and nothing is left of it"
+            ) from error
+
+    def _fill(self, folder: Path, title: str, arguments: Mapping[str, Any]) -> None:
+        """Write the files. What makes the folder loadable, config.json, comes last."""
+        family, recipe, weights = self.family, self.recipe, self.weights
+        references = family.weights.references
+        origins = {parent: origin_of(references[parent]) for parent in sorted(recipe.parents)}
+        if isinstance(weights, Splice):
+            weights.write(folder)
+        family.tokenizer.save_pretrained(folder)
+        config = family.configs["teacher"]
+        write_text(folder / CARD_FILE_NAME, model_card(title, recipe, self.size, origins, config))
+        provenance: dict[str, Any] = {
+            "arguments": dict(arguments),
+            "order": family.order,
+            "num_layers_to_patch": self.num_layers_to_patch,
+            "patched_layers": sorted(self.patched_layers),
+            "recipe": recipe.to_dict(),
+            **self.size.to_dict(),
+            "parents": {parent: origin._asdict() for parent, origin in origins.items()},
+            "copied_file_to_file": isinstance(weights, Splice),
+            "environment": environment(),
+        }
+        write_json(folder / PROVENANCE_FILE_NAME, provenance)
+        if isinstance(weights, Splice):
+            if not predicts_masked_tokens(config):
+                generation_config_of(references[recipe.embedding]).save_pretrained(folder)
+            weights.config.save_pretrained(folder)
+            return
+        try:
+            weights.save_pretrained(folder, max_shard_size=self.max_shard_bytes)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+
+
+def plan_save(
+    family: Family,
+    patched_layers: frozenset[int],
+    folder: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> SavePlan:
+    """Plan the checkpoint of the member with these patched layers, in the family's dtype.
+
+    Raises ValueError if the parents' weights are damaged, incomplete or disagree with their
+    configs, if the tokenizer is missing, or if there is too little space for the weights in
+    `folder`.
+    """
+    recipe = patched_model(family.layer_map, patched_layers)
+    size = family.size(recipe, max_shard_bytes)
+    _ = family.tokenizer
+    check_space(folder, size.bytes_on_disk)
+    reason = None
+    try:
+        weights = plan_splice(
+            recipe,
+            family.configs,
+            family.layouts,
+            family.weights.references,
+            family.dtype,
+            max_shard_bytes,
+        )
+    except OtherLayout as error:
+        reason = str(error)
+        weights = assemble(recipe, **family.weights.load(recipe.parents))
+    return SavePlan(family, patched_layers, recipe, size, weights, reason, max_shard_bytes)
