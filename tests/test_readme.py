@@ -318,6 +318,20 @@ def test_the_published_patching_command_and_python_agree(teacher, student, patch
     assert torch.equal(saved(tokens).logits, namespace["model"](tokens).logits)
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/patching.md"])
+def test_python_in_the_documents_runs(document, teacher, student, patched):
+    text = (ROOT / document).read_text()
+    for name, folder in (
+        ("Qwen/Qwen3-4B-Base", teacher),
+        ("Harvard-DCML/boomerang-qwen3-2.3B", student),
+        ("DIR/provenance.json", patched / "provenance.json"),
+    ):
+        assert name in text or name.startswith("DIR")
+        text = text.replace(name, str(folder))
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        exec(block, {})
+
+
 def test_published_evaluations_and_their_report_run(
     teacher, student, patched, suite, text_file, tmp_path
 ):
