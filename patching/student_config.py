@@ -40,7 +40,7 @@ class StudentConfig:
 
     layer_map: LayerMap
     patch_order: Order | None = None
-    """The order recommended by whoever trained the student, if any."""
+    """The order that the student's author recommends, if any."""
 
     def to_dict(self) -> dict[str, object]:
         kept = self.layer_map.kept

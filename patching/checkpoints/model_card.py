@@ -1,5 +1,5 @@
-"""The README.md of a patched model: what it was made from and how to load it, with the hub's
-metadata on top.
+"""The model card (README.md) of a patched model: what it was made from, how to load it, and the
+hub's metadata.
 """
 
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ ABSENT_IS_FINE = {
 
 
 class Origin(NamedTuple):
-    """Where a parent came from, as far as it can be told."""
+    """Where a parent came from, as far as that is known."""
 
     name_or_path: str
     revision: str | None
     commit: str | None
     """The hub's commit; None for a folder."""
     license: str | None
-    """As the parent's own card states it."""
+    """The license that the parent's own card states."""
 
     @property
     def is_folder(self) -> bool:
@@ -42,12 +42,12 @@ class Origin(NamedTuple):
 
     @property
     def title(self) -> str:
-        """How a reader elsewhere knows it: the repository, or the folder's last name."""
+        """The name to show on the card: the repository, or the last part of a folder's path."""
         return Path(self.name_or_path).resolve().name if self.is_folder else self.name_or_path
 
 
 def origin_of(reference: Reference) -> Origin:
-    """Read what a parent says of itself; what it does not say stays None."""
+    """Read where a parent came from. What it does not say stays None."""
     name_or_path, revision = reference
     config = cached_file(name_or_path, "config.json", revision=revision, **ABSENT_IS_FINE)
     card = cached_file(name_or_path, FILE_NAME, revision=revision, **ABSENT_IS_FINE)
@@ -60,7 +60,7 @@ def _license(card: str | None) -> str | None:
         return None
     try:
         metadata = metadata_load(card) or {}
-    except (ValueError, OSError, yaml.YAMLError):  # a card is prose: it may hold anything
+    except (ValueError, OSError, yaml.YAMLError):  # a card is free text and may hold anything
         return None
     stated = metadata.get("license")
     if stated == "other":
@@ -75,7 +75,7 @@ def model_card(
     origins: Mapping[Parent, Origin],
     config: PreTrainedConfig,
 ) -> str:
-    """The card's text; `config` is the model's, or a parent's of the same architecture."""
+    """Return the text of the card. `config` is that of the model, or of a parent."""
     task = "fill-mask" if predicts_masked_tokens(config) else "text-generation"
     loader = auto_class(config).__name__
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
@@ -95,11 +95,10 @@ def model_card(
         "",
         f"# {title}",
         "",
-        f"A model of {size.depth} layers between a student and its teacher, made by putting "
-        "blocks of teacher "
-        f"layers in place of single student layers, with no further training ([paper]({PAPER})).",
+        f"A model of {size.depth} layers between a student and its teacher. Single student layers "
+        f"were replaced by blocks of teacher layers, with no further training ([paper]({PAPER})).",
         "",
-        "| | parent | revision | licence |",
+        "| | parent | revision | license |",
         "| --- | --- | --- | --- |",
     ]
     for parent in sorted(origins, reverse=True):
@@ -135,10 +134,12 @@ def model_card(
 
 
 def runs(recipe: Recipe) -> list[tuple[str, str]]:
-    """Layers as runs, `0-3` and `student 0-3`: this model's layers, and whose they were."""
+    """Return runs of layers, such as `0-3` from `student 0-3`: positions in the model and
+    sources.
+    """
     found = []
     layers = enumerate(recipe.layers)
-    # Layers run on while the parent stays and its own numbers follow each other.
+    # A run continues while the parent is the same and its layer numbers are consecutive.
     for (parent, _), run in groupby(layers, key=lambda item: (item[1][0], item[1][1] - item[0])):
         members = list(run)
         positions = [position for position, _ in members]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Numbers as users write and read them: counts, bytes, layers and sizes."""
 
 import re
 
@@ -7,8 +7,9 @@ BINARY_PREFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """Bytes from `6GB` (10^9 each), `6GiB` (2^30 each) or a plain number; `name` is the flag, for
-    the message.
+    """Parse bytes from `6GB` (10^9 each), `6GiB` (2^30 each) or a plain number.
+
+    Raises ValueError, starting with the flag's `name`, for anything else.
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
     if found:
@@ -25,8 +26,9 @@ COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(text: str, name: str) -> int:
-    """A number of parameters from `3.1B`, `350M` or digits alone; `name` is the flag, for the
-    message.
+    """Parse a number of parameters from `3.1B`, `350M` or plain digits.
+
+    Raises ValueError, starting with the flag's `name`, for anything else.
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
     if found and (count := int(float(found[1]) * COUNT_SUFFIXES[found[2].upper()])) > 0:
@@ -35,12 +37,12 @@ def parse_count(text: str, name: str) -> int:
 
 
 def count_text(count: int) -> str:
-    """A count for a person: `4.02 B`, `135.27 M`."""
+    """Format a count for people: `4.02 B`, `135.27 M`."""
     return _scaled(count, {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3})
 
 
 def bytes_text(num_bytes: int | None) -> str:
-    """Bytes for a person, decimal: `8.05 GB`; `-` for None."""
+    """Format bytes for people, in decimal units: `8.05 GB`, or `-` for None."""
     if num_bytes is None:
         return "-"
     return _scaled(num_bytes, {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1})
@@ -54,9 +56,9 @@ def _scaled(value: int, units: dict[str, int]) -> str:
 
 
 def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:
-    """Sizes named as `4`, `1,3,5`, `0-5` (inclusive) or `all`, as increasing k without repetition.
+    """Parse sizes from `4`, `1,3,5`, `0-5` (inclusive) or `all` into increasing k, each once.
 
-    Raises ValueError where the text is none of these or a size lies outside 0..max_layers_to_patch.
+    Raises ValueError for anything else, and for a size outside 0..max_layers_to_patch.
     """
     if text.strip() == "all":
         return list(range(max_layers_to_patch + 1))
@@ -71,8 +73,9 @@ def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:
 
 
 def parse_ranges(text: str, name: str) -> list[int]:
-    """Numbers and inclusive ranges, `0,2,4-7`, in the order given; `name` is the flag, for the
-    message.
+    """Parse numbers and inclusive ranges such as `0,2,4-7`, in the order given.
+
+    Raises ValueError, starting with the flag's `name`, for anything else.
     """
     numbers: list[int] = []
     for part in text.split(","):

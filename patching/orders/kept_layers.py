@@ -1,14 +1,15 @@
-"""Which teacher layers to keep, from the teacher alone and before any training.
+"""Choose which teacher layers to keep, from the teacher alone and before any training.
 
-Student layer i begins as teacher layer kept[i] and learns to end where its block ends. The less the
-block turns the hidden state behind its first layer, the nearer it is to that already:
+Student layer i starts as teacher layer kept[i] and learns to produce the hidden state at the end of
+its block. The less the rest of the block changes the hidden state after its first layer, the closer
+the student layer is to that goal already:
 
-    chosen = the kept layers of highest mean over i of cos(h[kept[i] + 1], h[end of block i])
+    chosen = the kept layers with the highest mean over i of cos(h[kept[i] + 1], h[end of block i])
 
-with h[j] the teacher's hidden state after j layers (before the final norm), mean over tokens. A
-block of one layer is at its end, cosine 1. The best layers are found exactly, by dynamic
-programming over (teacher layers covered, layers kept). This measure is ours; arXiv 2510.05064
-chose by hand, and found the first two layers of Llama unlike the others.
+Here h[j] is the teacher's hidden state after j layers (before the final norm), and the cosine is a
+mean over tokens. A block of one layer has cosine 1. The best layers are found exactly, by dynamic
+programming over (teacher layers covered, layers kept). This measure is ours. The authors of arXiv
+2510.05064 chose by hand, and found that the first two layers of Llama differ from the others.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,14 @@ from patching.blocks import LayerMap
 def most_similar_layers(
     similarity_JJ: Tensor, num_kept: int, longest_block: int | None = None
 ) -> LayerMap:
-    """The map of `num_kept` layers with the highest mean similarity, no block longer than that.
+    """Return the map of `num_kept` layers with the highest mean similarity.
 
-    `similarity_JJ` is that of hidden states by depth. Without a `longest_block` it is the shortest
-    with which so few layers reach the end: single layers are then few, and the sizes between
-    student and teacher many. Of equal maps the one whose last blocks are the shortest.
+    `similarity_JJ` compares hidden states by depth. No block is longer than `longest_block`, by
+    default the shortest length with which `num_kept` blocks cover the teacher. That leaves few
+    single layers, and so gives many sizes between student and teacher. Among equal maps, the one
+    with the shortest last blocks wins.
 
-    Raises ValueError where no such map exists.
+    Raises ValueError if there is no such map.
     """
     num_layers = len(similarity_JJ) - 1
     fewest = 1 if longest_block is None else -(-num_layers // longest_block)
@@ -39,7 +41,7 @@ def most_similar_layers(
     if longest_block is None:
         longest_block = -(-num_layers // num_kept)
     similarities: Sequence[Sequence[float]] = similarity_JJ.tolist()
-    # By teacher layers covered: the best sum and its kept layers, after 0, 1, ... blocks.
+    # Number of teacher layers covered -> best sum and its kept layers, after 0, 1, ... blocks.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for _ in range(num_kept):
         longer: dict[int, tuple[float, tuple[int, ...]]] = {}
@@ -53,6 +55,6 @@ def most_similar_layers(
 
 
 def mean_similarity(layer_map: LayerMap, similarity_JJ: Tensor) -> float:
-    """What `most_similar_layers` makes high, of any map."""
+    """Return what `most_similar_layers` maximizes, for any map."""
     values = [similarity_JJ[block.start + 1, block.stop].item() for block in layer_map.blocks]
     return sum(values) / len(values)

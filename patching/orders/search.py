@@ -1,17 +1,17 @@
-"""Families searched by measurement: nested sets of patched layers from student to teacher.
+"""Search for the best family: nested sets of patched layers, from student to teacher.
 
-A set of size k holds k patchable layers. Single-layer blocks change no size, so they are decided by
-the same measure as the rest: of those that a run of patched layers joins to a patchable one, a set
-may hold any, and each choice is a candidate of its own.
+A set of size k has k patchable layers. Single-layer blocks do not change the size, so measurement
+decides about them too: a set may also contain any of those that a run of patched layers connects to
+a patchable one, and each choice is a separate candidate.
 
     cost of a family = sum of the KL of its members between student and teacher
 
-A search walks up size by size and goes on with the `beam` cheapest families so far. With a beam of
-one this is KLPatch (arXiv 2607.08170): at each size the set with the lowest KL. Without a bound it
-is a shortest path over all sets, where an edge costs the KL of the model it reaches; this
+The search goes up size by size and keeps the `beam` cheapest families. With a beam of one this is
+KLPatch (arXiv 2607.08170), which takes the set with the lowest KL at each size. Without a bound it
+is a shortest path over all sets, where an edge costs the KL of the model it reaches. That
 formulation is ours, and its answer is the best nested family.
 
-Everything here is integers and one function that measures; no torch.
+This file is integers and one function that measures. It does not import torch.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,20 +21,21 @@ from typing import NamedTuple
 from patching.blocks import LayerMap
 
 MOST_PATCHABLE = 12
-"""Patchable layers up to which every set is measured."""
+"""Largest number of patchable layers for which every set may be measured."""
 MOST_SETS = 2**15
+"""Largest number of sets that may be measured."""
 
 PatchedLayers = frozenset[int]
 Measure = Callable[[Collection[PatchedLayers]], Mapping[PatchedLayers, float]]
-"""Gives (at least) the KL of each set's model from the teacher."""
+"""Returns a mapping with at least the KL of each given set's model from the teacher."""
 
 
 class BeamState(NamedTuple):
-    """The cheapest way found so far to the last of its sets."""
+    """The cheapest family found so far that ends with the last of its sets."""
 
     cost: float
     sets: tuple[PatchedLayers, ...]
-    """Sizes 1, 2, ...; student and teacher, which every family has, left out."""
+    """The sets of sizes 1, 2, ... Every family also has the student and the teacher."""
 
     @property
     def patched(self) -> PatchedLayers:
@@ -42,7 +43,7 @@ class BeamState(NamedTuple):
 
     @property
     def rank(self) -> tuple:
-        """Sorts families by cost; where costs are equal, so that the result is always the same."""
+        """Sort key: the cost, then the layers, so that ties always break the same way."""
         return self.cost, [sorted(patched) for patched in self.sets]
 
 
@@ -53,11 +54,11 @@ def search(
     sequence: Sequence[int] | None = None,
     report: Callable[[int, PatchedLayers, float], None] = lambda *_: None,
 ) -> tuple[PatchedLayers, ...]:
-    """The sets of sizes 1 to max - 1 of the cheapest family found.
+    """Return the sets of sizes 1 to max - 1 of the cheapest family found.
 
-    `beam` None is no bound. With a `sequence` of the patchable layers only single-layer blocks are
-    left to decide. `report` hears of each size, the last set of the cheapest family so far and its
-    KL.
+    `beam` None keeps all families. A `sequence` fixes the order of the patchable layers, so that
+    only single-layer blocks are searched. `report` is called at each size with k, the last set of
+    the cheapest family so far, and its KL.
     """
     families = [BeamState(0.0, ())]
     for k in range(1, layer_map.max_layers_to_patch):
@@ -81,7 +82,7 @@ def search(
 def next_sets(
     layer_map: LayerMap, patched: PatchedLayers, candidates: Collection[int]
 ) -> set[PatchedLayers]:
-    """The sets one size larger that hold this one, by one of those patchable layers."""
+    """Return the sets that contain this one and are one size larger, by one of `candidates`."""
     found: set[PatchedLayers] = set()
     growing = [patched | {layer} for layer in candidates if layer not in patched]
     while growing:
@@ -93,7 +94,7 @@ def next_sets(
 
 
 def _joined_singles(layer_map: LayerMap, patched: PatchedLayers) -> list[int]:
-    """Single-layer blocks next to a patched layer, themselves not patched."""
+    """Return the unpatched single-layer blocks next to a patched layer."""
     return [
         i
         for i, block in enumerate(layer_map.blocks)
@@ -102,14 +103,14 @@ def _joined_singles(layer_map: LayerMap, patched: PatchedLayers) -> list[int]:
 
 
 def all_sets(layer_map: LayerMap) -> list[PatchedLayers]:
-    """Every set between student and teacher, by size.
+    """Return every set between student and teacher, by size.
 
-    Raises ValueError where there are too many to measure.
+    Raises ValueError if there are too many to measure.
     """
     if layer_map.max_layers_to_patch > MOST_PATCHABLE:
         raise ValueError(
-            f"this student has {layer_map.max_layers_to_patch} patchable layers: every set is "
-            f"measured for at most {MOST_PATCHABLE}, leave out --exact and widen --beam instead"
+            f"this student has {layer_map.max_layers_to_patch} patchable layers, and every set can "
+            f"be measured for at most {MOST_PATCHABLE}: leave out --exact and widen --beam instead"
         )
     found = list(islice(_sets_by_size(layer_map), MOST_SETS + 1))
     if len(found) > MOST_SETS:
@@ -133,8 +134,9 @@ def _sets_by_size(layer_map: LayerMap) -> Iterator[PatchedLayers]:
 
 
 def order_of_sets(layer_map: LayerMap, sets: Sequence[PatchedLayers]) -> tuple[int, ...]:
-    """Nested sets of sizes 1 to max - 1 as the explicit order whose sizes they are: the single
-    ones of a step stand before its patchable layer.
+    """Return the explicit order whose sizes are these nested sets of sizes 1 to max - 1.
+
+    The single-layer blocks that a set adds come before its patchable layer.
     """
     order: list[int] = []
     for patched in (*sets, frozenset(range(len(layer_map.kept)))):

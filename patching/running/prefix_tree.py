@@ -41,7 +41,7 @@ class PrefixTree:
             for name, recipe in recipes.items()
         }
         self._parts = {name: _parts_of(model) for name, model in self.models.items()}
-        # Depth first: neighbours in this sequence share the longest prefixes.
+        # Depth first: members next to each other share the longest prefixes.
         self.names = sorted(recipes, key=lambda name: _path(recipes[name]))
         self.paths = paths = [_path(recipes[name]) for name in self.names]
         self._resume_at = [
