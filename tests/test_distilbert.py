@@ -35,7 +35,6 @@ from patching.architectures.models import load_model
 from patching.arguments import FamilyArguments
 from patching.assemble import assemble, count_parameters
 from patching.blocks import LayerMap
-from patching.family import Family
 from patching.patch import build_intermediate_model, iter_family
 from patching.patch import main as patch
 from patching.recipe import Reference, intermediate_model, naively_pruned
@@ -233,12 +232,12 @@ def test_a_bert_as_the_hub_has_it(student_format, folders, tmp_path):
 def test_kept_layers_that_do_not_fit_are_one_line(folders):
     teacher, student = map(str, folders)
     for kept, message in (
-        ("0,2,4,5", "the student has 3 layers and --kept_layers 0,2,4,5 speaks of 4"),
+        ("0,2,4,5", "the student has 3 layers and kept_layers=0,2,4,5 names 4"),
         ("1,2,3", "kept layers [1, 2, 3]: they must start at 0"),
         ("0,x", "kept_layers=0,x: write numbers"),
     ):
         with pytest.raises(ValueError) as raised:
-            Family.from_pretrained(FamilyArguments(teacher, student, kept_layers=kept))
+            FamilyArguments(teacher, student, kept_layers=kept).open_family()
         assert message in str(raised.value)
     with pytest.raises(ValueError, match="or give --kept_layers"):
         build_intermediate_model(teacher, student, 1)
@@ -285,7 +284,7 @@ def test_a_decoder_of_these_architectures_is_refused():
 
 
 def test_a_tokenizer_without_masks_is_refused():
-    with pytest.raises(ValueError, match="has no mask token"):
+    with pytest.raises(ValueError, match="needs a mask token and its tokenizer has none"):
         Masking.of(byte_tokenizer())
 
 

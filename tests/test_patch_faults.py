@@ -136,7 +136,7 @@ def test_a_missing_file(pair, tmp_path, capsys):
     error = refused(pair, tmp_path / "out", capsys)
     assert f"{shard(pair).name}" not in error
     assert "model-00002-of" in error
-    assert "is missing, and its index names it" in error
+    assert "is missing, but its index names it" in error
 
 
 @pytest.mark.parametrize(

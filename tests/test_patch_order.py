@@ -38,7 +38,7 @@ def test_an_order_from_a_file(folders, tmp_path, capsys, as_object):
     ("text", "message"),
     [
         ("[0]", "order 0: it leaves out the patchable layers 2"),
-        ("[0, 2, 0]", "order 0,2,0: a layer stands in it twice"),
+        ("[0, 2, 0]", "order 0,2,0: it names a layer twice"),
         ("[0, 2, 7]", "order 0,2,7: the student has layers 0-3, not 7"),
         ('{"layers": [0]}', "choose last or first, or write a list of student layers"),
         ('[0, "2"]', "choose last or first, or write a list of student layers"),

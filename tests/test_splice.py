@@ -18,28 +18,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from patching.arguments import FamilyArguments, references
 from patching.assemble import assemble
 from patching.checkpoints import safetensors_files, splice
 from patching.checkpoints.layout import layout_of
 from patching.checkpoints.safetensors_files import StoredTensor, copy_bytes, header_of, read_header
 from patching.checkpoints.splice import OtherLayout, plan_splice
 from patching.family import Family
+from patching.parents import Parents
 from patching.patch import main
 from patching.recipe import Recipe, intermediate_model, patched_model
 
 TOKENS = torch.arange(20)[None] * 7 % 257
 
 
-def open_pair(names: tuple[str, str]) -> Family:
-    return Family.from_pretrained(FamilyArguments(*names))
+def open_family(names: tuple[str, str], dtype: torch.dtype | str = "auto") -> Family:
+    return Family.from_pretrained(*names, dtype=dtype)
 
 
-def plan(pair: Family, recipe: Recipe, dtype=torch.float32, max_shard_bytes=10**9):
-    layouts = {parent: layout_of(config, dtype) for parent, config in pair.configs.items()}
-    return plan_splice(
-        recipe, pair.configs, layouts, references(pair.arguments), dtype, max_shard_bytes
-    )
+def plan(family: Family, recipe: Recipe, dtype=torch.float32, max_shard_bytes=10**9):
+    layouts = {parent: layout_of(config, dtype) for parent, config in family.configs.items()}
+    references = family.parents.references
+    return plan_splice(recipe, family.configs, layouts, references, dtype, max_shard_bytes)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,7 +68,7 @@ def test_a_splice_equals_the_model_in_memory(model_type, tied, tmp_path_factory,
     teacher, student = family_pair(model_type, tied)
     # Tied pairs come in many files and leave in one, untied ones the other way round.
     names = save_models(folder, teacher, student, max_shard_size="20KB" if tied else "5GB")
-    pair = open_pair(names)
+    family = open_family(names)
     assert len(list(Path(names[0]).glob("*.safetensors"))) > 1 or not tied
     for order in ("first", "last"):
         for k in range(LAYER_MAP.max_layers_to_patch + 1):
@@ -77,7 +76,7 @@ def test_a_splice_equals_the_model_in_memory(model_type, tied, tmp_path_factory,
             model = assemble(recipe, teacher=teacher, student=student)
             ours, theirs = folder / f"{order}{k}", folder / f"{order}{k} in memory"
             ours.mkdir()
-            splice_plan = plan(pair, recipe, max_shard_bytes=10**9 if tied else 20_000)
+            splice_plan = plan(family, recipe, max_shard_bytes=10**9 if tied else 20_000)
             splice_plan.write(ours)
             splice_plan.config.save_pretrained(ours)
             model.save_pretrained(theirs)
@@ -145,23 +144,23 @@ def qwen3(tmp_path_factory) -> tuple[tuple[str, str], PreTrainedModel, PreTraine
 def test_a_tensor_whose_dtype_changes_is_cast_piece_by_piece(dtype, qwen3, tmp_path, monkeypatch):
     monkeypatch.setattr(splice, "CAST_BYTES", 1000)  # most tensors in several pieces
     names, *_ = qwen3
-    pair = open_pair(names)
+    family = open_family(names, dtype)
     recipe = intermediate_model(LAYER_MAP, 1, "last")
     (tmp_path / "ours").mkdir()
-    plan(pair, recipe, dtype).write(tmp_path / "ours")
-    assemble(recipe, **pair.load(recipe.parents, dtype)).save_pretrained(tmp_path / "theirs")
+    plan(family, recipe, dtype).write(tmp_path / "ours")
+    assemble(recipe, **family.parents.load(recipe.parents)).save_pretrained(tmp_path / "theirs")
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_a_student_in_fp32_meets_a_teacher_in_bf16(tmp_path):
     teacher, student = family_pair("llama")
     names = save_models(tmp_path, teacher.to(torch.bfloat16), student)
-    pair = open_pair(names)
-    assert pair.dtype("auto") == torch.bfloat16
+    family = open_family(names)
+    assert family.dtype == torch.bfloat16
     recipe = intermediate_model(LAYER_MAP, 1, "first")
     (tmp_path / "ours").mkdir()
-    plan(pair, recipe, torch.bfloat16).write(tmp_path / "ours")
-    parents = pair.load(recipe.parents, torch.bfloat16)
+    plan(family, recipe, torch.bfloat16).write(tmp_path / "ours")
+    parents = family.parents.load(recipe.parents)
     assemble(recipe, **parents).save_pretrained(tmp_path / "theirs")
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
 
@@ -173,11 +172,11 @@ def rewrite(folder: str, change) -> None:
 
 
 def same_as_in_memory(folder: Path, names: tuple[str, str], order: str = "last") -> None:
-    pair = open_pair(names)
+    family = open_family(names, torch.float32)
     recipe = intermediate_model(LAYER_MAP, 1, order)
     (folder / "ours").mkdir()
-    plan(pair, recipe).write(folder / "ours")
-    assemble(recipe, **pair.load(recipe.parents, torch.float32)).save_pretrained(folder / "theirs")
+    plan(family, recipe).write(folder / "ours")
+    assemble(recipe, **family.parents.load(recipe.parents)).save_pretrained(folder / "theirs")
     assert_same_tensors(folder / "ours", folder / "theirs")
 
 
@@ -220,7 +219,7 @@ def test_a_tied_config_over_two_different_matrices_is_refused(tmp_path):
     names = save_models(tmp_path, *family_pair("llama", tied=True))
     rewrite(names[1], lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
     with pytest.raises(ValueError, match=r"ties the head to the embedding.*tie_word_embeddings"):
-        plan(open_pair(names), intermediate_model(LAYER_MAP, 1, "last"))
+        plan(open_family(names), intermediate_model(LAYER_MAP, 1, "last"))
 
 
 def run_main(names, folder, *more: str) -> None:
@@ -244,7 +243,7 @@ def test_other_layouts_go_through_memory(tmp_path, capsys):
     teacher.save_pretrained(names[0], save_original_format=False)  # experts joined, as in memory
     assert any("gate_up_proj" in key for key in load_file(Path(names[0], "model.safetensors")))
     with pytest.raises(OtherLayout, match=r"the teacher stores .* in another layout"):
-        plan(open_pair(names), intermediate_model(LAYER_MAP, 1, "last"))
+        plan(open_family(names), intermediate_model(LAYER_MAP, 1, "last"))
     run_main(names, tmp_path / "out")
     assert "in another layout: the models are loaded instead" in capsys.readouterr().out
     assert not copied_file_to_file(tmp_path / "out")
@@ -301,7 +300,7 @@ def test_the_command_line_copies_file_to_file(qwen3, tmp_path, monkeypatch):
     def load(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(Family, "load", load)
+    monkeypatch.setattr(Parents, "load", load)
     run_main(names, tmp_path / "one")
     run_main(names, tmp_path / "many", "--max_shard_size", "20KB")
     assert copied_file_to_file(tmp_path / "one")
@@ -433,8 +432,8 @@ def test_an_unused_parent_is_not_read(qwen3, tmp_path):
     student = shutil.copytree(names[1], tmp_path / "student")
     (student / "model.safetensors").write_bytes(b"")
     change_config(student, dtype="float32")
-    pair = open_pair((names[0], str(student)))
+    family = open_family((names[0], str(student)))
     (tmp_path / "teacher").mkdir()
-    plan(pair, intermediate_model(LAYER_MAP, 2, "last")).write(tmp_path / "teacher")
+    plan(family, intermediate_model(LAYER_MAP, 2, "last")).write(tmp_path / "teacher")
     teacher.save_pretrained(tmp_path / "theirs")
     assert_same_tensors(tmp_path / "teacher", tmp_path / "theirs")

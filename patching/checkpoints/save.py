@@ -69,7 +69,11 @@ class SavePlan:
         """Write the files. What makes the folder loadable, config.json, comes last."""
         family, recipe, weights = self.family, self.recipe, self.weights
         references = family.parents.references
-        origins = {parent: origin_of(references[parent]) for parent in sorted(recipe.parents)}
+        origins = {
+            parent: origin_of(reference)
+            for parent, reference in references.items()
+            if parent in recipe.parents
+        }
         if isinstance(weights, Splice):
             weights.write(folder)
         family.tokenizer.save_pretrained(folder)
