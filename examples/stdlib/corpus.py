@@ -1,8 +1,8 @@
 """The demo's text: the source of Python's standard library, one document per module.
 
-Every machine that runs the toolkit has it, and it is real text by many authors. A hash of its *name*
-decides whether a module is held out. The modules that the shipped teacher never saw therefore stay
-held out in every Python version.
+Every machine that runs the toolkit has it, and it is real text by many authors. A hash of its
+*name* decides whether a module is held out. The modules that the shipped teacher never saw
+therefore stay held out in every Python version.
 
     python -m examples.stdlib.corpus --save_directory demo/corpus
 """

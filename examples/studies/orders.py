@@ -40,6 +40,7 @@ from examples.stdlib.training import Batch, next_token_loss, save, train
 from patching.blocks import as_layer_list
 from patching.family import Family
 from patching.files.texts import BLANK_LINES
+from patching.running.prefix_tree import PrefixTree
 
 ROOT = Path(__file__).parents[2]
 ROW_TOKENS = 128
@@ -177,12 +178,9 @@ def bits_per_byte(
 ) -> dict[frozenset[int], float]:
     """The score of each set's model on whole texts, all computed in one prefix tree."""
     names = {patched: as_layer_list(sorted(patched)) for patched in sets}
-    lm = FamilyLM(
-        {name: family.recipe(patched_layers=patched) for patched, name in names.items()},
-        **family.weights.load(("teacher", "student")),
-        tokenizer=family.tokenizer,
-        batch_size=8,
-    )
+    recipes = {name: family.recipe(patched_layers=patched) for patched, name in names.items()}
+    tree = PrefixTree(recipes, **family.parents.load(("teacher", "student")))
+    lm = FamilyLM(tree, tokenizer=family.tokenizer, batch_size=8)
     requests = [
         Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=i)
         for i, text in enumerate(texts)
