@@ -49,7 +49,7 @@ def flags(pair_folders, text_file) -> list[str]:
 
 @pytest.fixture(scope="module")
 def exact(flags, tmp_path_factory):
-    """What a search for everything leaves behind."""
+    """The folder that an exhaustive search writes."""
     folder = tmp_path_factory.mktemp("exact")
     orders.main([*flags, "--save_directory", str(folder), "--exact", "--beam", "2"])
     return folder

@@ -44,7 +44,7 @@ def arguments(pair: Path, out: Path) -> list[str]:
 
 
 def refused(pair: Path, out: Path, capsys) -> str:
-    """The one line a run ends with; nothing new lies beside the pair."""
+    """The one line that a run ends with. It leaves nothing new next to the pair."""
     before = sorted(out.parent.iterdir())
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:

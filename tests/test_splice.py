@@ -56,7 +56,7 @@ def assert_same_tensors(folder: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved_members(tmp_path_factory) -> list[Path]:
-    """Folders that the tests below leave, each with the logits of the in-memory model beside it."""
+    """Folders saved by the tests below, each with the logits of the model in memory."""
     return []
 
 
@@ -166,7 +166,7 @@ def test_a_student_in_fp32_meets_a_teacher_in_bf16(tmp_path):
 
 
 def rewrite(folder: str, change) -> None:
-    """Store a folder's tensors anew, as `change` returns them from a dict."""
+    """Replace a folder's tensors by what `change` returns for them."""
     path = Path(folder, "model.safetensors")
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
