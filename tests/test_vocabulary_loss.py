@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import train.vocabulary_loss
+from patching.running.logits import UNCHANGED, LogitChange
 from train.vocabulary_loss import vocabulary_loss
 
 
@@ -15,10 +16,17 @@ def naive(
     teacher_hidden_ND,
     teacher_weight_VD,
     temperature,
+    change,
 ):
     """CE and KL sums from the definition, in float64."""
     student_logits_NV = student_hidden_ND.double() @ student_weight_VD.double().T
     teacher_logits_NV = teacher_hidden_ND.double() @ teacher_weight_VD.double().T
+    student_logits_NV, teacher_logits_NV = (
+        change.soft_cap * torch.tanh(change.scale * logits / change.soft_cap)
+        if change.soft_cap
+        else change.scale * logits
+        for logits in (student_logits_NV, teacher_logits_NV)
+    )
     p_NV = student_logits_NV.softmax(-1)
     cross_entropy = -p_NV[torch.arange(len(targets_N)), targets_N].log().sum()
     q_student_NV = (student_logits_NV / temperature).softmax(-1)
@@ -44,8 +52,9 @@ def heads_and_states():
 @pytest.mark.parametrize("chunk_logits", [1, 50 * 5, 2**25])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("weights", [(1.0, 0.1), (1.0, 0.0), (0.0, 0.7)])
+@pytest.mark.parametrize("change", [UNCHANGED, LogitChange(2.0), LogitChange(3.0, soft_cap=1.5)])
 def test_values_and_gradients_equal_the_formula(
-    monkeypatch, heads_and_states, chunk_logits, temperature, weights
+    monkeypatch, heads_and_states, chunk_logits, temperature, weights, change
 ):
     monkeypatch.setattr(train.vocabulary_loss, "CHUNK_LOGITS", chunk_logits)
     hidden_ND, head, targets_N, teacher_hidden_ND, teacher_head = heads_and_states
@@ -59,6 +68,7 @@ def test_values_and_gradients_equal_the_formula(
         cross_entropy_weight=cross_entropy_weight,
         kl_weight=kl_weight,
         temperature=temperature,
+        logit_change=change,
     )
     (3 * terms.loss).backward()
     gradients = [hidden_ND.grad.clone(), head.weight.grad.clone()]
@@ -66,7 +76,13 @@ def test_values_and_gradients_equal_the_formula(
     assert teacher_head.weight.grad is None
 
     cross_entropy, kl = naive(
-        hidden_ND, head.weight, targets_N, teacher_hidden_ND, teacher_head.weight, temperature
+        hidden_ND,
+        head.weight,
+        targets_N,
+        teacher_hidden_ND,
+        teacher_head.weight,
+        temperature,
+        change,
     )
     loss = cross_entropy_weight * cross_entropy + kl_weight * kl
     (3 * loss).backward()

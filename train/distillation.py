@@ -27,6 +27,7 @@ from patching.running.hidden_states import (
     hidden_states_at,
     visit_hidden_states,
 )
+from patching.running.logits import UNCHANGED, LogitChange, logit_change
 from train.loss import (
     IGNORED_LABEL,
     LossTerms,
@@ -48,12 +49,13 @@ def distillation_forward(
     input_ids_BT: Tensor,
     labels_BT: Tensor,
     attention_mask_BT: Tensor | None,
+    change: LogitChange = UNCHANGED,
 ) -> LossTerms:
     """Return a micro-batch's share of the loss of an optimizer step that has `counts` positions.
 
     `student_indices` are the student's hidden states to compare, in order. Calling `teacher`
     returns its states in the same order. Labels are those of `train.loss.targets_at`, with
-    IGNORED_LABEL at padding.
+    IGNORED_LABEL at padding. `change` is what both models do to the output of their heads.
     """
     # 1. The teacher's hidden states.
     with torch.no_grad():
@@ -98,6 +100,7 @@ def distillation_forward(
         cosine_distances,
         weights,
         counts,
+        change,
     )
     release(teacher_head)  # without a backward pass nothing else does
     return terms
@@ -111,7 +114,10 @@ def install_distillation_forward(
     Whatever wraps the student, such as autocast, DDP or FSDP, then wraps the whole computation. In
     eval mode, cross entropy and KL are always computed. The teacher is frozen. With the cosine term
     alone no head runs, and an untied head of the student is frozen too.
+
+    Raises ValueError if it is not known how the student's logits follow from its head.
     """
+    change = logit_change(student)
     teacher.eval().requires_grad_(False)
     pairs = layer_map.alignment_pairs if weights.cosine else layer_map.alignment_pairs[-1:]
     student_indices, teacher_indices = zip(*pairs)
@@ -132,7 +138,15 @@ def install_distillation_forward(
     ) -> LossTerms:
         active = weights if self.training else weights.for_evaluation()
         return distillation_forward(
-            self, teacher, student_indices, active, counts, input_ids, labels, attention_mask
+            self,
+            teacher,
+            student_indices,
+            active,
+            counts,
+            input_ids,
+            labels,
+            attention_mask,
+            change,
         )
 
     # Bound methods, which accelerate knows how to wrap.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from patching.running.logits import UNCHANGED, LogitChange
 from train.vocabulary_loss import vocabulary_loss
 
 IGNORED_LABEL = -100
@@ -90,12 +91,14 @@ def distillation_loss(
     cosine_distances: list[Tensor],
     weights: LossWeights,
     counts: StepCounts,
+    logit_change: LogitChange = UNCHANGED,
 ) -> LossTerms:
     """Return a micro-batch's share of the loss; the shares of all micro-batches of a step add up.
 
     `student_ND` and `teacher_ND` are the states that the heads read at target positions, and
     `targets_N` the tokens to predict there. All three may be None if the weights need no logits.
-    `cosine_distances` holds the `cosine_distance` of each aligned pair.
+    `cosine_distances` holds the `cosine_distance` of each aligned pair. `logit_change` is what both
+    models do to the output of their heads.
     """
     zero = torch.zeros((), device=counts.positions.device)
     loss, cross_entropy, kl, cosine = zero, zero, zero, zero
@@ -109,6 +112,7 @@ def distillation_loss(
             cross_entropy_weight=weights.cross_entropy,
             kl_weight=weights.kl * weights.temperature**2,
             temperature=weights.temperature,
+            logit_change=logit_change,
         )
         loss = loss + sums.loss / counts.targets
         cross_entropy, kl = sums.cross_entropy / counts.targets, sums.kl / counts.targets

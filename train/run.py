@@ -22,15 +22,15 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
-from patching.architectures.checks import check_logits_are_the_heads
 from patching.architectures.lookup import max_positions, read_config
-from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
 from patching.arguments import CalibrationArguments
 from patching.blocks import as_layer_list
 from patching.cli.command_line import user_errors
 from patching.files.outputs import environment, follow_umask, write_json
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
+from patching.running.logits import logit_change
 from patching.student_config import StudentConfig
 from train.checkpoints import check_resumable, find_checkpoint
 from train.choose_layers import choose_layers
@@ -106,11 +106,12 @@ def run(
 
 def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrainedConfig:
     """Return the teacher's config. Raises ValueError if it cannot be read, if its architecture is
-    not supported, or if rows are longer than its table of positions.
+    not supported or its logits cannot be reproduced, or if rows are longer than its table of
+    positions.
     """
     name, revision = model_args.teacher_model_name_or_path, model_args.revision
     config = read_config("teacher", name, revision, model_args.trust_remote_code)
-    check_logits_are_the_heads(config)
+    logit_change(empty_model(config, trust_remote_code=model_args.trust_remote_code))  # raises
     longest = max_positions(config)
     if longest is not None and max_length > longest:
         raise ValueError(

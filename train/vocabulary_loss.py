@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, slices
+from patching.running.logits import UNCHANGED, LogitChange
 
 
 class VocabularyLoss(NamedTuple):
@@ -34,13 +35,15 @@ def vocabulary_loss(
     cross_entropy_weight: float,
     kl_weight: float,
     temperature: float = 1.0,
+    logit_change: LogitChange = UNCHANGED,
 ) -> VocabularyLoss:
     """Return the sums over tokens of CE(z_S, y) and KL(softmax(z_T / T) || softmax(z_S / T)).
 
     `loss` is `cross_entropy_weight * cross_entropy + kl_weight * kl`. The factor T^2 of Hinton et
     al. (arXiv 1503.02531) belongs in `kl_weight`. A term of weight 0 is not computed and its sum is
     0. Gradients reach `student_hidden_ND` and the parameters of `student_head`, never the teacher.
-    Softmaxes are computed in fp32. The loss can be differentiated only once.
+    Softmaxes are computed in fp32. `logit_change` is what both models do to the output of their
+    heads. The loss can be differentiated only once.
 
     Raises ValueError if `kl_weight` is not 0 and the teacher's states or head are missing.
     """
@@ -49,6 +52,7 @@ def vocabulary_loss(
     return VocabularyLoss(
         *_ChunkedLoss.apply(
             (cross_entropy_weight, kl_weight, temperature),
+            logit_change,
             targets_N,
             teacher_hidden_ND,
             teacher_head if kl_weight else None,
@@ -110,6 +114,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx,
         weights_and_temperature: tuple[float, float, float],
+        logit_change: LogitChange,
         targets_N: Tensor,
         teacher_hidden_ND: Tensor | None,
         teacher_head: nn.Linear | None,
@@ -136,7 +141,10 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for chunk in slices(len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
                 logits_NV, chunk_targets_N = student.logits(chunk), targets_N[chunk]
-                teacher_logits_NV = None if teacher is None else teacher.logits(chunk)
+                logit_change.apply_(logits_NV)
+                teacher_logits_NV = None
+                if teacher is not None:
+                    teacher_logits_NV = logit_change.apply_(teacher.logits(chunk))
                 for rows in slices(len(logits_NV), softmax_logits // len(weight_VD)):
                     *values, gradient_NV = sums_and_gradient(
                         logits_NV[rows],
@@ -145,6 +153,7 @@ class _ChunkedLoss(torch.autograd.Function):
                         *weights_and_temperature,
                     )
                     sums += torch.stack(values)
+                    logit_change.backward_(gradient_NV, logits_NV[rows])
                     logits_NV[rows] = gradient_NV  # from here on it holds the gradient
                 if needs_hidden:
                     hidden_gradient_ND[chunk] = logits_NV @ student.weight_VD
@@ -162,7 +171,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled in place and released, so that the gradient of a large head is never copied.
         gradients, ctx.gradients = ctx.gradients, None
-        return (None,) * 4 + tuple(
+        return (None,) * 5 + tuple(
             None if gradient is None else gradient.mul_(loss_gradient) for gradient in gradients
         )
 

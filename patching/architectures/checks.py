@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patching.architectures.config import depth_field
 from patching.architectures.lookup import architecture_of
-from patching.architectures.table import LOGIT_CHANGES, MAY_DIFFER
+from patching.architectures.table import MAY_DIFFER
 from patching.recipe import Parent, Recipe
 
 POSITION_ATTRIBUTE = "layer_idx"
@@ -120,16 +120,3 @@ def check_recipe(
                     f"{tuple(shapes[parent].get(parent_name, ()))} in the {parent}, so layers of "
                     "this architecture cannot be moved"
                 )
-
-
-def check_logits_are_the_heads(config: PreTrainedConfig) -> None:
-    """Raise ValueError if a model caps or scales the output of its head.
-
-    The loss and the KL from the teacher are computed from the head's output alone.
-    """
-    for name in LOGIT_CHANGES:
-        if getattr(config, name, None) not in (None, 1):
-            raise ValueError(
-                f"{name}={getattr(config, name)} in the {config.model_type} config: logits that "
-                "are capped or scaled after the head are not supported"
-            )

@@ -118,9 +118,6 @@ PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 LAYERS_THAT_SHARE = ("num_kv_shared_layers", "per_layer_config")
 """Config fields that tie a layer to other layers or to its position. They must not be set."""
 
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields that cap or scale the head's output. None and 1 mean no change."""
-
 MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
     # The bookkeeping fields of every config, above. Below, fields that change neither the forward
     # pass in eval mode nor the shape of a layer.

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from patching.architectures.checks import check_logits_are_the_heads
 from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import as_layer_list
 from patching.family import Family
@@ -21,6 +20,7 @@ from patching.orders.search import PatchedLayers
 from patching.recipe import patched_model
 from patching.running.block_influence import block_influence
 from patching.running.calibration import Calibration
+from patching.running.logits import logit_change
 from patching.running.teacher_kl import TeacherKL
 
 MEASURED_FILE_NAME = "order_kl.json"
@@ -36,7 +36,7 @@ class Measurements:
     the file to keep the numbers in, rewritten after every tree of models.
 
     Raises ValueError for a file made from other models, text or dtype, for encoders, and for models
-    that cap or scale their logits.
+    whose logits cannot be reproduced.
     """
 
     def __init__(self, family: Family, text: Calibration, path: Path | None = None) -> None:
@@ -44,12 +44,12 @@ class Measurements:
         self.kl: dict[PatchedLayers, float] = {}
         self._influences: list[float] | None = None
         for config in family.configs.values():
-            check_logits_are_the_heads(config)
             if predicts_masked_tokens(config):
                 raise ValueError(
                     "orders are searched for models that predict the next token, not for "
                     f"{config.model_type}: choose --order last, first or a file"
                 )
+        logit_change(family.layouts["teacher"].model)  # raises here, before weights load
         self.settings = family.identity | {
             "dtype": str(family.dtype).removeprefix("torch."),
             "text": text.name,

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from patching.architectures.checks import check_logits_are_the_heads
 from patching.recipe import Recipe, whole_model
 from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, slices
+from patching.running.logits import UNCHANGED, LogitChange, logit_change
 from patching.running.prefix_tree import LayerPath, PrefixTree
 
 MOST_KNOWN_BYTES = 2**32
@@ -53,7 +53,7 @@ class TeacherKL:
     """Measures recipes of one teacher and student on batches of text.
 
     A batch holds `input_ids` and `attention_mask`, both of shape (B, T). Raises ValueError if the
-    batches contain no token, or if a model caps or scales its logits.
+    batches contain no token, or if it is not known how the teacher's logits follow from its head.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class TeacherKL:
         batches: Sequence[Mapping[str, Tensor]],
     ) -> None:
         self.teacher, self.student = teacher, student
-        for model in (teacher, student):
-            check_logits_are_the_heads(model.config)
+        self.logit_change = logit_change(teacher)
         self.batches = [
             {name: tensor.to(teacher.device) for name, tensor in batch.items()} for batch in batches
         ]
@@ -104,6 +103,7 @@ class TeacherKL:
                 teacher_ND,
                 self.teacher.get_output_embeddings(),
                 [(states[name], heads[name]) for name in recipes],
+                self.logit_change,
             )
             for name, total in zip(recipes, sums.tolist()):
                 totals[name] += total
@@ -116,22 +116,24 @@ def kl_sums(
     teacher_hidden_ND: Tensor,
     teacher_head: nn.Linear,
     models: Sequence[tuple[Tensor, nn.Linear]],
+    change: LogitChange = UNCHANGED,
 ) -> Tensor:
     """Return the sum over tokens of KL(teacher || model) for each model, in nats.
 
-    A model is given as the input of its head, of shape (N, D), and the head. The result is float64
-    of shape (number of models,). Softmaxes are computed in fp32, those of the teacher only once.
+    A model is given as the input of its head, of shape (N, D), and the head. `change` is what all
+    models do to the output of their heads. The result is float64 of shape (number of models,).
+    Softmaxes are computed in fp32, those of the teacher only once.
     """
     num_tokens, device = teacher_hidden_ND.shape[0], teacher_hidden_ND.device
     vocab_size = len(teacher_head.weight)
     at_once = CPU_SOFTMAX_LOGITS if device.type == "cpu" else CHUNK_LOGITS
     sums = torch.zeros(len(models), dtype=torch.float64, device=device)
     for chunk in slices(num_tokens, CHUNK_LOGITS // vocab_size):
-        teacher_logits_NV = teacher_head(teacher_hidden_ND[chunk])
+        teacher_logits_NV = change.apply_(teacher_head(teacher_hidden_ND[chunk]))
         log_q_NV = teacher_logits_NV.log_softmax(-1, dtype=torch.float32)
         q_NV = log_q_NV.exp()
         for i, (hidden_ND, head) in enumerate(models):
-            logits_NV = head(hidden_ND[chunk])
+            logits_NV = change.apply_(head(hidden_ND[chunk]))
             for rows in slices(len(logits_NV), at_once // vocab_size):
                 log_p_NV = logits_NV[rows].log_softmax(-1, dtype=torch.float32)
                 difference_NV = torch.sub(log_q_NV[rows], log_p_NV, out=log_p_NV)
