@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from evaluate.baselines import BASELINES
 from patching.arguments import DTYPES, CalibrationArguments, MeasuringArguments
 
 PAPER_SUITE = (
@@ -25,9 +26,6 @@ PAPER_SUITE = (
     "hendrycks_math",
 )
 """The suite of arXiv 2510.05064: classification, perplexity and generation."""
-
-BASELINES = {"naive": None, "block_influence": "block influence is measured on text"}
-"""Each baseline, and why it needs calibration text; None if it needs none."""
 
 
 @dataclass
@@ -86,9 +84,8 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
     baselines: str | None = field(
         default=None,
         metadata={
-            "help": "baselines to evaluate at each size, separated by commas: naive (the teacher "
-            "pruned to the same depth without distillation), block_influence (the teacher without "
-            "the layers of least block influence on the calibration text, as ShortGPT prunes)"
+            "help": "baselines to evaluate at each size, separated by commas: "
+            + ", ".join(f"{name} ({row.description})" for name, row in BASELINES.items())
         },
     )
     random_student: str | None = field(
@@ -133,7 +130,7 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reasons = [BASELINES.get(name) for name in self.baseline_names]
+        reasons = [BASELINES[n].needs_text for n in self.baseline_names if n in BASELINES]
         if self.searches_order:
             reasons.append(f"--order {self.order} is measured on text")
         problems = self.check_calibration(next(filter(None, reasons), None))

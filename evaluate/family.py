@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluate.devices import share_out
-from evaluate.rows import Row, batch_of, rows_of, take_batch
+from evaluate.request_rows import Row, batch_of, rows_of, take_batch
 from patching.architectures.lookup import architecture_of
 from patching.running.chunks import CHUNK_LOGITS, slices
 from patching.running.prefix_tree import PrefixTree

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from evaluate.arguments import BASELINES, EvaluationArguments
+from evaluate.arguments import EvaluationArguments
+from evaluate.baselines import BASELINES
 from evaluate.report import short_names
 from evaluate.result import read_results
 from evaluate.tasks import LoadedTasks, load_tasks
@@ -118,12 +119,12 @@ class Plan:
             if of_series is not None:
                 student, order = of_series.parents.fingerprint("student"), of_series.order
                 settings[series] = shared | {"student": student, "order": order}
-        for baseline, needs_text in BASELINES.items():
-            if not needs_text:
-                settings[baseline] = settings["family"]
+        for name, baseline in BASELINES.items():
+            if not baseline.needs_text:
+                settings[name] = settings["family"]
             elif self.calibration is not None:
                 calibration = {"calibration": self.calibration.sha256}
-                settings[baseline] = settings["family"] | calibration
+                settings[name] = settings["family"] | calibration
         for series, model in self.compared.items():
             settings[series] = shared | {"model": fingerprint(model.name_or_path, model.config)}
         return settings

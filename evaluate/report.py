@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.result import Result, read_results
+from evaluate.result import SERIES_LABELS, Result, read_results
 from evaluate.scores import Dip, Score, averages, dips, main_scores, scores_of
 from patching.cli.command_line import CommandLineParser, user_errors
 from patching.cli.units import bytes_text, count_text
@@ -22,7 +22,8 @@ from patching.files.outputs import check_writable, write_json, write_text
 DIP_MARKS = {True: " ▼", False: " ▽", None: " ▼"}
 """Marks after a score in the table, by whether the dip is significant. A dip in a score without a
 standard error, such as lm-eval's perplexities, counts as significant."""
-SERIES_ORDER = ("family", "naive", "block_influence", "random_student")
+SERIES_ORDER = (*SERIES_LABELS,)
+"""Order of rows at one size. Compared models come last."""
 
 
 def write_report(

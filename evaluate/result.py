@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from evaluate.baselines import BASELINES
 from patching.files.outputs import write_json
 
 LM_EVAL_KEYS = {
@@ -26,8 +27,7 @@ LM_EVAL_KEYS = {
 
 SERIES_LABELS = {
     "family": "interpolated",
-    "naive": "naively pruned",
-    "block_influence": "pruned by block influence",
+    **{name: baseline.label for name, baseline in BASELINES.items()},
     "random_student": "interpolated, random student",
 }
 

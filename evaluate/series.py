@@ -1,18 +1,14 @@
 """What a sweep measures: series of models.
 
-    family           every size between the student and its teacher
-    naive            baseline: the teacher pruned to each size's depth, without distillation
-    block_influence  baseline: the teacher without its least influential layers (ShortGPT)
-    random_student   every size between a second student and the same teacher
-    compare_NAME     any other model
-
-Baselines are made of the teacher's layers, so they load and run together with the family.
+family           every size between the student and its teacher
+a baseline       the teacher pruned to each size's depth, see `evaluate.baselines`
+random_student   every size between a second student and the same teacher
+compare_NAME     any other model
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,6 +16,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluate.baselines import BASELINES
 from evaluate.devices import is_writer
 from evaluate.family import FamilyLM, SingleModel
 from evaluate.masked_family import MaskedFamilyLM
@@ -28,9 +25,7 @@ from evaluate.result import Parameters
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.assemble import count_parameters
 from patching.family import Family
-from patching.files.outputs import write_json
 from patching.recipe import Recipe, Reference
-from patching.running.block_influence import block_influence, most_influential
 from patching.running.prefix_tree import PrefixTree
 
 
@@ -39,26 +34,15 @@ def all_series(plan: Plan, ranks: Accelerator | None = None) -> list[Series]:
     family, other = plan.family, plan.random_family
     members = [SeriesMember("family", k, family.recipe(k)) for k in plan.sizes]
     for name in plan.arguments.baseline_names:
-        recipe = baseline(name, plan, ranks)
-        members += [SeriesMember(name, k, recipe(k)) for k in below_teacher(family, plan.sizes)]
+        recipe_of_size = BASELINES[name].recipe_of_size(plan, is_writer(ranks))
+        sizes = below_teacher(family, plan.sizes)
+        members += [SeriesMember(name, k, recipe_of_size(k)) for k in sizes]
     series: list[Series] = [FamilySeries(plan, family, members, ranks)]
     if other is not None:
         sizes = below_teacher(other, plan.sizes)
         members = [SeriesMember("random_student", k, other.recipe(k)) for k in sizes]
         series.append(FamilySeries(plan, other, members, ranks))
     return series + [ComparedSeries(plan, name, ranks) for name in plan.compared]
-
-
-def baseline(name: str, plan: Plan, ranks: Accelerator | None) -> Callable[[int], Recipe]:
-    """The recipe of each size of a baseline, which takes all layers from the teacher."""
-    family = plan.family
-    match name:
-        case "naive":
-            return family.naive_recipe
-        case "block_influence":
-            influences = teacher_influences(plan, is_writer(ranks))
-            return lambda k: most_influential(influences, family.recipe(k).depth)
-    raise AssertionError(name)
 
 
 def below_teacher(family: Family, sizes: Sequence[int]) -> list[int]:
@@ -178,22 +162,3 @@ def lm_of(
 def parameters_of(plan: Plan, config: PreTrainedConfig) -> Parameters:
     count = count_parameters(config, plan.arguments.trust_remote_code)
     return Parameters(**count._asdict())
-
-
-def teacher_influences(plan: Plan, writes: bool) -> list[float]:
-    """Block influence of each teacher layer, kept in the results folder for further runs."""
-    path = plan.arguments.save_directory / "block_influence.json"
-    settings = plan.settings["block_influence"]
-    text = plan.calibration
-    made_from = {"teacher": settings["teacher"], "dtype": settings["dtype"], "text": text.sha256}
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept.get("made_from") == made_from:
-            return kept["block_influence"]
-    teacher = plan.family.parents.load(["teacher"])["teacher"]
-    influences = block_influence(teacher, text.batches(plan.family.tokenizer, teacher.config))
-    if writes:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = {"block_influence": influences, "text": text.name, "made_from": made_from}
-        write_json(path, values)
-    return influences

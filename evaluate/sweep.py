@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from evaluate.cost import cost_of
 from evaluate.harness import Harness, as_json, write_samples
-from evaluate.measurements import cost_of
 from evaluate.result import (
     LM_EVAL_KEYS,
     FinishedTask,

@@ -11,7 +11,7 @@ from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair, save_mod
 from transformers import BloomConfig
 
 from evaluate.family import FamilyLM, SingleModel
-from evaluate.rows import batch_of, rows_of
+from evaluate.request_rows import batch_of, rows_of
 from patching.architectures.lookup import architecture_of
 from patching.patch import build_intermediate_model
 from patching.recipe import Recipe, intermediate_model, naively_pruned

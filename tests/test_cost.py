@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import save_pair, tiny_config, tiny_model
 
-from evaluate.measurements import LiveTensors, cost_of, weights_bytes
+from evaluate.cost import LiveTensors, cost_of, weights_bytes
 from patching.patch import build_intermediate_model
 from patching.running.calibration import padded_batches
 from patching.running.similarity import last_states, mean_cosine
