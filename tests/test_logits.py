@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model, trained_student
-from patching_models import BASE, ENCODERS, GATED, LAYER_MAP, SETTINGS, family_config, family_pair
+from patching_models import BASE, GATED, LAYER_MAP, SETTINGS, family_config, family_pair
 from transformers import CONFIG_MAPPING
 
 from patching.architectures.models import empty_model
@@ -103,7 +103,3 @@ def test_distillation_uses_the_models_own_logits(model_type):
         torch.testing.assert_close(
             parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name
         )
-
-
-def test_encoders_are_among_them():
-    assert SETTINGS.keys() >= ENCODERS
