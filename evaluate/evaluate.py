@@ -106,7 +106,8 @@ def with_searched_order(plan: Plan, ranks: Accelerator | None) -> Plan:
         path = arguments.save_directory / MEASURED_FILE_NAME
         measure = Measurements(plan.family, plan.calibration, path)
     if is_writer(ranks):
-        order = searched_order(measure, arguments.order, print_search_step)
+        with user_errors((FloatingPointError,)):
+            order = searched_order(measure, arguments.order, print_search_step)
     if ranks is not None:
         (order,) = broadcast_object_list([order])
     plan = plan.with_order(order)

@@ -226,7 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.searches_order:
         from patching.orders.findings import searched_order
 
-        family = family.with_order(searched_order(measure, arguments.order, print_search_step))
+        with user_errors((FloatingPointError,)):
+            order = searched_order(measure, arguments.order, print_search_step)
+        family = family.with_order(order)
         print(f"{arguments.order}: {','.join(map(str, family.order))}", file=sys.stderr)
     if arguments.list:
         print(listing(family, max_shard_bytes, arguments.json))

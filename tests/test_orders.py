@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, run_module, save_pair
+from conftest import ROOT, byte_tokenizer, run_module, save_pair
 from local_tasks import ROLLING, TEXTS, write_task
+from transformers import AutoModelForCausalLM
 
 from evaluate.evaluate import EvaluationArguments
 from evaluate.evaluate import main as evaluate_main
@@ -26,6 +27,7 @@ from patching.parents import Parents
 from patching.patch import build_intermediate_model
 from patching.patch import main as patch_main
 from patching.recipe import patched_model
+from patching.running import teacher_kl
 from patching.running.calibration import Calibration
 from patching.running.teacher_kl import TeacherKL
 
@@ -365,6 +367,57 @@ def test_an_order_of_ones_own_is_measured_too(exact, flags, tmp_path):
 def test_in_python_an_order_is_searched_beforehand(pair_folders):
     with pytest.raises(ValueError, match="order=klpatch: choose last, first, or an existing"):
         build_intermediate_model(*map(str, pair_folders), 1, order="klpatch")
+
+
+def test_a_model_that_overflows_never_wins(flags, tmp_path, monkeypatch):
+    kl_sums = teacher_kl.kl_sums
+
+    def overflowing(teacher_ND, head, models, change):
+        """NaN for the models whose head is the student's: some sets of each size."""
+        sums = kl_sums(teacher_ND, head, models, change)
+        sums[[o.weight.data_ptr() != head.weight.data_ptr() for _, o in models]] = torch.nan
+        return sums
+
+    monkeypatch.setattr(teacher_kl, "kl_sums", overflowing)
+    asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
+    with pytest.warns(UserWarning, match="KL of models in float32: .* rank last"):
+        orders.main(asked)
+
+    def refuse(constant):
+        pytest.fail(f"{constant} in JSON")
+
+    found = json.loads((tmp_path / "order.json").read_text(), parse_constant=refuse)
+    json.loads((tmp_path / "order_kl.json").read_text(), parse_constant=refuse)
+    for name in ("klpatch", "beam 2", "exact"):
+        order = found["orders"][name]
+        assert all(4 in member["patched_layers"] for member in order["members"][1:])
+        assert order["mean_kl"] == pytest.approx(sum(m["kl"] for m in order["members"][1:3]) / 2)
+    assert all(4 in member["patched_layers"] for member in found["best_sets"])
+    assert found["orders"]["first"]["mean_kl"] is None
+    orders.main(asked)  # from the file
+    assert json.loads((tmp_path / "order.json").read_text())["orders"] == found["orders"]
+
+
+@pytest.mark.parametrize("command", [orders.main, patch_main])
+def test_overflow_ends_in_one_line(pair_folders, text_file, tmp_path, capsys, command):
+    teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0])
+    with torch.no_grad():
+        teacher.model.layers[3].mlp.down_proj.weight.mul_(1e6)
+    teacher.save_pretrained(tmp_path / "teacher")
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    extra = ["--order", "klpatch", "--num_layers_to_patch", "1"] if command is patch_main else []
+    with pytest.raises(SystemExit, match="2"):
+        command(
+            [
+                *("--teacher_model_name_or_path", str(tmp_path / "teacher")),
+                *("--student_model_name_or_path", str(pair_folders[1]), "--dtype", "float16"),
+                *("--calibration", str(text_file), "--calibration_texts", "3", *extra),
+                *("--save_directory", str(tmp_path / "out")),
+            ]
+        )
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch("error: .* are not numbers .*use --dtype float32.*", line)
+    assert not (tmp_path / "out" / "order.json").exists()
 
 
 def test_influence_of_what_is_put_back():

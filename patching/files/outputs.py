@@ -2,13 +2,14 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def finite_or_none(values: Any) -> Any:
+    """Return JSON values with None in place of infinity and NaN, which JSON does not have."""
+    if isinstance(values, Mapping):
+        return {key: finite_or_none(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite_or_none(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def follow_umask(folder: Path) -> None:

@@ -24,7 +24,7 @@ from patching.cli.command_line import (
     print_search_step,
     user_errors,
 )
-from patching.files.outputs import check_writable, environment, write_json
+from patching.files.outputs import check_writable, environment, finite_or_none, write_json
 
 ORDER_FILE_NAME = "order.json"
 PLOT_FILE_NAME = "kl.png"
@@ -38,7 +38,7 @@ class OrdersArguments(CalibrationArguments, MeasuringArguments):
         metadata={"help": "how many families the search keeps at each size"},
     )
     exact: bool = field(
-        default=False, metadata={"help": "measure every set, for up to 12 patchable layers"}
+        default=False, metadata={"help": "measure every set of layers, up to 32,768 sets"}
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         _ = family.tokenizer  # raises here, not after minutes, if it is missing
         measure = Measurements(family, text, folder / MEASURED_FILE_NAME)
     given = family.order if arguments.requested_order() not in (None, "last", "first") else None
-    tried = tried_orders(measure, given, arguments.beam, arguments.exact, print_search_step)
+    with user_errors((FloatingPointError,)):
+        tried = tried_orders(measure, given, arguments.beam, arguments.exact, print_search_step)
     found = findings(measure, tried)
     best = min(found["orders"], key=lambda name: found["orders"][name]["mean_kl"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             "order": found["orders"][best]["order"],
             "name": best,
-            **found,
+            **finite_or_none(found),
             "settings": measure.settings,
             "arguments": asdict(arguments),
             "environment": environment(),

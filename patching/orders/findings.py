@@ -2,6 +2,7 @@
 each order is from the best one.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -156,7 +157,11 @@ def table(found: Mapping[str, Any]) -> str:
 def kl_figure(found: Mapping[str, Any]):
     """KL against parameters, with a line for each order."""
     lines = {
-        name: [(m["parameters"]["both_counted"] / 1e6, m["kl"]) for m in result["members"]]
+        name: [
+            (m["parameters"]["both_counted"] / 1e6, m["kl"])
+            for m in result["members"]
+            if math.isfinite(m["kl"])
+        ]
         for name, result in found["orders"].items()
     }
     return plot_lines(lines, "parameters (millions)", "KL(teacher || model), nats per token")

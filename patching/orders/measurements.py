@@ -5,6 +5,8 @@ stopped resumes where it was.
 """
 
 import json
+import math
+import warnings
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import as_layer_list
 from patching.family import Family
-from patching.files.outputs import write_json
+from patching.files.outputs import finite_or_none, write_json
 from patching.orders.search import PatchedLayers
 from patching.recipe import patched_model
 from patching.running.block_influence import block_influence
@@ -32,8 +34,9 @@ SETS_PER_TREE = 64
 class Measurements:
     """The mean KL from the teacher, in nats per token, of every set of patched layers asked for.
 
-    Calling it with sets measures the missing ones. Weights load with the first of them. `path` is
-    the file to keep the numbers in, rewritten after every tree of models.
+    Calling it with sets measures the missing ones. Weights load with the first of them. A model
+    whose logits overflow has an infinite KL; if all have, FloatingPointError is raised. `path`
+    is the file to keep the numbers in, rewritten after every tree of models.
 
     Raises ValueError for a file made from other models, text or dtype, for encoders, and for models
     whose logits cannot be reproduced.
@@ -84,6 +87,8 @@ class Measurements:
             )
             self.kl |= {patched: found[name] for patched, name in names.items()}
             self._write()
+        any_finite = any(map(math.isfinite, self.kl.values()))
+        self._check_finite([self.kl[patched] for patched in missing], "KL of models", any_finite)
         return self.kl
 
     @property
@@ -92,8 +97,24 @@ class Measurements:
         if self._influences is None:
             teacher = self.family.parents.load(["teacher"])["teacher"]
             self._influences = block_influence(teacher, self.batches)
+            self._check_finite(self._influences, "influences of the teacher's layers")
             self._write()
         return self._influences
+
+    def _check_finite(self, values: Collection[float], what: str, any_finite: bool = False) -> None:
+        """Warn if some of these are not numbers. Raise FloatingPointError if none is, unless
+        `any_finite` says that others were.
+        """
+        num_lost = sum(not math.isfinite(value) for value in values)
+        if not num_lost:
+            return
+        remedy = "check the models' weights"
+        if self.family.dtype != torch.float32:
+            remedy = "they overflow in this dtype: use --dtype float32"
+        found = f"{what} in {self.settings['dtype']}: {num_lost} of {len(values)} are not numbers"
+        if num_lost == len(values) and not any_finite:
+            raise FloatingPointError(f"{found} ({remedy})")
+        warnings.warn(f"{found} and rank last ({remedy})", stacklevel=3)
 
     def mean_kl(self, sets: Collection[PatchedLayers]) -> float:
         """Mean over measured sets."""
@@ -105,7 +126,12 @@ class Measurements:
         kl = {as_layer_list(sorted(patched)): value for patched, value in self.kl.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(
-            self.path, {"settings": self.settings, "block_influence": self._influences, "kl": kl}
+            self.path,
+            {
+                "settings": self.settings,
+                "block_influence": self._influences,
+                "kl": finite_or_none(kl),
+            },
         )
 
     def _read(self, path: Path) -> None:
@@ -122,6 +148,8 @@ class Measurements:
                 )
         self._influences = influences
         self.kl = {
-            frozenset(map(int, filter(None, layers.split(",")))): value
+            frozenset(map(int, filter(None, layers.split(",")))): math.inf
+            if value is None
+            else value
             for layers, value in kl.items()
         }

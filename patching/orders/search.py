@@ -20,8 +20,6 @@ from typing import NamedTuple
 
 from patching.blocks import LayerMap
 
-MOST_PATCHABLE = 12
-"""Largest number of patchable layers for which every set may be measured."""
 MOST_SETS = 2**15
 """Largest number of sets that may be measured."""
 
@@ -107,11 +105,6 @@ def all_sets(layer_map: LayerMap) -> list[PatchedLayers]:
 
     Raises ValueError if there are too many to measure.
     """
-    if layer_map.max_layers_to_patch > MOST_PATCHABLE:
-        raise ValueError(
-            f"this student has {layer_map.max_layers_to_patch} patchable layers, and every set can "
-            f"be measured for at most {MOST_PATCHABLE}: leave out --exact and widen --beam instead"
-        )
     found = list(islice(_sets_by_size(layer_map), MOST_SETS + 1))
     if len(found) > MOST_SETS:
         raise ValueError(

@@ -7,6 +7,7 @@ probabilities are computed once per chunk of tokens for all models.
 Shapes: B rows, T positions, N tokens that are not padding, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,8 @@ class TeacherKL:
         ]
 
     def of(self, recipes: Mapping[str, Recipe], remember: bool = False) -> dict[str, float]:
-        """Return the KL of each recipe's model by name, in nats per token.
+        """Return the KL of each recipe's model by name, in nats per token, infinity for a model
+        whose logits overflow.
 
         `remember` keeps states for a next call with models that have more patched layers, as in the
         next step of a search.
@@ -108,7 +110,10 @@ class TeacherKL:
             for name, total in zip(recipes, sums.tolist()):
                 totals[name] += total
         self.num_layer_forwards += tree.num_layers_run
-        return {name: total / self.num_tokens for name, total in totals.items()}
+        return {
+            name: total / self.num_tokens if math.isfinite(total) else math.inf
+            for name, total in totals.items()
+        }
 
 
 @torch.no_grad()
