@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from train.batches import collate
 from train.data import documents_of, load_rows, rows_of_documents, split_held_out
 from train.data_args import DataArguments
-from train.loss import IGNORED_LABEL
+from train.loss import IGNORED_LABEL, NO_TARGET, count, targets_at
 
 EOS = VOCAB_SIZE - 1
 TOKENIZER = byte_tokenizer()
@@ -25,19 +25,27 @@ def tokens_of(rows) -> list[int]:
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=12), st.integers(2, 40))
 def test_packed_rows_hold_every_document_once_in_order(texts, max_length):
-    rows = rows_of_documents({"text": texts}, TOKENIZER, max_length, packing=True)["input_ids"]
-    stream = []
-    for text in texts:
-        if text.strip():
-            stream += [*TOKENIZER(text)["input_ids"], EOS]
+    documents = [[*TOKENIZER(text)["input_ids"], EOS] for text in texts if text.strip()]
+    stream = [token for document in documents for token in document]
+    starts = [start for document in documents for start in (True, *[False] * (len(document) - 1))]
     if len(stream) % max_length == 1:
         stream.pop()  # a row of one token predicts nothing
-    assert [token for row in rows for token in row] == stream
-    assert all(len(row) == max_length for row in rows[:-1])
+    for packing in ("documents", "cross"):
+        columns = rows_of_documents({"text": texts}, TOKENIZER, max_length, packing)
+        rows = columns["input_ids"]
+        assert [token for row in rows for token in row] == stream
+        assert all(len(row) == max_length for row in rows[:-1])
+    assert "document_lengths" not in columns
+    lengths = rows_of_documents({"text": texts}, TOKENIZER, max_length, "documents")
+    for i, (row, parts) in enumerate(zip(rows, lengths["document_lengths"], strict=True)):
+        first = i * max_length
+        ends = [first + sum(parts[: n + 1]) for n in range(len(parts))]
+        cut = {first, *(j for j in range(first, first + len(row)) if starts[j])}
+        assert {first, *ends} == cut | {first + len(row)}
 
 
 def test_unpacked_rows_are_documents_cut_to_length():
-    rows = rows_of_documents({"text": ["abcdef", "", None, "xy"]}, TOKENIZER, 4, packing=False)
+    rows = rows_of_documents({"text": ["abcdef", "", None, "xy"]}, TOKENIZER, 4, packing="False")
     assert rows["input_ids"] == [
         TOKENIZER("abcd")["input_ids"],
         [*TOKENIZER("xy")["input_ids"], EOS],
@@ -49,6 +57,22 @@ def test_end_of_text_is_a_target_even_if_it_is_the_padding_token():
     batch = collate([{"input_ids": [1, 2, EOS, 3, EOS]}, {"input_ids": [4, EOS]}])
     assert batch["labels"].tolist() == [[1, 2, EOS, 3, EOS], [4, EOS, *[IGNORED_LABEL] * 3]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+
+
+def test_documents_of_a_row_have_their_own_positions_and_no_target_across_them():
+    batch = collate(
+        [
+            {"input_ids": [1, 2, EOS, 3, EOS], "document_lengths": [3, 2]},
+            {"input_ids": [4, EOS], "document_lengths": [2]},
+        ]
+    )
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert targets_at(batch["labels"], is_masked_model=False).tolist() == [
+        [2, EOS, NO_TARGET, EOS, IGNORED_LABEL],
+        [EOS, *[IGNORED_LABEL] * 4],
+    ]
+    assert "attention_mask" not in batch
+    assert count(batch["labels"]) == (4, 7)
 
 
 def test_full_rows_have_no_mask():

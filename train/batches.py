@@ -17,7 +17,7 @@ from torch import Tensor
 from patching.files.outputs import write_json
 from train.checkpoints import stream_file_name
 from train.data import DOCUMENTS_PER_BATCH, Share
-from train.loss import IGNORED_LABEL, count
+from train.loss import IGNORED_LABEL, NO_TARGET, count
 
 Batch = dict[str, Tensor]
 
@@ -28,6 +28,10 @@ def collate(rows: list[dict[str, list[int]]]) -> Batch:
     `labels` are the tokens, with IGNORED_LABEL at padding. Padding is known from the lengths and
     never from a token's id: the end-of-text token often serves as padding but is a real target.
     Rows of equal length get no `attention_mask`, so that attention can use its plain causal path.
+
+    Rows with `document_lengths` hold documents that do not see each other: they get `position_ids`
+    that start over with each one, padding included, instead of a mask. A document's first token has
+    nothing to be predicted from.
     """
     length = max(len(row["input_ids"]) for row in rows)
     lengths_B1 = torch.tensor([[len(row["input_ids"])] for row in rows])
@@ -35,13 +39,21 @@ def collate(rows: list[dict[str, list[int]]]) -> Batch:
         [row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows]
     )
     mask_BT = torch.arange(length)[None] < lengths_B1
-    batch = {
-        "input_ids": input_ids_BT,
-        "labels": input_ids_BT.masked_fill(~mask_BT, IGNORED_LABEL),
-    }
-    if not mask_BT.all():
+    labels_BT = input_ids_BT.masked_fill(~mask_BT, IGNORED_LABEL)
+    batch = {"input_ids": input_ids_BT, "labels": labels_BT}
+    if "document_lengths" in rows[0]:
+        positions_BT = torch.stack([positions(row["document_lengths"], length) for row in rows])
+        batch["labels"] = labels_BT.masked_fill((positions_BT == 0) & mask_BT, NO_TARGET)
+        batch["position_ids"] = positions_BT
+    elif not mask_BT.all():
         batch["attention_mask"] = mask_BT.long()
     return batch
+
+
+def positions(document_lengths: list[int], row_length: int) -> Tensor:
+    """Return the position of each token in its document, of shape (T,). Padding is a document."""
+    lengths = [*document_lengths, row_length - sum(document_lengths)]
+    return torch.cat([torch.arange(length) for length in lengths])
 
 
 class StreamBatches:

@@ -1,20 +1,23 @@
 """Text to rows of tokens: local files or a stream, held-out documents, packing.
 
 Documents are joined with the end-of-text token and cut into full rows. The rest of a batch of
-documents becomes a shorter row, so no text is lost. Rows are padded only when they are batched.
+documents becomes a shorter row, so no text is lost. Rows are padded only when they are batched. A
+packed row records the lengths of its documents, or of their parts, unless they may see each other.
 
 Local files are tokenized once, by the main process. A stream is tokenized during training: each
 rank takes every `world_size`-th batch of documents, and can save its position and resume there.
 """
 
 import random
+from collections.abc import Iterable
+from itertools import compress
 from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from patching.files.texts import load_documents
-from train.data_args import DataArguments
+from train.data_args import DataArguments, Packing
 
 DOCUMENTS_PER_BATCH = 1000
 
@@ -131,9 +134,7 @@ def tokenize_share(
 
     def rows_of_share(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list]:
         batch_idx = indices[0] // DOCUMENTS_PER_BATCH
-        if batch_idx % share.world_size != share.rank:
-            return {"input_ids": []}
-        texts = list(batch["text"])
+        texts = list(batch["text"]) if batch_idx % share.world_size == share.rank else []
         # Not IterableDataset.shuffle: its buffer is not saved, so resuming would lose documents.
         random.Random(f"{seed} {batch_idx}").shuffle(texts)
         return rows_of_documents(
@@ -153,7 +154,7 @@ def rows_of_documents(
     batch: dict[str, list[str]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    packing: bool,
+    packing: Packing,
 ) -> dict[str, list[list[int]]]:
     """Return rows of token ids from a batch of documents, with end-of-text after each document.
 
@@ -164,9 +165,29 @@ def rows_of_documents(
     for ids in documents:
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-    if packing:
+    if packing == "False":
+        rows = [ids[:max_length] for ids in documents]
+    else:
         stream = [token for ids in documents for token in ids]
         rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
-    else:
-        rows = [ids[:max_length] for ids in documents]
-    return {"input_ids": [row for row in rows if len(row) > 1]}
+    columns = {"input_ids": rows}
+    if packing == "documents":
+        columns["document_lengths"] = lengths_in_rows(map(len, documents), max_length)
+    is_kept = [len(row) > 1 for row in rows]
+    return {name: list(compress(values, is_kept)) for name, values in columns.items()}
+
+
+def lengths_in_rows(document_lengths: Iterable[int], max_length: int) -> list[list[int]]:
+    """Cut documents, given by their lengths, into full rows. Return the lengths of the parts in
+    each row.
+    """
+    rows, space = [], 0
+    for length in document_lengths:
+        while length:
+            if not space:
+                rows.append([])
+                space = max_length
+            rows[-1].append(min(length, space))
+            length -= rows[-1][-1]
+            space -= rows[-1][-1]
+    return rows

@@ -1,6 +1,9 @@
 """Flags for the text to train on and how it is cut into rows."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Packing = Literal["documents", "cross", "False"]
 
 
 @dataclass
@@ -38,16 +41,21 @@ class DataArguments:
         },
     )
     max_length: int = field(default=2048, metadata={"help": "tokens per row"})
-    packing: bool = field(
-        default=True,
+    packing: str = field(
+        default="documents",
         metadata={
-            "help": "join documents with the end-of-text token into full rows; if off, each "
-            "document is one row, cut at --max_length"
+            "help": "how documents, joined with the end-of-text token, fill rows: `documents` do "
+            "not see each other, `cross` lets each see those before it in its row, and with False "
+            "each one is a row of its own, cut at --max_length",
+            "choices": get_args(Packing),
         },
     )
 
     def __post_init__(self) -> None:
         problems = []
+        if self.packing not in get_args(Packing):
+            choices = ", ".join(get_args(Packing))
+            problems.append(f"packing={self.packing}: choose one of {choices}")
         if self.max_length < 2:
             problems.append(f"max_length={self.max_length}: a row needs at least 2 tokens")
         if self.heldout_documents < 0:

@@ -49,17 +49,20 @@ def distillation_forward(
     input_ids_BT: Tensor,
     labels_BT: Tensor,
     attention_mask_BT: Tensor | None,
+    positions_BT: Tensor | None = None,
     change: LogitChange = UNCHANGED,
 ) -> LossTerms:
     """Return a micro-batch's share of the loss of an optimizer step that has `counts` positions.
 
     `student_indices` are the student's hidden states to compare, in order. Calling `teacher`
     returns its states in the same order. Labels are those of `train.loss.targets_at`, with
-    IGNORED_LABEL at padding. `change` is what both models do to the output of their heads.
+    IGNORED_LABEL at padding. With `positions_BT`, which start over at each document of a row,
+    documents do not see each other. `change` is what both models do to the output of their heads.
     """
     # 1. The teacher's hidden states.
+    inputs = (input_ids_BT, attention_mask_BT, positions_BT)
     with torch.no_grad():
-        teacher_states = dict(zip(student_indices, teacher(input_ids_BT, attention_mask_BT)))
+        teacher_states = dict(zip(student_indices, teacher(*inputs)))
 
     # 2. The student's hidden states. Each teacher state is freed once it has been compared.
     is_real_BT = labels_BT != IGNORED_LABEL
@@ -72,7 +75,7 @@ def distillation_forward(
         if j == student_indices[-1]:
             last_pair.extend((student_BTD, teacher_BTD))
 
-    visit_hidden_states(student, student_indices, compare, input_ids_BT, attention_mask_BT)
+    visit_hidden_states(student, student_indices, compare, *inputs)
 
     # 3. What the output heads read at target positions. Logits are only computed inside the loss.
     student_head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
@@ -124,10 +127,8 @@ def install_distillation_forward(
     if not weights.needs_logits and not student.config.tie_word_embeddings:
         student.get_output_embeddings().requires_grad_(False)
 
-    def teacher_forward(
-        self: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> list[Tensor]:
-        return hidden_states_at(self, teacher_indices, input_ids, attention_mask)
+    def teacher_forward(self: PreTrainedModel, *inputs: Tensor | None) -> list[Tensor]:
+        return hidden_states_at(self, teacher_indices, *inputs)
 
     def student_forward(
         self: PreTrainedModel,
@@ -135,19 +136,11 @@ def install_distillation_forward(
         labels: Tensor,
         counts: StepCounts,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> LossTerms:
         active = weights if self.training else weights.for_evaluation()
-        return distillation_forward(
-            self,
-            teacher,
-            student_indices,
-            active,
-            counts,
-            input_ids,
-            labels,
-            attention_mask,
-            change,
-        )
+        inputs = (input_ids, labels, attention_mask, position_ids, change)
+        return distillation_forward(self, teacher, student_indices, active, counts, *inputs)
 
     # Bound methods, which accelerate knows how to wrap.
     teacher.forward = types.MethodType(teacher_forward, teacher)

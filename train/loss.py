@@ -22,7 +22,9 @@ from train.vocabulary_loss import vocabulary_loss
 IGNORED_LABEL = -100
 """Label of a padding position."""
 NO_TARGET = -101
-"""Label of a real position where a masked language model has nothing to predict."""
+"""Label of a real token that is not to be predicted: one that a masked language model sees, or the
+first one of a document that does not see the document before it.
+"""
 SMALLEST_NORM = 1e-8
 """Smaller norms of hidden states are treated as this, to avoid dividing by zero."""
 TERMS = ("cross_entropy", "kl", "cosine")

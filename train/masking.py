@@ -45,10 +45,10 @@ class Masking(NamedTuple):
     ) -> dict[str, Any]:
         """Return a copy of a batch with some tokens hidden and with labels only for those.
 
-        The batch's labels are its tokens, and IGNORED_LABEL at padding. In the result they are
-        NO_TARGET at real positions that are not to be predicted.
+        The batch's labels are IGNORED_LABEL at padding. In the result they are the hidden tokens,
+        and NO_TARGET at real positions that are not to be predicted.
         """
-        input_ids_BT, labels_BT = batch["input_ids"].clone(), batch["labels"].clone()
+        input_ids_BT, labels_BT = batch["input_ids"].clone(), batch["labels"]
         is_real_BT = labels_BT != IGNORED_LABEL
         # Two numbers per real position, row by row, so that padding and splitting change no draw.
         uniform_N2 = torch.rand(int(is_real_BT.sum()), 2, generator=generator)
@@ -59,12 +59,13 @@ class Masking(NamedTuple):
         special = torch.tensor(self.special_ids, device=labels_BT.device)
         is_target_BT = is_real_BT & ~torch.isin(input_ids_BT, special)
         is_target_BT &= draws_BT < share_of_targets
+        hidden_BT = torch.where(is_target_BT, input_ids_BT, NO_TARGET)
         place_BT = draws_BT / share_of_targets
         input_ids_BT[is_target_BT & (place_BT < SHARE_MASKED)] = self.mask_token_id
         is_random_BT = is_target_BT & (place_BT >= SHARE_MASKED)
         is_random_BT &= place_BT < SHARE_MASKED + SHARE_RANDOM
         input_ids_BT[is_random_BT] = others_BT[is_random_BT]
-        labels_BT[is_real_BT & ~is_target_BT] = NO_TARGET
+        labels_BT = torch.where(is_real_BT, hidden_BT, IGNORED_LABEL)
         return batch | {"input_ids": input_ids_BT, "labels": labels_BT}
 
     def hide_step(

@@ -40,6 +40,7 @@ from train.dry_run import plan
 from train.fsdp_config import check_layer_classes
 from train.masking import Masking
 from train.model_args import ModelArguments
+from train.packing import check_separates_documents
 from train.sharding import reads_weights, without_weights
 from train.speed import check_liger_knows
 from train.student import cast_parameters, new_student
@@ -61,6 +62,9 @@ def run(
     """
     with user_errors():
         teacher_config = read_teacher_config(model_args, data_args.max_length)
+        if data_args.packing == "documents":
+            attention, max_length = model_args.attn_implementation, data_args.max_length
+            check_separates_documents(teacher_config, attention, max_length)
         layer_map = model_args.layer_map(teacher_config)
         if model_args.chooses_layers:
             text = text_args.read_calibration()

@@ -131,7 +131,7 @@ def write_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         "dataset": str(folder / "train.jsonl"),
         "eval_dataset": str(folder / "heldout.jsonl"),
         "max_length": ROW_TOKENS,
-        "packing": False,
+        "packing": "False",
     }
 
 

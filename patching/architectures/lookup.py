@@ -114,6 +114,14 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return None if count is None else count(config)
 
 
+def first_position(config: PreTrainedConfig) -> int:
+    """Return the position id of a document's first token, which is 0 for most models. A RoBERTa
+    counts from after its padding token's id, so its table has rows that no token uses.
+    """
+    count = max_positions(config)
+    return 0 if count is None else config.max_position_embeddings - count
+
+
 def read_config(
     parent: Parent, name_or_path: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:

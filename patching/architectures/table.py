@@ -36,6 +36,10 @@ class Architecture:
     """Whether a 4-D attention mask and explicit position ids fully determine what each token sees,
     so that several continuations of one context can share a row.
     """
+    masks_by_position: bool = True
+    """Whether transformers masks attention between documents whose position ids start over. If not,
+    the mask is made in `patching.running.documents`.
+    """
 
     def source_of(self, name: str, recipe: Recipe) -> tuple[Parent, str]:
         """Return the parent of tensor `name` of an assembled model, and the name it has there."""
@@ -76,6 +80,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         head="cls",
         predicts_masked_tokens=True,
         count_positions=_all_positions,
+        masks_by_position=False,
     ),
     "gemma2": LLAMA_LAYOUT,
     "gemma3_text": LLAMA_LAYOUT,
@@ -97,6 +102,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="model.decoder.final_layer_norm",
         between_norm_and_head=("model.decoder.project_out",),
         count_positions=_all_positions,
+        masks_by_position=False,
     ),
     "phi3": LLAMA_LAYOUT,
     "qwen2": LLAMA_LAYOUT,
@@ -107,6 +113,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm=None,
         predicts_masked_tokens=True,
         count_positions=_positions_after_padding,
+        masks_by_position=False,
     ),
     "smollm3": LLAMA_LAYOUT,
     "stablelm": LLAMA_LAYOUT,

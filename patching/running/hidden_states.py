@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patching.architectures.lookup import architecture_of
+from patching.running.documents import separate_documents
 
 
 def visit_hidden_states(
@@ -20,9 +21,13 @@ def visit_hidden_states(
     visit: Callable[[int, Tensor], None],
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
 ) -> None:
     """Run the model without its head and call `visit(j, state_BTD)` for each j in `indices` as soon
     as hidden state j is computed.
+
+    With `positions_BT`, which start over at 0 with each document of a row, documents do not see
+    each other. They take the place of the attention mask.
     """
     layers = model.get_submodule(architecture_of(model.config).layers)
 
@@ -33,9 +38,12 @@ def visit_hidden_states(
         return layers[index].register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [visit_input(index) for index in indices if index < len(layers)]
+    arguments = {"attention_mask": attention_mask_BT}
+    if positions_BT is not None:
+        arguments |= separate_documents(model, positions_BT)
     try:
         last_BTD = model.base_model(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
+            input_ids=input_ids_BT, use_cache=False, **arguments
         ).last_hidden_state
     finally:
         for handle in handles:
@@ -68,8 +76,10 @@ def hidden_states_at(
     indices: Sequence[int],
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor | None = None,
+    positions_BT: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the hidden states `indices`, each of shape (B, T, D), in that sequence."""
     states: dict[int, Tensor] = {}
-    visit_hidden_states(model, indices, states.__setitem__, input_ids_BT, attention_mask_BT)
+    inputs = (input_ids_BT, attention_mask_BT, positions_BT)
+    visit_hidden_states(model, indices, states.__setitem__, *inputs)
     return [states[index] for index in indices]

@@ -1,0 +1,64 @@
+"""Several documents in one row that do not see each other.
+
+Position ids start over with each document of a row, and attention stops at its boundaries. For
+causal models transformers derives the mask from the position ids. Two cases are handled here: flash
+attention, which transformers splits at boundaries only where a batch has a single row, and models
+whose masks ignore position ids, such as encoders.
+
+Shapes: B rows, T positions.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+)
+from transformers.utils.generic import is_flash_attention_requested
+
+from patching.architectures.lookup import architecture_of, first_position
+from patching.architectures.models import predicts_masked_tokens
+
+
+def separate_documents(model: PreTrainedModel, positions_BT: Tensor) -> dict[str, Any]:
+    """Return the arguments of a forward pass in which each document of a row is on its own.
+
+    `positions_BT` count from 0 at the first token of each document. Padding is a document too.
+    """
+    config, is_start_BT = model.config, positions_BT == 0
+    arguments: dict[str, Any] = {"position_ids": positions_BT + first_position(config)}
+    if is_flash_attention_requested(config):
+        return arguments | _flash_arguments(is_start_BT)
+    if not architecture_of(config).masks_by_position:
+        num_rows, length = positions_BT.shape
+        sees = packed_sequence_mask_function(is_start_BT.cumsum(-1))
+        if not predicts_masked_tokens(config):
+            sees = and_masks(causal_mask_function, sees)
+        arguments["attention_mask"] = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+            batch_size=num_rows,
+            q_length=length,
+            kv_length=length,
+            mask_function=sees,
+            allow_is_causal_skip=False,
+            dtype=model.get_input_embeddings().weight.dtype,
+            device=positions_BT.device,
+        )
+    return arguments
+
+
+def _flash_arguments(is_start_BT: Tensor) -> dict[str, Any]:
+    """Return where documents begin and end in the flattened rows, for variable-length kernels."""
+    starts = is_start_BT.flatten().nonzero().flatten().int()
+    boundaries = nn.functional.pad(starts, (0, 1), value=is_start_BT.numel())
+    # The row length is not exact but long enough, and known without waiting for an accelerator.
+    longest = is_start_BT.shape[1]
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
