@@ -119,11 +119,14 @@ class FamilyLM(HFLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
+        """The log-likelihoods of whole texts. A request's arguments are those of `tok_encode`: the
+        string, and whether to add special tokens if that is not left to the tokenizer.
+        """
         missing = self._not_scored(requests)
         windows, owners = [], []
         for request in missing:
             rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
+                token_list=self.tok_encode(*request.args),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,

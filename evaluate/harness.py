@@ -41,13 +41,18 @@ class Harness:
                 task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         limit = self.limit
-        return evaluate(
+        found = evaluate(
             lm=lm,
             task_dict=loaded,
             limit=int(limit) if limit is not None and limit >= 1 else limit,
             log_samples=self.log_samples,
             fewshot_as_multiturn=True,
         )
+        for values in found["results"].values() if found else ():
+            # A metric that is itself a standard error has none.
+            for key in [key for key in values if "_stderr_stderr," in key]:
+                del values[key]
+        return found
 
 
 def as_json(found: Any) -> Any:

@@ -55,11 +55,17 @@ def rows_of(
     """Rows for requests (anything, context, continuation), cut from the left to `max_length`.
 
     Context and continuation share a row with others only if they have at most `longest_to_share`
-    tokens together. Raises ValueError for a continuation that is empty or longer than `max_length`.
+    tokens together. Raises ValueError for a context without tokens, and for a continuation that is
+    empty or longer than `max_length`.
     """
     by_context: dict[Tokens, dict[Tokens, list[Owner]]] = {}
     num_cut = 0
     for i, (_, context, continuation) in enumerate(requests):
+        if not context:
+            raise ValueError(
+                "a context has no tokens: lm-eval moves white space at its end to the continuation, "
+                "so a context of white space alone cannot be scored"
+            )
         if not 0 < len(continuation) <= max_length:
             raise ValueError(
                 f"a continuation has {len(continuation)} tokens, but the model scores 1 to "

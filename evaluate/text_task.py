@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset
+from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ def task_of_texts(
     one, and a line for the user if texts had to be cut.
     """
     if not predicts_masked_tokens(config):
-        ids = tokenizer(list(texts), verbose=False)["input_ids"]  # as lm-eval does
+        ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return text_task(name, texts, map(len, ids), "perplexity"), None
     encoded = encode(texts, tokenizer, config)
     task = text_task(name, texts, (len(text.positions) for text in encoded), METRIC)
@@ -31,9 +32,19 @@ def task_of_texts(
     return task, line and f"{name}: {line}"
 
 
+class TextTask(ConfigurableTask):
+    """Asks for the log-likelihood of each text's own tokens. Those that the tokenizer adds around a
+    text are context, not text.
+    """
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
+        arguments = (doc["text"], False)  # the string, and whether to add special tokens
+        return Instance(self.OUTPUT_TYPE, doc, arguments, 0, metadata=kwargs["metadata"])
+
+
 def text_task(
     name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str
-) -> ConfigurableTask:
+) -> TextTask:
     """A task that asks for each text's log-likelihood. Its metrics are exp(mean loss per token) and
     the standard error of that over texts.
 
@@ -53,7 +64,7 @@ def text_task(
         return dict.fromkeys(aggregations, (results[0], doc["num_tokens"]))
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no advice on task files
-    return ConfigurableTask(
+    return TextTask(
         config={
             "task": name,
             "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},

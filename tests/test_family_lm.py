@@ -215,6 +215,16 @@ def test_an_empty_continuation_is_rejected():
         rows_for(family_model("llama"), [([1, 2], [])])
 
 
+@pytest.mark.parametrize("context", [" ", "\n", " \n "])
+def test_a_context_of_white_space_is_rejected_as_by_hflm(context):
+    lm = family_model("llama")
+    requests = instances("loglikelihood", [("other", " row"), (context, "text")])
+    with pytest.raises(AssertionError):
+        reference_lm(lm.model).loglikelihood(requests, True)
+    with pytest.raises(ValueError, match="a context has no tokens"):
+        lm.loglikelihood(requests, True)
+
+
 @pytest.mark.parametrize("model_type", ["bloom", "qwen3"])
 def test_a_single_model_may_be_of_any_architecture(model_type):
     if model_type == "bloom":

@@ -9,6 +9,7 @@ import torch
 from conftest import byte_tokenizer, run_module, save_pair, tiny_model
 from lm_eval.api.metrics import weighted_perplexity
 from masked_models import NUM_POSITIONS, encoder_config, texts_of, tiny_distilbert, word_tokenizer
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from evaluate.arguments import TextArguments
@@ -16,6 +17,7 @@ from evaluate.evaluate import main
 from evaluate.family import SingleModel
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.pseudo_perplexity import encode, score_members, stderr_of_perplexity
+from evaluate.result import read_results
 from evaluate.text_task import text_task
 from patching.architectures.distilbert import as_bert
 from patching.assemble import assemble
@@ -145,6 +147,42 @@ def test_a_causal_familys_perplexity_is_that_of_each_next_token(tmp_path):
             total += log_p.gather(-1, ids[0, 1:, None]).sum().item()
             num_tokens += ids.shape[1] - 1
         assert scores["family", k] == pytest.approx(math.exp(-total / num_tokens), rel=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_that_a_tokenizer_adds_do_not_count(tmp_path):
+    """Perplexity is that of the text, also where the tokenizer puts a token before it."""
+    save_pair(tmp_path, "gpt2")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<eos>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    for name in ("teacher", "student"):
+        tokenizer.save_pretrained(tmp_path / name)
+    texts = ["first text", "a second one, longer " * 12]  # more than the model reads at once
+    (tmp_path / "t.txt").write_text("\n\n".join(texts))
+    flags = ["--dataset", str(tmp_path / "t.txt"), "--num_layers_to_patch", "2"]
+    main(command(tmp_path, tmp_path / "out", *flags))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    total, num_tokens = 0.0, 0
+    for text in map(str.strip, texts):
+        ids = [tokenizer.bos_token_id, *byte_tokenizer()(text)["input_ids"]]
+        for start in range(0, len(ids) - 1, 128):
+            # A window is as long as the model reads. Its last token is predicted, but not read.
+            stop = min(start + 128, len(ids) - 1)
+            first = max(0, stop - 128)
+            log_p = model(torch.tensor([ids[first:stop]])).logits.double().log_softmax(-1)[0]
+            targets = torch.tensor(ids[start + 1 : stop + 1])
+            total += log_p[start - first :].gather(-1, targets[:, None]).sum().item()
+        num_tokens += len(ids) - 1
+    (score,) = scores_in(tmp_path / "out", "perplexity").values()
+    assert score == pytest.approx(math.exp(-total / num_tokens), rel=1e-4)
+    (result,) = read_results(tmp_path / "out").values()
+    assert {key for key in result.results["t"] if "," in key} == {
+        "perplexity,none", "perplexity_stderr,none",
+    }  # fmt: skip
 
 
 def test_a_limit_takes_the_first_documents(tmp_path):
