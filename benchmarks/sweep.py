@@ -7,6 +7,9 @@ is compared with lm-eval's HFLM on one model after another, task by task in the 
 with one `lm_eval` command per size on saved checkpoints.
 
     python -m benchmarks.sweep --student demo_output/student
+
+With `--vocabulary 151936 --length 4096` it measures one task instead: rolling log-likelihoods of
+rows of that many tokens, by a random pair with that vocabulary.
 """
 
 import argparse
@@ -48,19 +51,35 @@ ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "examples" / "stdlib" / "teacher"
 MIB = 2**20
 CONTEXT_CHARACTERS, CHOICE_CHARACTERS = 720, 60
+ROLLING = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": f"{{{{text[:{CONTEXT_CHARACTERS}]}}}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": 0,
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc"}],
+}
 
 
-def random_pair(folder: Path) -> tuple[Path, Path]:
-    """Save a teacher and a student with the demo's tokenizer, kept layers 0,2,...,22,23 of 24."""
+def random_pair(folder: Path, vocab_size: int = 4096, length: int = 1024) -> tuple[Path, Path]:
+    """Save a teacher and a student with the demo's tokenizer, kept layers 0,2,...,22,23 of 24. They
+    read `length` tokens at once.
+    """
     config = Qwen3Config(
-        vocab_size=4096,
+        vocab_size=vocab_size,
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=24,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        max_position_embeddings=1024,
+        max_position_embeddings=length,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
@@ -90,6 +109,10 @@ def write_random_pairs_tasks(folder: Path, num_documents: int) -> None:
         {"text": cut(piece), "choices": [cut(CHOICE_CHARACTERS) for _ in range(4)]}
         for _ in range(num_documents)
     ]
+    write_tasks_of(folder, documents, {"rolling": ROLLING, "choice": CHOICE})
+
+
+def write_tasks_of(folder: Path, documents: list[dict], tasks: dict[str, dict]) -> None:
     folder.mkdir()
     data = (folder / "documents.jsonl").resolve()
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
@@ -98,24 +121,17 @@ def write_random_pairs_tasks(folder: Path, num_documents: int) -> None:
         "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test",
     }
-    tasks = {
-        "rolling": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "bits_per_byte"}],
-        },
-        "choice": {
-            "output_type": "multiple_choice",
-            "doc_to_text": f"{{{{text[:{CONTEXT_CHARACTERS}]}}}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": 0,
-            "target_delimiter": "",
-            "metric_list": [{"metric": "acc"}],
-        },
-    }
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | task | shared))
+
+
+def write_long_texts_task(folder: Path, num_documents: int, num_characters: int) -> None:
+    """Write a task with texts of that many characters, made of modules one after the other."""
+    text = "".join(module.text for module in iter_modules())
+    documents = [
+        {"text": text[i * num_characters : (i + 1) * num_characters]} for i in range(num_documents)
+    ]
+    write_tasks_of(folder, documents, {"rolling": ROLLING})
 
 
 def seconds(run: Callable[..., None], *arguments: object) -> float:
@@ -284,7 +300,22 @@ def hush() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
+def large_vocabulary(settings: argparse.Namespace) -> None:
+    """Compare long rows and a large vocabulary, in both orders."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pair = random_pair(folder, settings.vocabulary, settings.length)
+        # The demo's tokens have fewer than 6 characters on average, so each text fills a row.
+        write_long_texts_task(folder / "tasks", settings.num_documents, 6 * settings.length)
+        for order in ("last", "first"):
+            what = f"24 layers, {settings.vocabulary:,} tokens, rows of {settings.length:,}"
+            in_one_process(what, open_family(*pair, order), folder / "tasks", ["rolling"], settings)
+
+
 def main(settings: argparse.Namespace) -> None:
+    if settings.vocabulary:
+        large_vocabulary(settings)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pair = random_pair(folder)
@@ -317,6 +348,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--num_documents", type=int, default=12, help="documents in each task of the random pair"
     )
+    parser.add_argument(
+        "--vocabulary", type=int, help="measure long rows by a random pair with this vocabulary"
+    )
+    parser.add_argument("--length", type=int, default=4096, help="tokens in each of those rows")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     hush()

@@ -7,7 +7,7 @@ Shapes: B rows, T positions, N selected positions, P scored tokens, V vocabulary
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from evaluate.devices import share_out
 from evaluate.request_rows import Row, batch_of, rows_of, take_batch
 from patching.architectures.lookup import architecture_of
-from patching.running.chunks import CHUNK_LOGITS, slices
-from patching.running.prefix_tree import PrefixTree
+from patching.running.chunks import CHUNK_LOGITS, log_normalizers
+from patching.running.prefix_tree import PrefixTree, returning, whole_rows
 
 AUTO_TOKENS = 2**14
 """Tokens in the first batch under `batch_size="auto"`, halved each time memory runs out."""
@@ -44,17 +44,17 @@ class SingleModel:
     ) -> Iterator[tuple[str, slice, Tensor]]:
         """The model's logits at some positions of a batch, as `PrefixTree.logits` gives them."""
         ((name, model),) = self.models.items()
-        head = model.get_output_embeddings()
-
-        def select(_head, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0].flatten(0, 1)[positions_N][None],)
-
-        with head.register_forward_pre_hook(select) if head is not None else nullcontext():
-            logits_NV = model(**inputs, use_cache=False).logits.flatten(0, 1)
-        if len(logits_NV) != len(positions_N):  # this architecture does not call `head`
-            logits_NV = logits_NV[positions_N]
-        for chunk in slices(len(positions_N), CHUNK_LOGITS // logits_NV.shape[-1]):
-            yield name, chunk, logits_NV[chunk]
+        base = model.base_model
+        output = base(**inputs, use_cache=False)
+        row_length = inputs["input_ids"].shape[1]
+        ids_N = inputs["input_ids"].flatten()[positions_N]
+        step = max(1, CHUNK_LOGITS // model.config.vocab_size)
+        for chunk in whole_rows(len(positions_N), step, row_length):
+            shape = (-1, min(row_length, chunk.stop - chunk.start))
+            selected_BTD = output[0].flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)
+            # What follows the layers is the architecture's own, at these positions alone.
+            with returning(base, replace(output, last_hidden_state=selected_BTD)):
+                yield name, chunk, model(ids_N[chunk].view(shape)).logits.flatten(0, 1)
 
 
 class ContinuationScore(NamedTuple):
@@ -207,9 +207,12 @@ class FamilyLM(HFLM):
         for name, chunk, logits_NV in self.tree.logits(batch.inputs, batch.positions_N):
             is_here_P = (batch.places_P >= chunk.start) & (batch.places_P < chunk.stop)
             places, tokens = batch.places_P[is_here_P] - chunk.start, batch.tokens_P[is_here_P]
-            logits_NV = logits_NV.float()
-            log_p = logits_NV[places, tokens] - logits_NV.logsumexp(-1)[places]
-            is_miss = logits_NV.argmax(-1)[places] != tokens
+            log_sum_N, greatest_N = log_normalizers(logits_NV)
+            logits_P = logits_NV[places, tokens].float()
+            log_p = logits_P - log_sum_N[places]
+            is_miss = logits_P < greatest_N[places]
+            hits = (~is_miss).nonzero()[:, 0]  # of equal logits the first one is the greedy choice
+            is_miss[hits] = logits_NV[places[hits]].argmax(-1) != tokens[hits]
             owners = owners_P[is_here_P.cpu()]
             log_likelihoods[name].index_add_(0, owners, log_p.cpu().double())
             num_misses[name].index_add_(0, owners, is_miss.cpu().float())

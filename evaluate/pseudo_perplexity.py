@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from evaluate.family import SingleModel
 from patching.architectures.lookup import max_positions
 from patching.architectures.models import predicts_masked_tokens
+from patching.running.chunks import log_normalizers
 from patching.running.prefix_tree import PrefixTree
 
 TOKENS_PER_BATCH = 2**14
@@ -153,8 +154,8 @@ def score_members(
             positions_R = torch.arange(num_rows) * row_length + copies.positions_R
             targets_R1 = copies.targets_R.to(device)[:, None]
             for name, chunk, logits_RV in tree.logits(inputs, positions_R.to(device)):
-                log_p_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
-                log_p_R = log_p_RV.gather(-1, targets_R1[chunk])[:, 0]
+                log_sum_R, _ = log_normalizers(logits_RV)
+                log_p_R = logits_RV.gather(-1, targets_R1[chunk])[:, 0].float() - log_sum_R
                 sums[name].index_add_(0, copies.text_indices_R[chunk], log_p_R.double().cpu())
             progress.update(num_rows)
     return {

@@ -63,8 +63,8 @@ def rows_of(
     for i, (_, context, continuation) in enumerate(requests):
         if not context:
             raise ValueError(
-                "a context has no tokens: lm-eval moves white space at its end to the continuation, "
-                "so a context of white space alone cannot be scored"
+                "a context has no tokens: lm-eval moves white space at the end of a context to the "
+                "continuation, so a context of white space alone cannot be scored"
             )
         if not 0 < len(continuation) <= max_length:
             raise ValueError(

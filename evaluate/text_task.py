@@ -42,9 +42,7 @@ class TextTask(ConfigurableTask):
         return Instance(self.OUTPUT_TYPE, doc, arguments, 0, metadata=kwargs["metadata"])
 
 
-def text_task(
-    name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str
-) -> TextTask:
+def text_task(name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str) -> TextTask:
     """A task that asks for each text's log-likelihood. Its metrics are exp(mean loss per token) and
     the standard error of that over texts.
 

@@ -109,18 +109,33 @@ def test_states_are_kept_only_where_members_diverge(small_pair, monkeypatch):
     teacher, student = small_pair
     tree = PrefixTree(family(LAYER_MAP, "last"), teacher=teacher, student=student)
     most = 0
-    run = prefix_tree._run
+    run = prefix_tree._run_layers
 
-    def watched(model, inputs, positions, states, *others):
+    def watched(model, layers, inputs, states, *others):
         nonlocal most
-        logits = run(model, inputs, positions, states, *others)
+        output = run(model, layers, inputs, states, *others)
         most = max(most, len(states))
-        return logits
+        return output
 
-    monkeypatch.setattr(prefix_tree, "_run", watched)
+    monkeypatch.setattr(prefix_tree, "_run_layers", watched)
     gather(tree, {"input_ids": torch.arange(6)[None]}, torch.tensor([5]))
-    # k = 0 and 1 diverge after student layer 1, k = 2 shares nothing: one state and a member's end.
-    assert most == 2
+    assert most == 1  # k = 0 and 1 diverge after student layer 1, k = 2 shares nothing
+
+
+@pytest.mark.parametrize("chunk", [5, 33])
+def test_norm_and_head_run_once_at_the_selected_positions(small_pair, monkeypatch, chunk):
+    monkeypatch.setattr(prefix_tree, "CHUNK_LOGITS", chunk * 257)
+    teacher, student = small_pair
+    tree = PrefixTree(family(LAYER_MAP, "first"), teacher=teacher, student=student)
+    num_rows = Counter()
+    for model in tree.models.values():
+        for module in (model.model.norm, model.lm_head):
+            module.register_forward_pre_hook(
+                lambda module, args: num_rows.update({module: args[0][..., 0].numel()})
+            )
+    inputs = {"input_ids": torch.arange(2 * 16).view(2, 16)}
+    gather(tree, inputs, torch.arange(31))
+    assert num_rows.keys() and set(num_rows.values()) == {31}
 
 
 def test_the_models_are_left_unchanged(small_pair):

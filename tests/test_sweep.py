@@ -316,6 +316,22 @@ def test_everything_a_family_can_be_compared_with(pair_folders, tasks, tmp_path)
     assert "\n| smaller |" in (out / "summary.md").read_text()
 
 
+def test_compared_models_and_the_family_are_scored_by_one_arithmetic(pair_folders, tasks, tmp_path):
+    """Also in bfloat16, where lm-eval itself rounds every log-probability."""
+    settings = {"num_layers_to_patch": 2, "tasks": "choice,rolling", "include_path": tasks}
+    settings |= {"dtype": "bfloat16", "compare": pair_folders[0]}
+    main([*flags(pair_folders, tmp_path, **settings), "--log_samples"])
+    for task in ("choice", "rolling"):
+        answers = []
+        for name in ("family_k2", "compare_teacher"):
+            path = tmp_path / "samples" / name / f"samples_{task}.jsonl"
+            answers.append([json.loads(line)["resps"] for line in path.read_text().splitlines()])
+        assert answers[0] == answers[1]
+        first = answers[0][0][0][0]
+        log_p = float(first[0] if isinstance(first, list) else first)
+        assert torch.tensor(log_p).bfloat16().item() != log_p
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,6 +1,12 @@
-"""How many logits are held in memory at once, and how to cut a range into chunks of that size."""
+"""Logits in chunks that fit in memory, and their softmax in chunks that fit in a CPU's caches.
+
+Shapes: N tokens, V vocabulary.
+"""
 
 from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 CHUNK_LOGITS = 2**26
 """Logits that exist at once, per model."""
@@ -14,3 +20,19 @@ def slices(length: int, step: int) -> Iterator[slice]:
     """Cut range(length) into consecutive slices of `step` entries, of at least one each."""
     step = max(1, step)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def log_normalizers(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(sum(exp(logits))) and the greatest logit of each token, both fp32 of shape (N,).
+
+    A log-probability is a logit minus the first of these.
+    """
+    at_once = CPU_SOFTMAX_LOGITS if logits_NV.device.type == "cpu" else CHUNK_LOGITS
+    parts = []
+    for rows in slices(len(logits_NV), at_once // logits_NV.shape[-1]):
+        part_NV = logits_NV[rows].float()
+        greatest_N1 = part_NV.amax(-1, keepdim=True)
+        sums_N = torch.sub(part_NV, greatest_N1).exp_().sum(-1)
+        parts.append((sums_N.log() + greatest_N1[:, 0], greatest_N1[:, 0]))
+    log_sums, greatest = zip(*parts)
+    return torch.cat(log_sums), torch.cat(greatest)

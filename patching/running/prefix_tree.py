@@ -10,7 +10,7 @@ Shapes: B rows, T positions, N selected positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from patching.architectures.lookup import architecture_of
 from patching.assemble import assemble
 from patching.recipe import Recipe
-from patching.running.chunks import CHUNK_LOGITS
+from patching.running.chunks import CHUNK_LOGITS, slices
 
 LayerPath = tuple[Any, ...]
 """The embedding's parent and the sources of some first layers. Equal paths have equal states."""
@@ -40,7 +40,10 @@ class PrefixTree:
             name: assemble(recipe, teacher=teacher, student=student)
             for name, recipe in recipes.items()
         }
-        self._parts = {name: _parts_of(model) for name, model in self.models.items()}
+        self._layers = {
+            name: model.get_submodule(architecture_of(model.config).layers)
+            for name, model in self.models.items()
+        }
         # Depth first: members next to each other share the longest prefixes.
         self.names = sorted(recipes, key=lambda name: _path(recipes[name]))
         self.paths = paths = [_path(recipes[name]) for name in self.names]
@@ -77,21 +80,10 @@ class PrefixTree:
         """
         for name, states, resume_at, keep in self._walk():
             model = self.models[name]
-            end = model.config.num_hidden_layers
+            output = _run_layers(model, self._layers[name], inputs, states, resume_at, keep)
             step = max(1, CHUNK_LOGITS // model.config.vocab_size)
-            for start in range(0, len(positions_N), step):
-                chunk = slice(start, min(start + step, len(positions_N)))
-                logits_NV = _run(
-                    model,
-                    inputs,
-                    positions_N[chunk],
-                    states,
-                    resume_at,
-                    keep | {end},
-                    self._parts[name],
-                )
+            for chunk, logits_NV in self._after_layers(name, inputs, output, positions_N, step):
                 yield name, chunk, logits_NV
-                resume_at = end
 
     @torch.no_grad()
     def head_inputs(
@@ -108,13 +100,42 @@ class PrefixTree:
         """
         for name, states, resume_at, keep in self._walk(known):
             model = self.models[name]
+            output = _run_layers(model, self._layers[name], inputs, states, resume_at, keep)
             head, head_inputs = model.get_output_embeddings(), []
             head.forward = lambda hidden, seen=head_inputs: seen.append(hidden) or hidden
             try:
-                _run(model, inputs, positions_N, states, resume_at, keep, self._parts[name])
+                for _ in self._after_layers(name, inputs, output, positions_N, len(positions_N)):
+                    pass
             finally:
                 del head.forward
-            yield name, head_inputs[0].flatten(0, 1)[: len(positions_N)]
+            yield name, torch.cat([hidden_BTD.flatten(0, 1) for hidden_BTD in head_inputs])
+
+    def _after_layers(
+        self,
+        name: str,
+        inputs: Mapping[str, Tensor],
+        output: Any,
+        positions_N: Tensor,
+        step: int,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield what the model returns at some positions, given its last layer's output, in chunks
+        of at most `step` positions.
+
+        The model runs on the chunk's positions alone, as rows no longer than those of `inputs`, and
+        its layers return their output there.
+        """
+        ids_N = inputs["input_ids"].flatten()[positions_N]
+        row_length = inputs["input_ids"].shape[1]
+        state_BTD = output if isinstance(output, Tensor) else output[0]
+        for chunk in whole_rows(len(positions_N), step, row_length):
+            shape = (-1, min(row_length, chunk.stop - chunk.start))
+            selected_BTD = state_BTD.flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)
+            with ExitStack() as undo:
+                for layer in self._layers[name]:
+                    like = selected_BTD if isinstance(output, Tensor) else (selected_BTD,)
+                    undo.enter_context(returning(layer, like))
+                returned = self.models[name](ids_N[chunk].view(shape), use_cache=False)
+            yield chunk, returned.logits.flatten(0, 1)
 
     def _walk(
         self, known: MutableMapping[LayerPath, Any] | None = None
@@ -151,48 +172,69 @@ def _shared_depth(a: tuple, b: tuple) -> int:
     return max(0, shared - 1)
 
 
-def _parts_of(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
-    """Return the layers and the module that reads their output: the final norm, or the head in
-    models without one.
+def whole_rows(length: int, step: int, row_length: int) -> Iterator[slice]:
+    """Cut range(length) into slices of at most `step` entries, each of whole rows or shorter than
+    a row.
     """
-    architecture = architecture_of(model.config)
-    modules = dict(model.named_modules())
-    return modules[architecture.layers], modules.get(
-        architecture.norm, model.get_output_embeddings()
-    )
+    if step < row_length:
+        yield from slices(length, step)
+        return
+    whole = length - length % row_length
+    yield from slices(whole, step - step % row_length)
+    if whole < length:
+        yield slice(whole, length)
 
 
-def _run(
+class _LayersDone(Exception):
+    """Ends a forward pass after the last layer."""
+
+
+def _run_layers(
     model: PreTrainedModel,
+    layers: nn.ModuleList,
     inputs: Mapping[str, Tensor],
-    positions_N: Tensor,
     states: dict[int, Any],
     resume_at: int,
     keep: Collection[int],
-    parts: tuple[nn.ModuleList, nn.Module],
-) -> Tensor:
-    """Return the logits (N, V) at some positions, running the model from layer `resume_at` on.
+) -> Any:
+    """Run the model from layer `resume_at` to its last layer; return the output of that.
 
     `states[j]` is the output of layer j - 1 as that layer returns it. Those at the depths `keep`
-    are added. `parts` is the result of `_parts_of`.
+    are added.
     """
-    layers, after_layers = parts
-    num_positions, row_length = len(positions_N), inputs["input_ids"].shape[1]
-    # Fill up whole rows, because some architectures restore the input's shape after the norm.
-    filled = nn.functional.pad(positions_N, (0, -num_positions % row_length))
+    end = len(layers)
+    if resume_at == end:
+        return states[end]
+    outputs = {}
 
-    def select(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1)[filled].unflatten(0, (-1, row_length)),)
+    def add(depth: int, output: Any) -> None:
+        outputs[depth] = output
+        if depth == end:
+            raise _LayersDone
 
     with ExitStack() as undo:
         for layer in layers[:resume_at]:
-            layer.forward = lambda *_, **__: states[resume_at]
-            undo.callback(delattr, layer, "forward")
-        for depth in (depth for depth in keep if depth > resume_at):
-            hook = layers[depth - 1].register_forward_hook(
-                lambda _layer, _args, output, depth=depth: states.__setitem__(depth, output)
-            )
-            undo.callback(hook.remove)
-        undo.callback(after_layers.register_forward_pre_hook(select).remove)
-        logits = model(**inputs, use_cache=False).logits
-    return logits.flatten(0, 1)[:num_positions]
+            undo.enter_context(returning(layer, states[resume_at]))
+        for depth in {*keep, end}:
+            if depth > resume_at:
+                hook = layers[depth - 1].register_forward_hook(
+                    lambda _layer, _args, output, depth=depth: add(depth, output)
+                )
+                undo.callback(hook.remove)
+        with suppress(_LayersDone):
+            model(**inputs, use_cache=False)
+    states |= {depth: output for depth, output in outputs.items() if depth in keep}
+    return outputs[end]
+
+
+@contextmanager
+def returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Make a module return this output during the block, instead of computing one."""
+    before = vars(module).get("forward")  # that of a module on several devices has hooks
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
