@@ -30,9 +30,8 @@ from transformers.utils import logging
 from patching.architectures.config import config_for
 from patching.blocks import LayerMap, default_kept_layers
 from patching.checkpoints.layout import layout_of, tensors_of
-from patching.checkpoints.splice import generation_config_of, plan_splice
-from patching.family import MAX_SHARD_BYTES, Family
-from patching.files.outputs import new_folder
+from patching.checkpoints.save import plan_save
+from patching.family import Family
 from patching.recipe import initial_student, whole_model
 from patching.running.peak_memory import peak_resident_bytes
 from patching.student_config import StudentConfig
@@ -83,15 +82,7 @@ def make_pair(folder: Path) -> Parents:
 def splice(parents: Parents, num_layers_to_patch: int, out: Path) -> None:
     """Save a complete checkpoint by copying bytes."""
     family = Family.from_pretrained(*parents)
-    recipe = family.recipe(num_layers_to_patch)
-    references = family.parents.references
-    plan = plan_splice(
-        recipe, family.configs, family.layouts, references, family.dtype, MAX_SHARD_BYTES
-    )
-    with new_folder(out) as folder:
-        plan.write(folder)
-        generation_config_of(references[recipe.embedding]).save_pretrained(folder)
-        plan.config.save_pretrained(folder)
+    plan_save(family, family.patched_layers(num_layers_to_patch), out).save(out, out.name, {})
 
 
 def straightforward(parents: Parents, num_layers_to_patch: int, out: Path) -> None:

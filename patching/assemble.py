@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from patching.architectures.checks import check_recipe
 from patching.architectures.config import config_for
 from patching.architectures.lookup import architecture_of
 from patching.architectures.models import empty_model
+from patching.checkpoints.generation_settings import filled
 from patching.recipe import Parent, Recipe
 
 
@@ -77,7 +78,9 @@ def assemble(
     if config.tie_word_embeddings:
         model.tie_weights()
     if base.can_generate():
-        model.generation_config = copy.deepcopy(base.generation_config)
+        settings = [parents[name].generation_config.to_dict() for name in sorted(parents)]
+        # The teacher's, which comes last, decides above all where text ends.
+        model.generation_config = GenerationConfig.from_dict(filled(settings[-1], settings[0]))
     return model.eval()
 
 

@@ -18,12 +18,18 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from patching.architectures.checks import check_parents_match
 from patching.architectures.config import config_for
 from patching.assemble import assemble
 from patching.blocks import LayerMap, Order, as_layer_list
+from patching.checkpoints.companions import generation_config_of_members
 from patching.checkpoints.layout import Layout, layout_of
 from patching.checkpoints.sizes import Size, deepest_that_fits, size_of
 from patching.parents import Model, Parents
@@ -174,6 +180,11 @@ class Family:
         """
         recipe = self.recipe(num_layers_to_patch, **size)
         model = assemble(recipe, **self.parents.load(recipe.parents))
+        settings = None
+        if model.can_generate():
+            settings = generation_config_of_members(self.parents)
+        if settings is not None:
+            model.generation_config = GenerationConfig.from_dict(settings)
         return dispatch(model) if self.parents.device_map else model
 
     def with_order(self, order: Order) -> "Family":

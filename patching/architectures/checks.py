@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patching.architectures.config import depth_field
 from patching.architectures.lookup import architecture_of
+from patching.architectures.older_spellings import rotary_settings
 from patching.architectures.table import MAY_DIFFER
 from patching.recipe import Parent, Recipe
 
@@ -69,6 +70,8 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
             "model: a student must have been distilled from this teacher"
         )
     student_values, teacher_values = student.to_dict(), teacher.to_dict()
+    for values in (student_values, teacher_values):
+        values["rope_parameters"] = rotary_settings(values.get("rope_parameters"))
     # No forward pass reads a field that the class does not declare.
     declared = set(type(teacher)().to_dict())
     names = declared - MAY_DIFFER - {depth_field(teacher)}

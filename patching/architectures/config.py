@@ -7,7 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from patching.architectures.table import ARCHITECTURES, MAY_DIFFER, PER_LAYER_LISTS
+from patching.architectures.table import (
+    ARCHITECTURES,
+    MAY_DIFFER,
+    PER_LAYER_LISTS,
+    SIZES_OF_EMBEDDINGS,
+)
 from patching.recipe import Parent, Recipe
 
 
@@ -16,7 +21,8 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
 
     Depth, per-layer entries and tying follow the recipe. Embedding and head stay tied only if one
     tied model supplies both. Otherwise the config must say that they are not tied, or every loader
-    would tie them again and silently change the model.
+    would tie them again and silently change the model. All other fields are the teacher's where its
+    config is given.
 
     Raises ValueError if a parent lacks a layer of the recipe, or if a per-layer list is in the
     config of only one parent.
@@ -27,8 +33,10 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
                 f"the recipe takes layer {layer_idx} of the {parent}, which has layers "
                 f"0-{parents[parent].num_hidden_layers - 1}"
             )
-    base = parents[recipe.embedding]
+    embedding = parents[recipe.embedding]
+    base = parents.get("teacher", embedding)
     values = base.to_dict()
+    values |= {name: getattr(embedding, name) for name in SIZES_OF_EMBEDDINGS if name in values}
     if base.model_type not in ARCHITECTURES:
         for parent in recipe.parents:
             _check_lists(parents[parent])
@@ -56,7 +64,9 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     if values.get("mlp_only_layers") is not None and "decoder_sparse_step" in values:
         values["mlp_only_layers"] = [i for i, dense in enumerate(follow(_is_dense)) if dense]
         values["decoder_sparse_step"] = 1
-    values["tie_word_embeddings"] = recipe.embedding == recipe.head and base.tie_word_embeddings
+    values["tie_word_embeddings"] = (
+        recipe.embedding == recipe.head and embedding.tie_word_embeddings
+    )
     return type(base).from_dict(values)
 
 

@@ -122,6 +122,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Config fields with one entry per layer. An entry moves with its layer."""
 
+SIZES_OF_EMBEDDINGS = ("type_vocab_size",)
+"""Config fields that size a table which moves with the embedding. Parents may differ in them."""
+
 LAYERS_THAT_SHARE = ("num_kv_shared_layers", "per_layer_config")
 """Config fields that tie a layer to other layers or to its position. They must not be set."""
 
@@ -152,7 +155,7 @@ MAY_DIFFER = frozenset(PreTrainedConfig().to_dict()) | {
     "summary_proj_to_labels",
     "summary_type",
     "summary_use_proj",
-    "type_vocab_size",  # the table it sizes moves with the embedding
+    *SIZES_OF_EMBEDDINGS,
     # Fields that `config_for` computes for each recipe.
     "tie_word_embeddings",
     "max_window_layers",

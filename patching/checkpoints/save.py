@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from patching.architectures.models import predicts_masked_tokens
 from patching.assemble import assemble
+from patching.checkpoints.companions import Companions, plan_companions
 from patching.checkpoints.model_card import FILE_NAME as CARD_FILE_NAME
 from patching.checkpoints.model_card import model_card, origin_of
 from patching.checkpoints.sizes import Size
-from patching.checkpoints.splice import OtherLayout, Splice, generation_config_of, plan_splice
+from patching.checkpoints.splice import OtherLayout, Splice, plan_splice
 from patching.family import MAX_SHARD_BYTES, Family
 from patching.files.outputs import (
     check_space,
@@ -39,6 +39,7 @@ class SavePlan:
     patched_layers: frozenset[int]
     recipe: Recipe
     size: Size
+    companions: Companions
     weights: Splice | PreTrainedModel
     """A plan to copy bytes, or the model if its parents have to be loaded."""
     reason_to_load: str | None
@@ -76,7 +77,8 @@ class SavePlan:
         }
         if isinstance(weights, Splice):
             weights.write(folder)
-        family.tokenizer.save_pretrained(folder)
+        else:
+            _write_weights(weights, folder, self.max_shard_bytes)
         config = family.configs["teacher"]
         write_text(folder / CARD_FILE_NAME, model_card(title, recipe, self.size, origins, config))
         provenance: dict[str, Any] = {
@@ -91,15 +93,15 @@ class SavePlan:
             "environment": environment(),
         }
         write_json(folder / PROVENANCE_FILE_NAME, provenance)
-        if isinstance(weights, Splice):
-            if not predicts_masked_tokens(config):
-                generation_config_of(references[recipe.embedding]).save_pretrained(folder)
-            weights.config.save_pretrained(folder)
-            return
-        try:
-            weights.save_pretrained(folder, max_shard_size=self.max_shard_bytes)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
+        self.companions.write(folder)
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, max_shard_bytes: int) -> None:
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
+    (folder / "config.json").unlink()  # the companions' comes last
 
 
 def plan_save(
@@ -107,8 +109,12 @@ def plan_save(
     patched_layers: frozenset[int],
     folder: Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SavePlan:
     """Plan the checkpoint of the member with these patched layers, in the family's dtype.
+
+    `tokenizer` is written only if the teacher has no files of one, as a model in memory that does
+    not say where it came from.
 
     Raises ValueError if the parents' weights are damaged, incomplete or disagree with their
     configs, if the tokenizer is missing, or if there is too little space for the weights in
@@ -116,19 +122,26 @@ def plan_save(
     """
     recipe = patched_model(family.layer_map, patched_layers)
     size = family.size(recipe, max_shard_bytes)
-    _ = family.tokenizer
     check_space(folder, size.bytes_on_disk)
     reason = None
+    parents = family.parents
     try:
         weights = plan_splice(
             recipe,
             family.configs,
             family.layouts,
-            family.parents.references,
+            parents.references,
             family.dtype,
             max_shard_bytes,
         )
+        model_class = weights.model_class
     except OtherLayout as error:
         reason = str(error)
-        weights = assemble(recipe, **family.parents.load(recipe.parents))
-    return SavePlan(family, patched_layers, recipe, size, weights, reason, max_shard_bytes)
+        weights = assemble(recipe, **parents.load(recipe.parents))
+        model_class = type(weights)
+    companions = plan_companions(
+        parents, family.config(recipe), model_class, family.dtype, tokenizer
+    )
+    return SavePlan(
+        family, patched_layers, recipe, size, companions, weights, reason, max_shard_bytes
+    )

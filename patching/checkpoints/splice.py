@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -20,6 +20,7 @@ from patching.architectures.checks import check_recipe
 from patching.architectures.config import config_for
 from patching.architectures.models import empty_model
 from patching.checkpoints.layout import DTYPE_NAMES, Layout, tensors_of
+from patching.checkpoints.parent_files import read_json
 from patching.checkpoints.safetensors_files import (
     ITEM_BYTES,
     StoredTensor,
@@ -29,6 +30,7 @@ from patching.checkpoints.safetensors_files import (
     read_header,
     write_all,
 )
+from patching.checkpoints.saved_config import runs_remote_code
 from patching.files.outputs import write_json
 from patching.recipe import Parent, Recipe, Reference
 
@@ -56,6 +58,7 @@ class Splice:
     """A checked plan: the config of a recipe's model and the files of its checkpoint."""
 
     config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
     shards: list[Shard]
 
     @property
@@ -108,7 +111,7 @@ def plan_splice(
     format has no checksums.
     """
     config = config_for(recipe, configs)
-    if config.to_dict().get("auto_map") is not None:
+    if runs_remote_code(config, type(layouts[recipe.embedding].model)):
         raise OtherLayout("the model's code comes with its weights")
     model = empty_model(config, dtype)
     check_recipe(model, recipe, {parent: layouts[parent].model for parent in recipe.parents})
@@ -138,15 +141,13 @@ def plan_splice(
                 f"{tensor.dtype} here"
             )
         sources[tensor.name] = found
-    config.architectures = [type(model).__name__]
-    config.dtype = dtype
     files = plan_files([tensor for tensor, *_ in planned], max_shard_bytes)
     names = file_names(len(files))
     shards = [
         Shard(name, tensors, [sources[tensor.name] for tensor in tensors])
         for name, tensors in zip(names, files)
     ]
-    return Splice(config, shards)
+    return Splice(config, type(model), shards)
 
 
 CASTS = {"F64", "F32", "F16", "BF16"}
@@ -171,7 +172,7 @@ def _tensors_on_disk(
 
     Raises OtherLayout or ValueError as `plan_splice` does.
     """
-    stored_as = stored_model_type(reference)
+    stored_as = (read_json(reference, "config.json") or {}).get("model_type")
     if stored_as not in (None, layout.model.config.model_type):
         raise OtherLayout(f"the {parent} is stored as a {stored_as}")
     files = weights_files(reference)
@@ -207,14 +208,6 @@ def _tensors_on_disk(
             if either is not None:
                 found[head] = found[embedding] = either
     return found
-
-
-def stored_model_type(reference: Reference) -> str | None:
-    """Return the `model_type` in a model's config.json, which is `distilbert` for a DistilBERT."""
-    values, _ = PreTrainedConfig.get_config_dict(
-        reference.name_or_path, revision=reference.revision
-    )
-    return values.get("model_type")
 
 
 def weights_files(reference: Reference) -> list[Path] | None:
@@ -344,17 +337,3 @@ def _equal(one: TensorOnDisk, other: TensorOnDisk) -> bool:
             if a.read(piece) != b.read(piece):
                 return False
     return True
-
-
-def generation_config_of(reference: Reference) -> GenerationConfig:
-    """Return a model's generation config, read as `from_pretrained` reads it."""
-    options = {} if reference.revision is None else {"revision": reference.revision}
-    try:
-        return GenerationConfig.from_pretrained(reference.name_or_path, **options)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            reference.name_or_path,
-            config_file_name="config.json",
-            _from_model_config=True,
-            **options,
-        )

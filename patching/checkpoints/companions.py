@@ -1,0 +1,114 @@
+"""The files that lie next to a saved model's weights and come from its teacher: config.json,
+generation_config.json, the tokenizer, and code if the model runs any.
+
+A model is used with other software than this, so these files are the teacher's own. Tokenizer and
+code are copied byte for byte. The two configs keep everything that the recipe does not change.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from patching.architectures.models import predicts_masked_tokens
+from patching.checkpoints import generation_settings
+from patching.checkpoints.parent_files import code_files, copy_files, read_json, tokenizer_files
+from patching.checkpoints.saved_config import saved_config
+from patching.files.outputs import write_json
+from patching.parents import Parents
+from patching.recipe import Parent, Reference
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Everything next to the weights that a loader reads."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    files: dict[str, Path]
+    """Where to copy each file from, by its name."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """A tokenizer to write, if there are no files of one."""
+
+    def write(self, folder: Path) -> None:
+        """Write the files. What makes a folder loadable, config.json, comes last."""
+        copy_files(self.files, folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        generation_config = folder / generation_settings.FILE_NAME
+        generation_config.unlink(missing_ok=True)
+        if self.generation_config is not None:
+            write_json(generation_config, self.generation_config)
+        write_json(folder / "config.json", self.config)
+
+
+def plan_companions(
+    parents: Parents,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Companions:
+    """Read what the files of a model are made from. The model has this config, class and dtype; one
+    of its parents is the teacher.
+
+    `tokenizer` is written only if the teacher has no files of one.
+
+    Raises ValueError if there is no tokenizer, or if code is missing, and OSError if a parent
+    cannot be reached.
+    """
+
+    def teachers(read: Callable[[Reference], Found]) -> Found | None:
+        return of_parent(parents, "teacher", read)
+
+    stored = teachers(lambda reference: read_json(reference, "config.json"))
+    values = saved_config(stored, config, model_class, dtype)
+    files = teachers(tokenizer_files) or {}
+    if not files and tokenizer is None:
+        name = parents.references["teacher"].name_or_path
+        raise ValueError(
+            f"the teacher {name} has no files of a tokenizer: give a tokenizer, or put its files "
+            "next to the weights"
+            if name
+            else "the teacher in memory does not say where it came from: give its tokenizer too"
+        )
+    generation_config = None
+    if not predicts_masked_tokens(config):
+        generation_config = generation_config_of_members(parents)
+    auto_map = values.get("auto_map")
+    if auto_map:
+        files = files | (teachers(lambda reference: code_files(reference, auto_map)) or {})
+    return Companions(values, generation_config, files, None if files else tokenizer)
+
+
+def generation_config_of_members(parents: Parents) -> dict[str, Any] | None:
+    """Return the contents of generation_config.json for a family's members, None if the teacher has
+    no such file and the student nothing to add.
+    """
+    own = {}
+    for parent in parents.configs:
+        stored = of_parent(
+            parents, parent, lambda reference: read_json(reference, generation_settings.FILE_NAME)
+        )
+        model = parents.models[parent] if parent in parents.given else None
+        own[parent] = generation_settings.own_settings(stored, model)
+    config = of_parent(parents, "teacher", lambda reference: read_json(reference, "config.json"))
+    implied = generation_settings.implied_settings(config or parents.configs["teacher"].to_dict())
+    return generation_settings.member_settings(own["teacher"], implied, own.get("student"))
+
+
+def of_parent(parents: Parents, parent: Parent, read: Callable[[Reference], Found]) -> Found | None:
+    """Return what `read` finds at the place a parent came from. A model in memory may have left
+    that place, which is then None.
+    """
+    try:
+        return read(parents.references[parent])
+    except OSError:
+        if parent in parents.given:
+            return None
+        raise

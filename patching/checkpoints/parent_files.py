@@ -1,0 +1,125 @@
+"""Files that lie next to a parent's weights, in its folder or its hub repository."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import cached_file
+
+from patching.recipe import Reference
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+TOKENIZER_FILES = (
+    "tokenizer.*",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "emoji.json",
+    "dict.txt",
+    "entity_vocab.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+)
+"""Names of the files that tokenizers and chat templates are read from, as patterns."""
+
+
+def read_json(reference: Reference, file_name: str) -> dict[str, Any] | None:
+    """Return a JSON object from a parent's folder or repository, None if the parent has no such
+    file or does not say where it came from.
+
+    Raises ValueError if the file is not a JSON object, OSError if the parent cannot be reached.
+    """
+    path = find_file(reference, file_name)
+    if path is None:
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download or save it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object: download or save it again")
+    return values
+
+
+def find_file(reference: Reference, file_name: str) -> Path | None:
+    """Return where one of a parent's files lies on this disk, None if the parent does not have it.
+
+    Raises OSError if the parent cannot be reached.
+    """
+    if not reference.name_or_path:
+        return None
+    path = cached_file(
+        reference.name_or_path,
+        file_name,
+        revision=reference.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return None if path is None else Path(path)
+
+
+def tokenizer_files(reference: Reference) -> dict[str, Path]:
+    """Return all files of a parent's tokenizer by their names, with the code that its
+    tokenizer_config.json names. Empty if there are none.
+
+    Raises OSError if the parent cannot be reached, ValueError if a file of code is missing.
+    """
+    if not reference.name_or_path:
+        return {}
+    folder = Path(reference.name_or_path)
+    if not folder.is_dir():
+        name, revision = reference
+        found = snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
+        folder = Path(found)
+    paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    files = {str(path.relative_to(folder)): path for path in sorted(paths) if path.is_file()}
+    if TOKENIZER_CONFIG in files:
+        settings = read_json(reference, TOKENIZER_CONFIG) or {}
+        files |= code_files(reference, settings.get("auto_map"))
+    return files
+
+
+def code_files(reference: Reference, auto_map: Any) -> dict[str, Path]:
+    """Return the files of code that an `auto_map` names and those they import, by their names.
+
+    An entry such as `repository--module.Class` names another repository, from which everybody
+    loads it, so it needs no file.
+
+    Raises ValueError if a file is missing.
+    """
+    entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    classes = [name for entry in entries for name in _as_list(entry) if isinstance(name, str)]
+    modules = [name.rpartition(".")[0] for name in classes if "--" not in name]
+    files: dict[str, Path] = {}
+    while modules:
+        file_name = f"{modules.pop()}.py"
+        if file_name in files:
+            continue
+        path = find_file(reference, file_name)
+        if path is None:
+            raise ValueError(f"{reference.name_or_path}: {file_name} is missing: its code needs it")
+        files[file_name] = path
+        modules += get_relative_imports(path)
+    return files
+
+
+def _as_list(entry: Any) -> Iterable[Any]:
+    return entry if isinstance(entry, list | tuple) else [entry]
+
+
+def copy_files(files: dict[str, Path], folder: Path) -> None:
+    """Copy files byte for byte into a folder, under the names they are given."""
+    for name, path in files.items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
