@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +28,7 @@ from patching.architectures.checks import check_parents_match
 from patching.architectures.config import config_for
 from patching.assemble import assemble
 from patching.blocks import LayerMap, Order, as_layer_list
-from patching.checkpoints.companions import generation_config_of_members
+from patching.checkpoints.companions import set_generation_config
 from patching.checkpoints.layout import Layout, layout_of
 from patching.checkpoints.sizes import Size, deepest_that_fits, size_of
 from patching.parents import Model, Parents
@@ -180,11 +179,7 @@ class Family:
         """
         recipe = self.recipe(num_layers_to_patch, **size)
         model = assemble(recipe, **self.parents.load(recipe.parents))
-        settings = None
-        if model.can_generate():
-            settings = generation_config_of_members(self.parents)
-        if settings is not None:
-            model.generation_config = GenerationConfig.from_dict(settings)
+        set_generation_config(model, self.parents)
         return dispatch(model) if self.parents.device_map else model
 
     def with_order(self, order: Order) -> "Family":

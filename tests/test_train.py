@@ -99,6 +99,10 @@ def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp
     assert student.dtype == torch.float32
     assert student.config.num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (pair_folders[0] / name).read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rope_theta"], config["torch_dtype"]) == (10000.0, "float32")
 
 
 def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text_file, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from patching.architectures.lookup import max_positions, read_config
 from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
 from patching.arguments import CalibrationArguments
 from patching.blocks import as_layer_list
+from patching.checkpoints.companions import Companions
 from patching.cli.command_line import user_errors
 from patching.files.outputs import environment, follow_umask, write_json
 from patching.patch_order import recommended_order
@@ -43,7 +45,7 @@ from train.model_args import ModelArguments
 from train.packing import check_separates_documents
 from train.sharding import reads_weights, without_weights
 from train.speed import check_liger_knows
-from train.student import cast_parameters, new_student
+from train.student import cast_parameters, new_student, student_companions
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
 
@@ -80,6 +82,14 @@ def run(
             trust_remote_code=model_args.trust_remote_code,
         )
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
+        companions = student_companions(
+            Reference(model_args.teacher_model_name_or_path, model_args.revision),
+            teacher_config,
+            layer_map,
+            getattr(torch, args.save_dtype),
+            tokenizer,
+            model_args.trust_remote_code,
+        )
         rows, checkpoint = read_rows(data_args, args, tokenizer)
     print_on_main_process(
         args,
@@ -105,7 +115,7 @@ def run(
     if trainer.stop_on_sigterm.stopped:
         exit_after_sigterm(trainer)
     student_config = StudentConfig(layer_map, recommended_order(teacher_config.model_type))
-    save_run((model_args, data_args, args, text_args), trainer, student_config, tokenizer)
+    save_run((model_args, data_args, args, text_args), trainer, student_config, companions)
 
 
 def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrainedConfig:
@@ -197,11 +207,11 @@ def save_run(
     flags: Sequence[Any],
     trainer: DistillationTrainer,
     student_config: StudentConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    companions: Companions,
 ) -> None:
     """Save the student and what made it. Files appear in `save_directory` once all are written.
 
-    `flags` are the groups of flags, for run.json.
+    `flags` are the groups of flags, for run.json. `companions` are the files from the teacher.
     """
     from train.plot import plot_terms  # imports matplotlib
 
@@ -221,7 +231,7 @@ def save_run(
         staging = Path(folder)
         trainer.save_student(staging, getattr(torch, args.save_dtype))
         if args.should_save:
-            tokenizer.save_pretrained(staging)
+            companions.write(staging)
             student_config.save(staging)
             write_json(staging / RUN_FILE_NAME, values)
             plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
@@ -244,6 +254,8 @@ def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
 def move_into_place(staging: Path, folder: Path) -> None:
     """Move a finished student into its folder, config.json last: without it nothing loads."""
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():  # a full folder, of an earlier student, cannot be replaced
+            shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
 
 

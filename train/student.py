@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.architectures.config import config_for
-from patching.architectures.models import auto_class
+from patching.architectures.models import auto_class, empty_model
 from patching.assemble import assemble
 from patching.blocks import LayerMap
-from patching.recipe import initial_student
+from patching.checkpoints.companions import Companions, plan_companions
+from patching.parents import Parents
+from patching.recipe import Reference, initial_student
 from train.sharding import with_room_for_weights
 
 
@@ -62,11 +64,29 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def student_companions(
+    teacher: Reference,
+    teacher_config: PreTrainedConfig,
+    layer_map: LayerMap,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+) -> Companions:
+    """Read what a student's config.json, tokenizer and other files are made from: the teacher's.
+
+    Raises ValueError or OSError as `plan_companions` does.
+    """
+    config = config_for(initial_student(layer_map), {"teacher": teacher_config})
+    model_class = type(empty_model(config, dtype, trust_remote_code))
+    parents = Parents({"teacher": teacher}, {"teacher": teacher_config}, dtype, torch.device("cpu"))
+    return plan_companions(parents, config, model_class, dtype, tokenizer)
+
+
 def save_student(
     student: PreTrainedModel, state_dict: dict[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
-    """Write a trained student in `dtype`. `state_dict` holds its whole tensors, gathered from
-    whatever wraps it.
+    """Write a trained student in `dtype`, as transformers does. `state_dict` holds its whole
+    tensors, gathered from whatever wraps it.
     """
     with torch.device("meta"):
         saved = auto_class(student.config).from_config(student.config, dtype=dtype)

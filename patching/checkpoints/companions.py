@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from patching.architectures.models import predicts_masked_tokens
 from patching.checkpoints import generation_settings
@@ -100,6 +105,13 @@ def generation_config_of_members(parents: Parents) -> dict[str, Any] | None:
     config = of_parent(parents, "teacher", lambda reference: read_json(reference, "config.json"))
     implied = generation_settings.implied_settings(config or parents.configs["teacher"].to_dict())
     return generation_settings.member_settings(own["teacher"], implied, own.get("student"))
+
+
+def set_generation_config(model: PreTrainedModel, parents: Parents) -> None:
+    """Give a member in memory the generation settings that it would be saved with."""
+    settings = generation_config_of_members(parents) if model.can_generate() else None
+    if settings is not None:
+        model.generation_config = GenerationConfig.from_dict(settings)
 
 
 def of_parent(parents: Parents, parent: Parent, read: Callable[[Reference], Found]) -> Found | None:

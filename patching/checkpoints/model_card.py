@@ -38,17 +38,21 @@ class Origin(NamedTuple):
 
     @property
     def is_folder(self) -> bool:
-        return Path(self.name_or_path).is_dir()
+        return not self.name_or_path or Path(self.name_or_path).is_dir()
 
     @property
     def title(self) -> str:
         """The name to show on the card: the repository, or the last part of a folder's path."""
+        if not self.name_or_path:
+            return "a model in memory"
         return Path(self.name_or_path).resolve().name if self.is_folder else self.name_or_path
 
 
 def origin_of(reference: Reference) -> Origin:
     """Read where a parent came from. What it does not say stays None."""
     name_or_path, revision = reference
+    if not name_or_path:
+        return Origin(name_or_path, revision, None, None)
     config = cached_file(name_or_path, "config.json", revision=revision, **ABSENT_IS_FINE)
     card = cached_file(name_or_path, FILE_NAME, revision=revision, **ABSENT_IS_FINE)
     commit = None if Path(name_or_path).is_dir() else extract_commit_hash(config, None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.assemble import assemble
 from patching.checkpoints.companions import Companions, plan_companions
@@ -97,6 +97,8 @@ class SavePlan:
 
 
 def _write_weights(model: PreTrainedModel, folder: Path, max_shard_bytes: int) -> None:
+    if model.can_generate():  # the companions' is written, which may be refused here
+        model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_bytes)
     except SafetensorError as error:  # how safetensors reports a full disk
@@ -126,6 +128,8 @@ def plan_save(
     reason = None
     parents = family.parents
     try:
+        if in_memory := sorted(parents.given & recipe.parents):
+            raise OtherLayout(f"the {in_memory[0]} is a model in memory")
         weights = plan_splice(
             recipe,
             family.configs,
