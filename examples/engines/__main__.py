@@ -1,0 +1,147 @@
+"""Check that saved members compute the same in other people's software.
+
+    python -m examples.engines
+    python -m examples.engines --architectures llama,gpt2 --engines mlx_lm
+
+Members of small trained pairs are saved, three sizes for each architecture, and run in every engine
+on token ids of held-out text. Environments and pairs are kept in `.engines` and made only once. The
+tables of `docs/engines.md` are written with --write. The exit status is 1 if an engine that must
+agree does not.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from examples.engines.check import (
+    Outcome,
+    SavedMember,
+    compare,
+    predict,
+    reference,
+    save_members,
+    write_inputs,
+)
+from examples.engines.engines import ENGINES, LIMITS
+from examples.engines.environments import FOLDER, ROOT, Unavailable
+from examples.engines.pairs import PAIRS
+from examples.engines.quantized import measure_sizes, quantized_table
+from examples.engines.table import engines_table, reasons
+
+PAGE = ROOT / "docs" / "engines.md"
+
+
+def main() -> None:
+    arguments = parse_args()
+    members, outcomes, unavailable = {}, {name: {} for name in arguments.engines}, {}
+    for architecture in arguments.architectures:
+        members[architecture] = save_members(architecture)
+        tokens, prompts = write_inputs(members[architecture])
+        ours = [reference(member, tokens, prompts) for member in members[architecture]]
+        for name in arguments.engines:
+            if name in unavailable:
+                continue
+            try:
+                theirs = predict(ENGINES[name], members[architecture], tokens, prompts)
+                found = [compare(*both) for both in zip(ours, theirs)]
+            except Unavailable as error:
+                unavailable[name] = str(error)
+                continue
+            outcomes[name][architecture] = found
+            for member, result in zip(members[architecture], found):
+                print(line(name, member, result), flush=True)
+    for name in unavailable:
+        del outcomes[name]
+    tables = {
+        "engines": engines_table(members, outcomes, unavailable),
+        "reasons": reasons(members, outcomes),
+    }
+    if arguments.quantize:
+        tables["quantized"] = quantized_table(measure_sizes())
+    print("\n\n".join(tables.values()))
+    if arguments.write:
+        write_tables(PAGE, tables)
+    if problems := failures(members, outcomes, unavailable):
+        sys.exit("\n".join(problems))
+
+
+def parse_args() -> argparse.Namespace:
+    def names(text: str, allowed: Mapping) -> list[str]:
+        chosen = text.split(",")
+        if unknown := sorted(set(chosen) - allowed.keys()):
+            raise argparse.ArgumentTypeError(f"{unknown[0]}: choose from {', '.join(allowed)}")
+        return chosen
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--architectures", type=lambda text: names(text, PAIRS), default=[*PAIRS], metavar="A,B"
+    )
+    parser.add_argument(
+        "--engines", type=lambda text: names(text, ENGINES), default=[*ENGINES], metavar="A,B"
+    )
+    parser.add_argument(
+        "--quantize", action="store_true", help="also measure every size with llama.cpp's quantizer"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help=f"write the tables to {PAGE.relative_to(ROOT)}"
+    )
+    return parser.parse_args()
+
+
+def line(name: str, member: SavedMember, outcome: Outcome) -> str:
+    """One member in one engine, as a line of JSON."""
+    found = outcome.agreement._asdict() if outcome.agreement else {"refusal": outcome.refusal}
+    described = {
+        "engine": name,
+        "architecture": member.architecture,
+        "num_layers_to_patch": member.num_layers_to_patch,
+        "tied": member.tied,
+    }
+    return json.dumps(described | found)
+
+
+def failures(
+    members: Mapping[str, Sequence[SavedMember]],
+    outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]],
+    unavailable: Mapping[str, str],
+) -> list[str]:
+    """What must agree and does not, and limits that are no longer there."""
+    problems = [
+        f"{ENGINES[name].title}: {reason}"
+        for name, reason in unavailable.items()
+        if ENGINES[name].must_pass
+    ]
+    for name, of_architectures in outcomes.items():
+        for architecture, of_sizes in of_architectures.items():
+            limit = LIMITS.get((name, architecture))
+            for member, outcome in zip(members[architecture], of_sizes):
+                agrees = outcome.agreement is not None and outcome.agreement.is_enough
+                limited = limit is not None and not (limit.untied_only and member.tied)
+                if limited and agrees:
+                    problems.append(f"no longer a limit: {line(name, member, outcome)}")
+                elif ENGINES[name].must_pass and not agrees and not limited:
+                    problems.append(f"does not agree: {line(name, member, outcome)}")
+    return problems
+
+
+def write_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Replace what stands between the markers of each table in a page."""
+    text = page.read_text()
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        text, count = re.subn(
+            pattern,
+            lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}",
+            text,
+            flags=re.S,
+        )
+        assert count == 1, f"{page} has no place for {name}"
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    main()

