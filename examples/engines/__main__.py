@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.engines.check import (
+    NUM_ROWS,
+    ROW_TOKENS,
     Outcome,
     SavedMember,
     compare,
@@ -39,7 +41,7 @@ def main() -> None:
     members, outcomes, unavailable = {}, {name: {} for name in arguments.engines}, {}
     for architecture in arguments.architectures:
         members[architecture] = save_members(architecture)
-        tokens, prompts = write_inputs(members[architecture])
+        tokens, prompts = write_inputs(members[architecture], arguments.rows)
         ours = [reference(member, tokens, prompts) for member in members[architecture]]
         for name in arguments.engines:
             if name in unavailable:
@@ -81,6 +83,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--engines", type=lambda text: names(text, ENGINES), default=[*ENGINES], metavar="A,B"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=NUM_ROWS,
+        help=f"rows of {ROW_TOKENS} tokens to compare each member on (default: %(default)s)",
     )
     parser.add_argument(
         "--quantize", action="store_true", help="also measure every size with llama.cpp's quantizer"

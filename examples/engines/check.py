@@ -61,11 +61,11 @@ def save_members(name: str, all_sizes: bool = False) -> list[SavedMember]:
     return members
 
 
-def write_inputs(members: Sequence[SavedMember]) -> tuple[Path, Path]:
+def write_inputs(members: Sequence[SavedMember], num_rows: int = NUM_ROWS) -> tuple[Path, Path]:
     """Write `tokens.npy` (R, T) and `prompts.npy` (P, T) of held-out text for an architecture."""
     folder = members[0].folder.parent
     tokenizer = AutoTokenizer.from_pretrained(members[0].folder)
-    rows_RT = held_out_rows(tokenizer, NUM_ROWS, ROW_TOKENS).numpy()
+    rows_RT = held_out_rows(tokenizer, num_rows, ROW_TOKENS).numpy()
     np.save(folder / "tokens.npy", rows_RT)
     np.save(folder / "prompts.npy", rows_RT[:NUM_PROMPTS, :PROMPT_TOKENS])
     return folder / "tokens.npy", folder / "prompts.npy"
