@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-variants test test-slow lint
+.PHONY: demo demo-variants test test-slow test-engines lint
 
 demo: $(VENV)/requirements.done
 	$(RUN) -m examples.stdlib.demo
@@ -18,6 +18,10 @@ test: $(VENV)/requirements_dev.done
 
 test-slow: $(VENV)/requirements_dev.done
 	$(RUN) -m pytest -m slow
+
+# Makes the engines' environments in .engines, llama.cpp from source. The tables are those of docs/engines.md.
+test-engines: $(VENV)/requirements_dev.done
+	$(RUN) -m examples.engines --quantize --write
 
 lint: $(VENV)/requirements_dev.done
 	$(RUN) -m ruff check .
