@@ -167,7 +167,7 @@ class Family:
 
     def size(self, recipe: Recipe, max_shard_bytes: int = MAX_SHARD_BYTES) -> Size:
         """Parameters, bytes and FLOPs of a recipe's model, saved in the family's dtype."""
-        return size_of(recipe, self.layouts, self.dtype, max_shard_bytes)
+        return size_of(recipe, self.layouts, max_shard_bytes)
 
     def sizes(self, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Size]:
         """The size of each member, k = 0 first."""

@@ -191,7 +191,7 @@ def test_the_command_line_saves_an_ordinary_bert(folders, tmp_path):
     provenance = json.loads((target / "provenance.json").read_text())
     num_stored = count_parameters(model.config).stored
     assert provenance["parameters"]["stored"] == num_stored
-    assert provenance["kv_cache_bytes_per_token"] is None
+    assert provenance["kv_cache_bytes_per_token"] == 0
 
 
 @torch.no_grad()

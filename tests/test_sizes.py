@@ -183,12 +183,12 @@ def test_sizes_are_those_of_the_built_model(model_type, tmp_path):
     layouts = {parent: layout_of(config, torch.float32) for parent, config in configs.items()}
     for k in range(LAYER_MAP.max_layers_to_patch + 1):
         recipe = intermediate_model(LAYER_MAP, k, "last")
-        size = size_of(recipe, layouts, torch.float32, 10**9)
+        size = size_of(recipe, layouts, 10**9)
         model = assemble(recipe, teacher=teacher, student=student)
         assert size.parameters == count_parameters(model.config)
         assert size.parameters.stored == sum(p.numel() for p in model.parameters())
         if model_type in ENCODERS:
-            assert size.kv_cache_bytes_per_token is None
+            assert size.kv_cache_bytes_per_token == 0
             continue
         # Three tokens are fewer than any window, so every cache holds them all.
         cache = model(torch.arange(3)[None], use_cache=True).past_key_values
@@ -205,7 +205,7 @@ def test_operations_are_those_that_are_counted(model_type):
     configs = {"teacher": teacher.config, "student": student.config}
     layouts = {parent: layout_of(config, torch.float32) for parent, config in configs.items()}
     recipe = intermediate_model(LAYER_MAP, 1, "last")
-    size = size_of(recipe, layouts, torch.float32, 10**9)
+    size = size_of(recipe, layouts, 10**9)
     model = assemble(recipe, teacher=teacher, student=student)
     model.set_attn_implementation("eager")
     counter = FlopCounterMode(display=False)
@@ -223,7 +223,7 @@ def test_experts_that_are_not_asked_cost_no_operations():
     for asked in (1, 2):
         config.num_experts_per_tok = asked
         layouts = {"teacher": layout_of(config, torch.float32)}
-        sizes.append(size_of(recipe, layouts, torch.float32, 10**9))
+        sizes.append(size_of(recipe, layouts, 10**9))
     expert = 3 * config.hidden_size * config.intermediate_size
     assert sizes[1].flops_per_token - sizes[0].flops_per_token == 4 * 2 * expert
     assert sizes[0].parameters == sizes[1].parameters
@@ -255,6 +255,8 @@ def test_counts_by_name():
         7,
         2000,
     ]
+    assert parse_count("4.02B", "x") == 4_020_000_000  # as a float it is 4,019,999,999
+    assert parse_bytes("4.02GB", "x") == 4_020_000_000
     for text in ("", "B", "0B", "3GB", "-1"):
         with pytest.raises(ValueError, match=f"x={text}: write a number of parameters"):
             parse_count(text, "x")
@@ -264,4 +266,4 @@ def test_numbers_for_people():
     assert count_text(4_022_468_096) == "4.02 B"
     assert (count_text(135_270_000), count_text(12)) == ("135.27 M", "12")
     assert (bytes_text(8_044_936_192), bytes_text(77_824)) == ("8.04 GB", "77.82 KB")
-    assert (bytes_text(12), bytes_text(None)) == ("12 B", "-")
+    assert (bytes_text(12), bytes_text(None), count_text(None)) == ("12 B", "unknown", "unknown")

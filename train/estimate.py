@@ -77,7 +77,7 @@ def sizes(teacher: PreTrainedConfig, layer_map: LayerMap, order: Order) -> list[
     configs = {"teacher": teacher, "student": student_config(teacher, layer_map)}
     layouts = {parent: layout_of(config, torch.float32) for parent, config in configs.items()}
     return [
-        size_of(intermediate_model(layer_map, k, order), layouts, torch.float32, sys.maxsize)
+        size_of(intermediate_model(layer_map, k, order), layouts, sys.maxsize)
         for k in range(layer_map.max_layers_to_patch + 1)
     ]
 

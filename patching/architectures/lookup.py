@@ -3,11 +3,11 @@
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from patching.architectures.config import depth_field
+from patching.architectures.config import config_for, depth_field
 from patching.architectures.distilbert import as_bert_config
 from patching.architectures.models import empty_model, predicts_masked_tokens
 from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Architecture
-from patching.recipe import Parent
+from patching.recipe import LayerSource, Parent, Recipe, whole_model
 
 _declared: dict[type[PreTrainedConfig], Architecture] = {}
 """Architectures outside the table, by config class."""
@@ -103,6 +103,11 @@ def declared_architecture(
     outside -= {model.base_model_prefix, paths[head]}
     if outside or model.base_model_prefix not in paths.values():
         raise refuse(f"it has more parts than base model and head ({', '.join(sorted(outside))})")
+    last = LayerSource("teacher", depth - 1)
+    deeper = config_for(Recipe.of([*whole_model(depth).layers, last]), {"teacher": config})
+    deeper_model = empty_model(deeper, trust_remote_code=trust_remote_code)
+    if len(deeper_model.get_submodule(paths[layers])) != depth + 1:
+        raise refuse(f"the number of its layers does not follow {depth_field(config)}")
     return Architecture(
         layers=paths[layers], norm=paths[norms[0]], head=paths[head], takes_packed_rows=False
     )

@@ -23,9 +23,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from patching.architectures.caches import LayerCache, layer_caches
+from patching.architectures.checks import signature
+from patching.architectures.experts import expert_shares
 from patching.architectures.lookup import architecture_of
 from patching.architectures.models import empty_model
-from patching.architectures.table import Architecture
+from patching.architectures.table import PER_LAYER_LISTS, Architecture
+from patching.checkpoints.file_sizes import TensorBytes
 from patching.checkpoints.safetensors_files import StoredTensor
 from patching.recipe import Parent, Recipe
 
@@ -50,8 +54,10 @@ class Cost(NamedTuple):
     """Parameters and FLOPs of one part of a model."""
 
     parameters: int
+    active: int
+    """Parameters that a token uses: all but experts that are not chosen."""
     flops: int
-    """Per token: two for each parameter that is multiplied, without experts that are not chosen."""
+    """Per token: two for each active parameter that is multiplied."""
 
 
 class SourcedTensor(NamedTuple):
@@ -87,10 +93,57 @@ class Layout:
         parts: dict[int | str, list[StoredTensor]] = {"embedding": []}
         parts |= {position: [] for position in range(model.config.num_hidden_layers)}
         parts["head"] = []
-        for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+        # Layers that are alike differ in their numbers alone, so one of each kind is converted.
+        firsts = {None, *self.first_alike}
+        once = {
+            name: tensor
+            for name, tensor in self.memory.items()
+            if self.architecture.layer_of(name) in firsts
+        }
+        for name, tensor in revert_weight_conversion(model, once).items():
             stored = StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             parts[self.part_of(self.memory_name(name)[0])].append(stored)
+        for position, first in enumerate(self.first_alike):
+            if position != first:
+                parts[position] = [
+                    tensor._replace(name=renumbered(tensor.name, first, position))
+                    for tensor in parts[first]
+                ]
         return parts
+
+    @cached_property
+    def first_alike(self) -> list[int]:
+        """For each layer, the first one with the same modules, shapes and config entries. It may be
+        the layer itself.
+        """
+        values = self.model.config.to_dict()
+        lists = [values[name] for name in PER_LAYER_LISTS if values.get(name) is not None]
+        firsts: dict[str, int] = {}
+        return [
+            firsts.setdefault(repr((signature(layer), [entry[i] for entry in lists])), i)
+            for i, layer in enumerate(self.layers)
+        ]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.architecture.layers)
+
+    @cached_property
+    def caches(self) -> list[LayerCache] | None:
+        """What each layer caches while the model generates. None if that is not known."""
+        if self.architecture.predicts_masked_tokens:
+            return [LayerCache(0, None, 0)] * len(self.layers)
+        return layer_caches(self.model, self.layers, self.first_alike)
+
+    @cached_property
+    def bytes_of_parts(self) -> dict[int | str, TensorBytes]:
+        """What the tensors of each part take in files."""
+        firsts = ("embedding", *set(self.first_alike), "head")
+        found = {part: TensorBytes.of(self.parts[part]) for part in firsts}
+        for position, first in enumerate(self.first_alike):
+            if position != first:
+                found[position] = found[first].with_longer_names(digits(position) - digits(first))
+        return found
 
     @property
     def tensors(self) -> Iterator[StoredTensor]:
@@ -106,18 +159,24 @@ class Layout:
     @cached_property
     def costs(self) -> dict[int | str, Cost]:
         """The cost of each part."""
-        costs = dict.fromkeys(self.parts, Cost(0, 0))
+        layers = range(self.model.config.num_hidden_layers)
+        costs = dict.fromkeys(("embedding", *layers, "head"), Cost(0, 0, 0))
         for name, parameter in self.model.named_parameters():
             part = self.part_of(name)
-            num_parameters, flops = costs[part]
-            module = self.model.get_submodule(name.rpartition(".")[0])
-            if parameter.ndim >= 2 and not isinstance(module, nn.Embedding):
-                share = 1.0
-                if parameter.ndim == 3:  # the first dimension is the expert
-                    share = self.model.config.num_experts_per_tok / parameter.shape[0]
-                flops += round(2 * parameter.numel() * share)
-            costs[part] = Cost(num_parameters + parameter.numel(), flops)
+            num_parameters, active, flops = costs[part]
+            module_name = name.rpartition(".")[0]
+            share = (self.expert_shares or {}).get(module_name)
+            num_active = parameter.numel() if share is None else round(parameter.numel() * share)
+            is_factor = parameter.ndim >= (2 if share is None else 3)
+            if is_factor and not isinstance(self.model.get_submodule(module_name), nn.Embedding):
+                flops += 2 * num_active
+            costs[part] = Cost(num_parameters + parameter.numel(), active + num_active, flops)
         return costs
+
+    @cached_property
+    def expert_shares(self) -> dict[str, float] | None:
+        """The shares of experts that a token uses. If None, `costs` count every expert."""
+        return expert_shares(self.model)
 
     @cached_property
     def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
@@ -148,7 +207,8 @@ class Layout:
         stored names of these.
         """
         tied = self.model._tied_weights_keys or {}
-        stored = {self.memory_name(tensor.name)[0]: tensor.name for tensor in self.tensors}
+        outside = (*self.parts["embedding"], *self.parts["head"])
+        stored = {self.memory_name(tensor.name)[0]: tensor.name for tensor in outside}
         return {
             stored[head]: stored[embedding]
             for head, embedding in tied.items()
@@ -175,10 +235,32 @@ def tensors_of(recipe: Recipe, layouts: Mapping[Parent, Layout]) -> list[Sourced
         for tensor in layouts[parent].parts[layer_idx]:
             name = renumbered(tensor.name, layer_idx, position)
             tensors.append(SourcedTensor(tensor._replace(name=name), parent, tensor.name))
-    left_out = head.tied_names if is_tied else {}
-    kept = [tensor for tensor in head.parts["head"] if tensor.name not in left_out]
-    tensors += _sourced(kept, recipe.head)
+    tensors += _sourced(head_tensors(head, is_tied), recipe.head)
     return tensors
+
+
+def head_tensors(layout: Layout, is_tied: bool) -> list[StoredTensor]:
+    """Return what is stored of a model's head, which is less if it is tied to the embedding."""
+    left_out = layout.tied_names if is_tied else {}
+    return [tensor for tensor in layout.parts["head"] if tensor.name not in left_out]
+
+
+def bytes_of(recipe: Recipe, layouts: Mapping[Parent, Layout]) -> TensorBytes:
+    """Return what the tensors of a recipe's checkpoint take in files: those of `tensors_of`, in the
+    same sequence.
+    """
+    embedding, head = layouts[recipe.embedding], layouts[recipe.head]
+    is_tied = recipe.embedding == recipe.head and embedding.is_tied
+    parts = [embedding.bytes_of_parts["embedding"]]
+    for position, (parent, layer_idx) in enumerate(recipe.layers):
+        part = layouts[parent].bytes_of_parts[layer_idx]
+        parts.append(part.with_longer_names(digits(position) - digits(layer_idx)))
+    parts.append(TensorBytes.of(head_tensors(head, is_tied)))
+    return TensorBytes.joined(parts)
+
+
+def digits(number: int) -> int:
+    return len(str(number))
 
 
 def _sourced(tensors: Iterable[StoredTensor], parent: Parent) -> Iterator[SourcedTensor]:

@@ -4,21 +4,16 @@ Stored sizes do not always grow with depth: if embedding and head come from diff
 matrix is stored twice. So a limit is compared with every member.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig
-
-from patching.architectures.models import predicts_masked_tokens
+from patching.architectures.caches import LayerCache
 from patching.assemble import ParameterCount
-from patching.checkpoints.layout import Layout, tensors_of
-from patching.checkpoints.splice import bytes_of_files, plan_files
+from patching.checkpoints.file_sizes import bytes_of_files
+from patching.checkpoints.layout import Layout, bytes_of
 from patching.recipe import Parent, Recipe
-
-CACHED_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Kinds of layers in `layer_types` that cache one key and one value per token and head."""
 
 
 @dataclass(frozen=True)
@@ -27,62 +22,82 @@ class Size:
 
     depth: int
     parameters: ParameterCount
+    active_parameters: int | None
+    """Stored parameters that a token uses: all but experts that are not chosen. None if that is not
+    known.
+    """
     bytes_on_disk: int
     """All weights files in the chosen dtype, with their headers."""
-    kv_cache_bytes_per_token: int | None
-    """For all layers in the chosen dtype. The cache of a sliding layer stops growing at its window.
-    None if a layer caches something other than keys and values, or nothing.
+    weights_bytes: int
+    """The stored parameters in the chosen dtype."""
+    caches: tuple[tuple[LayerCache, int], ...] | None
+    """What layers cache, each with the number of such layers. None if it is not known."""
+    flops_per_token: int | None
+    """Forward pass: two for each active parameter that is multiplied, without the products of
+    queries and keys, which grow with the text. None if the active ones are not known.
     """
-    flops_per_token: int
-    """Forward pass: two for each parameter that is multiplied, without experts that are not chosen,
-    and without the products of queries and keys, which grow with the text.
-    """
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int | None:
+        """For all layers, while the text is shorter than every window. None if it is not known."""
+        if self.caches is None:
+            return None
+        return sum(cache.per_token * num_layers for cache, num_layers in self.caches)
+
+    def memory_bytes(self, context: int, batch: int = 1) -> int | None:
+        """Weights, and the cache of `batch` sequences of `context` tokens, without activations and
+        what the engine itself takes. None if the cache is not known.
+        """
+        if self.caches is None:
+            return None
+        cached = sum(cache.num_bytes(context) * num_layers for cache, num_layers in self.caches)
+        return self.weights_bytes + batch * cached
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"parameters": self.parameters._asdict()}
+        values = asdict(self) | {
+            "parameters": self.parameters._asdict(),
+            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
+        }
+        if self.caches is not None:
+            values["caches"] = [
+                cache._asdict() | {"num_layers": num_layers} for cache, num_layers in self.caches
+            ]
+        return values
 
 
-def size_of(
-    recipe: Recipe, layouts: Mapping[Parent, Layout], dtype: torch.dtype, max_shard_bytes: int
-) -> Size:
+def size_of(recipe: Recipe, layouts: Mapping[Parent, Layout], max_shard_bytes: int) -> Size:
     """Return the size of a recipe's model, saved in files of at most `max_shard_bytes`. `layouts`
-    are those of its parents in `dtype`.
+    are those of its parents in the dtype to save.
     """
     embedding, head = layouts[recipe.embedding], layouts[recipe.head]
     parts = [(embedding, "embedding"), (head, "head")]
     parts += [(layouts[parent], layer_idx) for parent, layer_idx in recipe.layers]
-    both = sum(layout.costs[part].parameters for layout, part in parts)
+    costs = [layout.costs[part] for layout, part in parts]
+    both = sum(cost.parameters for cost in costs)
     again = 0
     if recipe.embedding == recipe.head and embedding.is_tied:
         tied = {head.memory_name(name)[0] for name in head.tied_names}
         again = sum(head.memory[name].numel() for name in tied)
-    files = plan_files([tensor for tensor, *_ in tensors_of(recipe, layouts)], max_shard_bytes)
-    cached = [
-        cached_numbers(layouts[parent].model.config, layer_idx)
-        for parent, layer_idx in recipe.layers
-    ]
+    stored = bytes_of(recipe, layouts)
+    knows_experts = all(layouts[parent].expert_shares is not None for parent in recipe.parents)
     return Size(
         depth=recipe.depth,
         parameters=ParameterCount(both - again, both),
-        bytes_on_disk=bytes_of_files(files),
-        kv_cache_bytes_per_token=None if None in cached else sum(cached) * dtype.itemsize,
-        flops_per_token=sum(layout.costs[part].flops for layout, part in parts),
+        active_parameters=sum(cost.active for cost in costs) - again if knows_experts else None,
+        bytes_on_disk=bytes_of_files(stored, max_shard_bytes),
+        weights_bytes=int(stored.data.sum()),
+        caches=_caches(recipe, layouts),
+        flops_per_token=sum(cost.flops for cost in costs) if knows_experts else None,
     )
 
 
-def cached_numbers(config: PreTrainedConfig, layer_idx: int) -> int | None:
-    """Return how many numbers a layer caches per token, None if these are not keys and values."""
-    if predicts_masked_tokens(config):
+def _caches(
+    recipe: Recipe, layouts: Mapping[Parent, Layout]
+) -> tuple[tuple[LayerCache, int], ...] | None:
+    if any(layouts[parent].caches is None for parent in recipe.parents):
         return None
-    values = config.to_dict()
-    if values.get("kv_lora_rank") is not None:
-        return None
-    kinds = values.get("layer_types")
-    if kinds is not None and kinds[layer_idx] not in CACHED_KINDS:
-        return None
-    num_heads = values.get("num_key_value_heads") or config.num_attention_heads
-    head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
-    return 2 * num_heads * head_dim
+    caches = Counter(layouts[parent].caches[layer_idx] for parent, layer_idx in recipe.layers)
+    return tuple(caches.items())
 
 
 def deepest_that_fits(costs: Sequence[int], limit: int, name: str, unit: str) -> int:

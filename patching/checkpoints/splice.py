@@ -19,6 +19,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from patching.architectures.checks import check_recipe
 from patching.architectures.config import config_for
 from patching.architectures.models import empty_model
+from patching.checkpoints.file_sizes import TensorBytes, file_slices
 from patching.checkpoints.layout import DTYPE_NAMES, Layout, tensors_of
 from patching.checkpoints.parent_files import read_json
 from patching.checkpoints.safetensors_files import (
@@ -64,7 +65,10 @@ class Splice:
     @property
     def num_bytes(self) -> int:
         """The exact size of all weights files."""
-        return bytes_of_files([shard.tensors for shard in self.shards])
+        return sum(
+            len(header_of(shard.tensors)) + sum(tensor.num_bytes for tensor in shard.tensors)
+            for shard in self.shards
+        )
 
     def write(self, folder: Path) -> None:
         """Write the weights files, and an index if there are several.
@@ -241,24 +245,9 @@ def plan_files(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[li
     """Distribute tensors in sequence over files of at most `max_shard_bytes`. A larger tensor gets
     its own file.
     """
-    files: list[list[StoredTensor]] = []
-    room = 0
-    for tensor in tensors:
-        needed = tensor.num_bytes + len(header_of([tensor])) + 64
-        if needed > room or not files:
-            files.append([])
-            room = max_shard_bytes
-        files[-1].append(tensor)
-        room -= needed
+    slices = file_slices(TensorBytes.of(tensors), max_shard_bytes)
     # The widest dtypes come first, so that every tensor is aligned in its file.
-    return [sorted(file, key=lambda tensor: -ITEM_BYTES[tensor.dtype]) for file in files]
-
-
-def bytes_of_files(files: Sequence[Sequence[StoredTensor]]) -> int:
-    """Return the bytes that weights files with these tensors take on disk, headers included."""
-    return sum(
-        len(header_of(tensors)) + sum(tensor.num_bytes for tensor in tensors) for tensors in files
-    )
+    return [sorted(tensors[part], key=lambda t: -ITEM_BYTES[t.dtype]) for part in slices]
 
 
 def file_names(num_files: int) -> list[str]:

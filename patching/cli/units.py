@@ -1,6 +1,7 @@
 """Numbers as users write and read them: counts, bytes, layers and sizes."""
 
 import re
+from decimal import Decimal
 
 PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_PREFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -16,7 +17,7 @@ def parse_bytes(text: str, name: str) -> int:
         number, prefix, binary = found[1], (found[2] or "").upper(), found[3]
         if not binary or prefix:
             factors = BINARY_PREFIXES if binary else PREFIXES
-            num_bytes = int(float(number) * factors[prefix])
+            num_bytes = int(Decimal(number) * factors[prefix])
             if num_bytes > 0:
                 return num_bytes
     raise ValueError(f"{name}={text}: write a size such as 500MB, 6GB or 6GiB")
@@ -31,20 +32,25 @@ def parse_count(text: str, name: str) -> int:
     Raises ValueError, starting with the flag's `name`, for anything else.
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
-    if found and (count := int(float(found[1]) * COUNT_SUFFIXES[found[2].upper()])) > 0:
+    if found and (count := int(Decimal(found[1]) * COUNT_SUFFIXES[found[2].upper()])) > 0:
         return count
     raise ValueError(f"{name}={text}: write a number of parameters such as 350M or 3.1B")
 
 
-def count_text(count: int) -> str:
-    """Format a count for people: `4.02 B`, `135.27 M`."""
+UNKNOWN = "unknown"
+
+
+def count_text(count: int | None) -> str:
+    """Format a count for people: `4.02 B`, `135.27 M`, or `unknown` for None."""
+    if count is None:
+        return UNKNOWN
     return _scaled(count, {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3})
 
 
 def bytes_text(num_bytes: int | None) -> str:
-    """Format bytes for people, in decimal units: `8.05 GB`, or `-` for None."""
+    """Format bytes for people, in decimal units: `8.05 GB`, or `unknown` for None."""
     if num_bytes is None:
-        return "-"
+        return UNKNOWN
     return _scaled(num_bytes, {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1})
 
 
