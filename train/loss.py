@@ -137,17 +137,11 @@ class _CosineDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
         with torch.autocast(student_BTD.device.type, enabled=False):
-            student_unit_BTD, norm_BT1 = _unit(student_BTD)
-            teacher_unit_BTD, _ = _unit(teacher_BTD)
-            cosine_BT1 = (student_unit_BTD * teacher_unit_BTD).sum(-1, keepdim=True)
-            is_real_BT1 = is_real_BT[..., None]
-            if ctx.needs_input_grad[0]:
-                # d(1 - cos) / ds = (cos s / |s| - t / |t|) / |s|
-                gradient_BTD = (
-                    (cosine_BT1 * student_unit_BTD - teacher_unit_BTD) / norm_BT1 * is_real_BT1
-                )
-                ctx.gradient = gradient_BTD.to(student_BTD.dtype)
-            return ((1 - cosine_BT1) * is_real_BT1).sum()
+            distance, gradient_BTD = cosine_distance_and_gradient(
+                student_BTD.detach(), teacher_BTD, is_real_BT, ctx.needs_input_grad[0]
+            )
+            ctx.gradient = gradient_BTD
+            return distance
 
     @staticmethod
     def backward(ctx, distance_gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -155,8 +149,20 @@ class _CosineDistance(torch.autograd.Function):
         return gradient_BTD.mul_(distance_gradient), None, None
 
 
-def _unit(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the states divided by their norms, and the norms (B, T, 1), in fp32."""
-    hidden_BTD = hidden_BTD.float()
-    norm_BT1 = hidden_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
-    return hidden_BTD / norm_BT1, norm_BT1
+def cosine_distance_and_gradient(
+    student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sum over real positions of 1 - cos(h_S, h_T), and its gradient with respect to
+    the student's states.
+    """
+    s_BTD, t_BTD, is_real_BT1 = student_BTD.float(), teacher_BTD.float(), is_real_BT[..., None]
+    s_norm_BT1 = s_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    t_norm_BT1 = t_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    cosine_BT1 = (s_BTD * t_BTD).sum(-1, keepdim=True) / s_norm_BT1 / t_norm_BT1
+    gradient_BTD = None
+    if needs_gradient:
+        # d(1 - cos) / ds = (cos s / |s| - t / |t|) / |s|
+        gradient_BTD = s_BTD * (cosine_BT1 / s_norm_BT1 / s_norm_BT1 * is_real_BT1)
+        gradient_BTD.addcmul_(t_BTD, -1 / s_norm_BT1 / t_norm_BT1 * is_real_BT1)
+        gradient_BTD = gradient_BTD.to(student_BTD.dtype)
+    return ((1 - cosine_BT1) * is_real_BT1).sum(), gradient_BTD

@@ -63,44 +63,60 @@ def vocabulary_loss(
     )
 
 
-def sums_and_gradient(
+def replace_by_gradient_(
     logits_NV: Tensor,
     teacher_logits_NV: Tensor | None,
     targets_N: Tensor,
-    cross_entropy_weight: float,
-    kl_weight: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both sums over some tokens, and the gradient of their weighted sum with respect to
-    the student's logits, all in fp32.
+    weights_and_temperature: tuple[float, float, float],
+    logit_change: LogitChange = UNCHANGED,
+) -> Tensor:
+    """Return both sums over some tokens, and overwrite the student's logits by the gradient of
+    their weighted sum. Rows with a negative target count for nothing.
+
+    The teacher's logits are overwritten too. Each logit is exponentiated once: the probabilities
+    are the exponentials over their sum, and log p = z - log-sum-exp(z).
     """
-    log_p_NV = logits_NV.log_softmax(-1, dtype=torch.float32)
-    cross_entropy = -log_p_NV.gather(-1, targets_N[:, None]).sum() * bool(cross_entropy_weight)
+    cross_entropy_weight, kl_weight, temperature = weights_and_temperature
+    is_target_N1, targets_N1 = (targets_N >= 0)[:, None], targets_N.clamp_min(0)[:, None]
+    z_NV = logits_NV.to(torch.float32, copy=True)
+    z_target_N1 = z_NV.gather(-1, targets_N1)
+    if kl_weight:
+        teacher_z_NV = teacher_logits_NV.float()
+        tempered_z_NV = z_NV
+        if temperature != 1:
+            teacher_z_NV, tempered_z_NV = teacher_z_NV.div_(temperature), z_NV / temperature
+        difference_NV = teacher_z_NV - tempered_z_NV
+        q_NV, q_sum_N1, q_log_sum_N1 = _exponentials_(teacher_z_NV)
+
+    p_NV, p_sum_N1, p_log_sum_N1 = _exponentials_(z_NV)
+    cross_entropy = ((p_log_sum_N1 - z_target_N1) * is_target_N1).sum()
+    scale_N1 = is_target_N1 / p_sum_N1
     if not kl_weight:
-        gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight)
         kl = torch.zeros_like(cross_entropy)
+        gradient_NV = p_NV.mul_(scale_N1 * cross_entropy_weight)
     else:
-        teacher_log_q_NV = _tempered(teacher_logits_NV, temperature)
-        log_q_NV = log_p_NV if temperature == 1 else _tempered(logits_NV, temperature)
-        teacher_q_NV = teacher_log_q_NV.exp()
-        kl = teacher_log_q_NV.sub_(log_q_NV).mul_(teacher_q_NV).sum()
         weight = kl_weight / temperature
         if temperature == 1:
-            gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight + weight)
+            log_sum_N1 = p_log_sum_N1
+            gradient_NV = p_NV.mul_(scale_N1 * (cross_entropy_weight + weight))
         else:
-            gradient_NV = log_p_NV.exp_().mul_(cross_entropy_weight)
-            gradient_NV.add_(log_q_NV.exp_(), alpha=weight)
-        gradient_NV.sub_(teacher_q_NV, alpha=weight)
-    at_targets_N1 = gradient_NV.new_full((len(targets_N), 1), -cross_entropy_weight)
-    gradient_NV.scatter_add_(-1, targets_N[:, None], at_targets_N1)
-    return cross_entropy, kl, gradient_NV
+            tempered_p_NV, sum_N1, log_sum_N1 = _exponentials_(tempered_z_NV)
+            gradient_NV = p_NV.mul_(scale_N1 * cross_entropy_weight)
+            gradient_NV.addcmul_(tempered_p_NV, weight * is_target_N1 / sum_N1)
+        kl_N1 = difference_NV.mul_(q_NV).sum(-1, keepdim=True) / q_sum_N1
+        kl = ((kl_N1 - q_log_sum_N1 + log_sum_N1) * is_target_N1).sum()
+        gradient_NV.addcmul_(q_NV, -weight * is_target_N1 / q_sum_N1)
+    gradient_NV.scatter_add_(-1, targets_N1, -cross_entropy_weight * is_target_N1.float())
+    logits_NV.copy_(logit_change.backward_(gradient_NV, logits_NV))
+    return torch.stack((cross_entropy * bool(cross_entropy_weight), kl))
 
 
-def _tempered(logits_NV: Tensor, temperature: float) -> Tensor:
-    """Return log softmax(z / T) in fp32."""
-    if temperature != 1:
-        logits_NV = logits_NV.float() / temperature
-    return logits_NV.log_softmax(-1, dtype=torch.float32)
+def _exponentials_(z_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace z by exp(z - max z); return it, its sums and the logarithms of the sums of exp(z)."""
+    max_N1 = z_NV.amax(-1, keepdim=True)
+    exp_NV = z_NV.sub_(max_N1).exp_()
+    sum_N1 = exp_NV.sum(-1, keepdim=True)
+    return exp_NV, sum_N1, max_N1 + sum_N1.log()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -146,19 +162,17 @@ class _ChunkedLoss(torch.autograd.Function):
                 if teacher is not None:
                     teacher_logits_NV = logit_change.apply_(teacher.logits(chunk))
                 for rows in slices(len(logits_NV), softmax_logits // len(weight_VD)):
-                    *values, gradient_NV = sums_and_gradient(
+                    sums += replace_by_gradient_(
                         logits_NV[rows],
                         None if teacher_logits_NV is None else teacher_logits_NV[rows],
                         chunk_targets_N[rows],
-                        *weights_and_temperature,
+                        weights_and_temperature,
+                        logit_change,
                     )
-                    sums += torch.stack(values)
-                    logit_change.backward_(gradient_NV, logits_NV[rows])
-                    logits_NV[rows] = gradient_NV  # from here on it holds the gradient
                 if needs_hidden:
                     hidden_gradient_ND[chunk] = logits_NV @ student.weight_VD
                 if needs_weight:
-                    _add_product(weight_gradient_VD, logits_NV.T, student.hidden_ND[chunk])
+                    student.add_weight_gradient(weight_gradient_VD, logits_NV, chunk)
                 if needs_bias:
                     bias_gradient_V += logits_NV.sum(0, dtype=torch.float32)
         ctx.gradients = [hidden_gradient_ND, weight_gradient_VD, bias_gradient_V]
@@ -177,21 +191,36 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Head:
-    """A projection to the vocabulary with the states it reads, in the dtype of their product."""
+    """A projection to the vocabulary with the states it reads, in the dtype of their product.
+
+    Products of all chunks are written to the same memory. On a CPU, new memory for each would cost
+    as much time as the products themselves.
+    """
 
     def __init__(
         self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype
     ) -> None:
         self.hidden_ND, self.weight_VD = hidden_ND.detach().to(dtype), weight_VD.detach().to(dtype)
         self.bias_V = None if bias_V is None else bias_V.detach().to(dtype)
+        self._logits_NV = self._product_VD = None
 
     def logits(self, chunk: slice) -> Tensor:
-        return nn.functional.linear(self.hidden_ND[chunk], self.weight_VD, self.bias_V)
+        """Return the logits of a chunk, which the next call overwrites."""
+        hidden_ND = self.hidden_ND[chunk]
+        if self._logits_NV is None:  # the first chunk is the longest
+            self._logits_NV = hidden_ND.new_empty(len(hidden_ND), len(self.weight_VD))
+        logits_NV = self._logits_NV[: len(hidden_ND)]
+        torch.mm(hidden_ND, self.weight_VD.T, out=logits_NV)
+        return logits_NV if self.bias_V is None else logits_NV.add_(self.bias_V)
 
-
-def _add_product(total_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:
-    """Compute `total += a @ b` in place. The total stays in fp32 whatever the factors' dtype."""
-    if a_VN.dtype == total_VD.dtype:
-        total_VD.addmm_(a_VN, b_ND)
-    else:
-        total_VD += a_VN @ b_ND
+    def add_weight_gradient(self, total_VD: Tensor, gradient_NV: Tensor, chunk: slice) -> None:
+        """Add a chunk's gradient of the weight to a total in fp32, whatever the products' dtype."""
+        gradient_VN, hidden_ND = gradient_NV.T, self.hidden_ND[chunk]
+        if total_VD.dtype == gradient_VN.dtype:
+            total_VD.addmm_(gradient_VN, hidden_ND)
+            return
+        if self._product_VD is None:
+            self._product_VD = torch.empty_like(self.weight_VD)
+        torch.mm(gradient_VN, hidden_ND, out=self._product_VD)
+        for rows in slices(len(total_VD), CPU_SOFTMAX_LOGITS // total_VD.shape[1]):
+            total_VD[rows] += self._product_VD[rows]
