@@ -282,7 +282,7 @@ def save(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> Non
     if plan.reason_to_load:
         print(f"{plan.reason_to_load}: the models are loaded instead of copied file to file")
     with user_errors((OSError,)):
-        plan.save(folder, repository or folder.name, asdict(arguments))
+        plan.save(folder, repository or folder.resolve().name, asdict(arguments))
     size = plan.size
     print(
         f"{folder}: k = {plan.num_layers_to_patch}, {size.depth} layers, "

@@ -230,6 +230,75 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.fixture
+def mount_point(tmp_path) -> Iterator[Path]:
+    """An empty file system of its own, as a new disk is."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)]).returncode:
+        pytest.skip("a tmpfs can only be mounted by root")
+    (folder / "lost+found").mkdir()
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_into_a_mount_point(pair, mount_point, capsys):
+    works(pair, mount_point)
+    assert "is not empty" in refused(pair, mount_point, capsys)
+
+
+def test_into_the_current_folder(pair, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    main(arguments(pair, Path()))
+    assert os.path.samefile(".", here)  # the folder a shell is in stays the same one
+    AutoModelForCausalLM.from_pretrained(".")
+    assert (here / "README.md").read_text().count("# here") == 1
+
+
+@pytest.mark.parametrize("leads_to", ["an empty folder", "nothing yet"])
+def test_into_a_link(leads_to, pair, tmp_path):
+    target, link = tmp_path / "disk" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    if leads_to == "an empty folder":
+        target.mkdir()
+    link.symlink_to(target)
+    works(pair, link)
+    assert link.is_symlink()
+    AutoModelForCausalLM.from_pretrained(target)
+    assert os.listdir(target.parent) == ["target"]
+
+
+def test_a_link_to_itself(pair, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("link")
+    assert "link" in refused(pair, tmp_path / "link", capsys)
+
+
+def test_an_empty_folder_after_a_failed_and_a_killed_run(tmp_path):
+    (tmp_path / ".incomplete-killed").mkdir()
+    with pytest.raises(RuntimeError), outputs.new_folder(tmp_path):
+        raise RuntimeError("disk full")
+    assert os.listdir(tmp_path) == []
+    outputs.check_new_folder(tmp_path)
+    with pytest.raises(OSError, match="not empty any more"), outputs.new_folder(tmp_path) as mine:
+        (mine / "file").touch()
+        with outputs.new_folder(tmp_path) as other:
+            (other / "file").write_text("of the other run")
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "of the other run"
+
+
+def test_room_is_looked_for_where_a_link_leads(tmp_path, monkeypatch):
+    asked = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other disk" / "out")
+    outputs.check_space(tmp_path / "link", 1)
+    assert asked == [tmp_path / "other disk"]
+
+
 @pytest.mark.parametrize("layout", ["copied", "loaded"])
 def test_a_disk_that_fills_up_in_the_middle(
     layout, pair, small_disk, tmp_path, capsys, monkeypatch

@@ -1,8 +1,6 @@
 """A run of training, from parsed flags to the saved student."""
 
 import dataclasses
-import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -29,7 +27,7 @@ from patching.arguments import CalibrationArguments
 from patching.blocks import as_layer_list
 from patching.checkpoints.companions import Companions
 from patching.cli.command_line import user_errors
-from patching.files.outputs import environment, follow_umask, write_json
+from patching.files.outputs import environment, follow_umask, move_into_place, write_json
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import logit_change
@@ -249,14 +247,6 @@ def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
         if "eval_loss" in line and line["step"] == trainer.state.global_step:
             return {name: value for name, value in line.items() if name.startswith("eval_")}
     return trainer.evaluate()
-
-
-def move_into_place(staging: Path, folder: Path) -> None:
-    """Move a finished student into its folder, config.json last: without it nothing loads."""
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.is_dir():  # a full folder, of an earlier student, cannot be replaced
-            shutil.rmtree(folder / path.name, ignore_errors=True)
-        os.replace(path, folder / path.name)
 
 
 def print_on_main_process(args: DistillationArguments, text: str) -> None:

@@ -1,5 +1,6 @@
 """Output files and folders that appear complete or not at all, and the record of what made them."""
 
+import errno
 import fcntl
 import json
 import math
@@ -61,11 +62,11 @@ def _umask() -> int:
 
 def check_new_folder(path: Path) -> None:
     """Raise ValueError unless a new folder can be created at `path`, where nothing or an empty
-    folder may be now.
+    folder may be now. It may be a mount point, the current folder, or a link.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder that does not exist yet")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and not _is_empty(path):
         raise ValueError(f"{path} is not empty: name another folder, or remove this one first")
     check_writable(path)
 
@@ -74,9 +75,7 @@ def check_writable(path: Path) -> None:
     """Raise ValueError unless files can be written to the folder `path`, which may not exist
     yet.
     """
-    nearest = path.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = _nearest(path)
     if not nearest.is_dir():
         raise ValueError(f"{path} cannot be written to: {nearest} is not a folder")
     try:
@@ -87,28 +86,67 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
+def _nearest(path: Path) -> Path:
+    """Return the path itself or the folder closest to it that exists, with links followed."""
+    try:
+        nearest = path.resolve()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is a link that leads to itself: name another folder") from error
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
+
+
+STAGING = ".incomplete-"
+"""Part of the name of a folder that is still being filled."""
+
+
+def _is_empty(folder: Path) -> bool:
+    """Return whether a folder holds nothing but what a new file system or a killed run leaves."""
+    names = [entry.name for entry in folder.iterdir()]
+    return all(name == "lost+found" or name.startswith(STAGING) for name in names)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill. It is renamed to `path` if the block succeeds and removed
-    if it fails.
+    """Yield a temporary folder to fill, in the file system of `path`. If the block succeeds, it is
+    renamed to `path`, or its files are moved there if `path` is an empty folder, `config.json`
+    last. If the block fails, it is removed.
 
-    Leftovers of a killed run are removed by the next run with the same `path`.
+    An empty folder is kept, because it may be a mount point or somebody's current folder. Leftovers
+    of a killed run are removed by the next run with the same `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.incomplete-"
-    for other in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+    path = path.resolve()
+    exists = path.is_dir()
+    place, prefix = (path, STAGING) if exists else (path.parent, f".{path.name}{STAGING}")
+    place.mkdir(parents=True, exist_ok=True)
+    for other in [entry for entry in place.iterdir() if entry.name.startswith(prefix)]:
         with _lock(other) as is_abandoned:
             if is_abandoned:
                 shutil.rmtree(other, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+    staging = Path(tempfile.mkdtemp(dir=place, prefix=prefix))
     with _lock(staging):
         try:
             yield staging
             follow_umask(staging)
-            os.replace(staging, path)  # an empty folder may be replaced, a full one may not
+            if exists and not _is_empty(path):
+                raise OSError(errno.ENOTEMPTY, "it is not empty any more")
+            if exists:
+                move_into_place(staging, path)
+                staging.rmdir()
+            else:
+                os.replace(staging, path)  # an empty folder may be replaced, a full one may not
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def move_into_place(staging: Path, folder: Path) -> None:
+    """Move a finished model into its folder, `config.json` last: without it nothing loads."""
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():  # a full folder, of an earlier model, cannot be replaced
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        os.replace(path, folder / path.name)
 
 
 @contextmanager
@@ -130,10 +168,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 def check_space(path: Path, num_bytes: int) -> None:
     """Raise ValueError unless `num_bytes` are free on the disk of `path`."""
-    nearest = path.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(_nearest(path)).free
     if free < num_bytes:
         raise ValueError(
             f"{path}: the weights take {num_bytes:,} bytes and {free:,} are free there, make "
