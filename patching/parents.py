@@ -14,6 +14,7 @@ from patching.architectures.distilbert import as_bert
 from patching.architectures.lookup import architecture_of, read_config
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.checkpoints.fingerprint import fingerprint
+from patching.checkpoints.stored_dtype import stored_dtype
 from patching.recipe import Parent, Reference
 
 Model = str | os.PathLike[str] | PreTrainedModel
@@ -65,7 +66,7 @@ class Parents:
         return cls(
             references,
             configs,
-            _dtype_of(dtype, configs["teacher"], models.get("teacher")),
+            _dtype_of(dtype, references["teacher"], configs["teacher"], models.get("teacher")),
             _device_of(device, models),
             device_map,
             attn_implementation,
@@ -188,13 +189,18 @@ def _config_of(
 
 
 def _dtype_of(
-    name: str | torch.dtype, teacher: PreTrainedConfig, in_memory: PreTrainedModel | None
+    name: str | torch.dtype,
+    teacher: Reference,
+    config: PreTrainedConfig,
+    in_memory: PreTrainedModel | None,
 ) -> torch.dtype:
-    """`auto` is the teacher's dtype, float32 if its config names none."""
+    """`auto` is the teacher's dtype: that of its stored tensors if its config names none."""
     if isinstance(name, torch.dtype):
         return name
     if name == "auto":
-        return in_memory.dtype if in_memory is not None else teacher.dtype or torch.float32
+        if in_memory is not None:
+            return in_memory.dtype
+        return config.dtype or stored_dtype(teacher) or torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={name}: choose auto, bfloat16, float16 or float32")

@@ -272,6 +272,7 @@ def save(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> Non
     """Save the member that the flags name, and upload it if they ask for that."""
     from patching.checkpoints.hub import check_can_push, push
     from patching.checkpoints.save import plan_save
+    from patching.checkpoints.splice import OutOfRange
 
     folder, repository = arguments.save_directory, arguments.push_to_hub
     with user_errors():
@@ -281,7 +282,7 @@ def save(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> Non
         plan = plan_save(family, patched_layers, folder, max_shard_bytes)
     if plan.reason_to_load:
         print(f"{plan.reason_to_load}: the models are loaded instead of copied file to file")
-    with user_errors((OSError,)):
+    with user_errors((OSError, OutOfRange)):
         plan.save(folder, repository or folder.resolve().name, asdict(arguments))
     size = plan.size
     print(

@@ -49,8 +49,12 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return self.num_elements * ITEM_BYTES[self.dtype]
 
 
 class TensorOnDisk(NamedTuple):

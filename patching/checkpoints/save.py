@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ from patching.checkpoints.companions import Companions, plan_companions
 from patching.checkpoints.model_card import FILE_NAME as CARD_FILE_NAME
 from patching.checkpoints.model_card import model_card, origin_of
 from patching.checkpoints.sizes import Size
-from patching.checkpoints.splice import OtherLayout, Splice, plan_splice
+from patching.checkpoints.splice import OtherLayout, OutOfRange, Splice, plan_splice
 from patching.family import MAX_SHARD_BYTES, Family
 from patching.files.outputs import (
     check_space,
@@ -26,7 +27,7 @@ from patching.files.outputs import (
     write_json,
     write_text,
 )
-from patching.recipe import Recipe, patched_model
+from patching.recipe import Parent, Recipe, patched_model
 
 PROVENANCE_FILE_NAME = "provenance.json"
 
@@ -55,7 +56,8 @@ class SavePlan:
 
         `title` names the model on its card, and `arguments` are recorded in provenance.json.
 
-        Raises OSError, and leaves nothing behind, if the disk is full or a parent's file changes.
+        Raises OSError, and leaves nothing behind, if the disk is full or a parent's file changes,
+        and likewise OutOfRange if a number is too large for the dtype.
         """
         try:
             with new_folder(folder) as staging:
@@ -106,6 +108,14 @@ def _write_weights(model: PreTrainedModel, folder: Path, max_shard_bytes: int) -
     (folder / "config.json").unlink()  # the companions' comes last
 
 
+def _check_range(model: PreTrainedModel, loaded: set[Parent]) -> None:
+    """Raise OutOfRange if weights that were `loaded` in half precision were too large for it."""
+    if loaded and model.dtype == torch.float16:
+        for name, tensor in model.state_dict().items():
+            if tensor.isinf().any():
+                raise OutOfRange(name, model.dtype)
+
+
 def plan_save(
     family: Family,
     patched_layers: frozenset[int],
@@ -142,6 +152,7 @@ def plan_save(
     except OtherLayout as error:
         reason = str(error)
         weights = assemble(recipe, **parents.load(recipe.parents))
+        _check_range(weights, recipe.parents - parents.given)
         model_class = type(weights)
     companions = plan_companions(
         parents, family.config(recipe), model_class, family.dtype, tokenizer

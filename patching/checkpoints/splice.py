@@ -45,6 +45,15 @@ class OtherLayout(ValueError):
     """A checkpoint that is valid but cannot be copied byte by byte, so it has to be loaded."""
 
 
+class OutOfRange(ValueError):
+    """A tensor holds numbers that are too large for the dtype asked for."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        dtype_name = str(dtype).removeprefix("torch.")
+        others = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+        super().__init__(f"dtype={dtype_name}: {name} has numbers beyond its range, use {others}")
+
+
 @dataclass(frozen=True)
 class Shard:
     """A planned weights file: its tensors in sequence, and where to copy each one from."""
@@ -76,7 +85,8 @@ class Splice:
         Like `cp`, this lets the system decide when bytes reach the disk. Files only ever grow, so a
         file cut short by a power failure is too short for its header, and no loader accepts it.
 
-        Raises OSError if a parent's file ends early or the disk is full.
+        Raises OSError if a parent's file ends early or the disk is full, OutOfRange if a number is
+        too large for the dtype.
         """
         for shard in self.shards:
             target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -262,43 +272,57 @@ def _write_tensors(target: int, shard: Shard) -> None:
     for path, wanted in _by_file(shard):
         source = os.open(path, os.O_RDONLY)
         try:
-            for start, stop, stored, dtype in wanted:
+            for start, stop, stored, dtype, name in wanted:
                 if stored == dtype:
                     copy_bytes(source, target, start, stop)
                 else:
-                    _cast(source, target, start, stop, TORCH_DTYPES[stored], TORCH_DTYPES[dtype])
+                    dtypes = TORCH_DTYPES[stored], TORCH_DTYPES[dtype]
+                    _cast(source, target, start, stop, *dtypes, name)
         finally:
             os.close(source)
 
 
-def _by_file(shard: Shard) -> Iterator[tuple[Path, list[tuple[int, int, str, str]]]]:
+def _by_file(shard: Shard) -> Iterator[tuple[Path, list[tuple[int, int, str, str, str]]]]:
     """Yield the files that a shard's tensors are copied from, in sequence, each with byte ranges.
 
-    A range is (start, stop, stored dtype, dtype to write). Adjacent ranges are merged.
+    A range is (start, stop, stored dtype, dtype to write, name). Adjacent ranges are merged unless
+    they are cast.
     """
     path: Path | None = None
-    ranges: list[tuple[int, int, str, str]] = []
+    ranges: list[tuple[int, int, str, str, str]] = []
     for tensor, source in zip(shard.tensors, shard.sources):
         if source.path != path:
             if path is not None:
                 yield path, ranges
             path, ranges = source.path, []
         dtypes = (source.tensor.dtype, tensor.dtype)
-        if ranges and ranges[-1][1:] == (source.start, *dtypes):
-            ranges[-1] = (ranges[-1][0], source.stop, *dtypes)
+        if ranges and ranges[-1][1:4] == (source.start, *dtypes) and dtypes[0] == dtypes[1]:
+            ranges[-1] = (ranges[-1][0], source.stop, *ranges[-1][2:])
         else:
-            ranges.append((source.start, source.stop, *dtypes))
+            ranges.append((source.start, source.stop, *dtypes, tensor.name))
     if path is not None:
         yield path, ranges
 
 
 def _cast(
-    source: int, target: int, start: int, stop: int, stored: torch.dtype, dtype: torch.dtype
+    source: int,
+    target: int,
+    start: int,
+    stop: int,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    name: str,
 ) -> None:
-    """Append bytes start..stop of one file to another, cast from `stored` to `dtype`."""
+    """Append bytes start..stop of one file to another, cast from `stored` to `dtype`.
+
+    Raises OutOfRange, with the tensor's `name`, if a number is too large for `dtype`.
+    """
     while start < stop:
         piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
-        numbers = torch.frombuffer(piece, dtype=stored).to(dtype)
+        given = torch.frombuffer(piece, dtype=stored)
+        numbers = given.to(dtype)
+        if not numbers.isfinite().all() and (numbers.isinf() & ~given.isinf()).any():
+            raise OutOfRange(name, dtype)
         write_all(target, memoryview(numbers.view(torch.uint8).numpy()))
         start += len(piece)
 
