@@ -7,6 +7,10 @@ both grow with the number of tokens and with the vocabulary.
 
     python -m benchmarks.distill_step
     python -m benchmarks.distill_step --growth
+    python -m benchmarks.distill_step --shape smollm2 --compile
+
+--shape smollm2 has the shape of SmolLM2-135M and 16 rows of 256 tokens. --compile compiles our side
+as `train.train --torch_compile` does.
 """
 
 import argparse
@@ -14,42 +18,67 @@ import copy
 import multiprocessing
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from benchmarks.ratios import ratio_of_pairs
 from patching.blocks import LayerMap
 from patching.running.peak_memory import peak_bytes_during
 from train.distillation import install_distillation_forward
 from train.loss import LossWeights, count
+from train.speed import reuse_freed_memory, speed_up
 from train.student import new_student
 
 WEIGHTS = LossWeights(cross_entropy=1.0, kl=0.1, cosine=2.0, temperature=1.0)
+COMPILED = SimpleNamespace(
+    use_liger_kernel=False,
+    torch_compile=True,
+    torch_compile_backend="inductor",
+    torch_compile_mode=None,
+)
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "num_layers": 30, "row_length": 256}
 MIB = 2**20
 Step = Callable[[], Tensor]
 
 
-def models(
-    vocab_size: int, hidden_size: int, num_layers: int, device: str
-) -> tuple[PreTrainedModel, PreTrainedModel, LayerMap]:
-    """Return a bf16 teacher shaped like a Qwen3 with a tied head, and its fp32 student with half
-    of the layers.
-    """
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(1, hidden_size // 128),
-        head_dim=64,
-        tie_word_embeddings=True,
+def teacher_config(settings: argparse.Namespace) -> PreTrainedConfig:
+    """Return the config of a Llama like SmolLM2-135M, or of a small Qwen3. The head is tied."""
+    hidden_size = settings.hidden_size
+    shape = {
+        "vocab_size": settings.vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": hidden_size // 64,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    }
+    if settings.shape == "smollm2":
+        return LlamaConfig(intermediate_size=1536, num_key_value_heads=3, **shape)
+    key_value_heads = max(1, hidden_size // 128)
+    return Qwen3Config(
+        intermediate_size=3 * hidden_size, num_key_value_heads=key_value_heads, **shape
     )
+
+
+def models(
+    config: PreTrainedConfig, device: str
+) -> tuple[PreTrainedModel, PreTrainedModel, LayerMap]:
+    """Return a bf16 teacher and its fp32 student with half of the layers."""
+    num_layers = config.num_hidden_layers
     torch.manual_seed(0)
     with torch.device(device):
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -88,10 +117,17 @@ def straightforward_loss(
 class Side:
     """One implementation of the step, with its own weights."""
 
-    def __init__(self, name: str, student, teacher, layer_map: LayerMap, ids_BT: Tensor) -> None:
+    def __init__(
+        self, name: str, student, teacher, layer_map: LayerMap, ids_BT: Tensor, compiled=False
+    ) -> None:
         self.name, self.student = name, student
         if name == "ours":
-            install_distillation_forward(student, teacher, layer_map, WEIGHTS)
+            weights = WEIGHTS
+            if compiled:
+                weights = WEIGHTS._replace(compile_backend=COMPILED.torch_compile_backend)
+                for model in (student, teacher):
+                    speed_up(model, COMPILED)
+            install_distillation_forward(student, teacher, layer_map, weights)
             counts = count(ids_BT)
             self.loss = lambda: student(input_ids=ids_BT, labels=ids_BT, counts=counts).loss
         else:
@@ -113,9 +149,9 @@ class Side:
 
 
 def both_sides(settings: argparse.Namespace) -> tuple[Side, Side]:
-    student, teacher, layer_map = models(
-        settings.vocab_size, settings.hidden_size, settings.num_layers, settings.device
-    )
+    if settings.device == "cpu":
+        reuse_freed_memory()
+    student, teacher, layer_map = models(teacher_config(settings), settings.device)
     ids_BT = torch.randint(
         settings.vocab_size,
         (settings.num_tokens // settings.row_length, settings.row_length),
@@ -125,7 +161,7 @@ def both_sides(settings: argparse.Namespace) -> tuple[Side, Side]:
     plain = Side(
         "straightforward", copy.deepcopy(student), copy.deepcopy(teacher), layer_map, ids_BT
     )
-    return Side("ours", student, teacher, layer_map, ids_BT), plain
+    return Side("ours", student, teacher, layer_map, ids_BT, settings.compile), plain
 
 
 def synchronize(device: str) -> None:
@@ -180,8 +216,45 @@ def matrix_product_rate(device: str, size: int = 2048, repeats: int = 5) -> floa
     return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(repeats))
 
 
+class ProductShapes(TorchDispatchMode):
+    """Counts the matrix products that run, by shapes, strides and dtypes of their factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            factors = args[:2] if packet == torch.ops.aten.mm else args[1:3]
+            self.counts[tuple((a.shape, a.stride(), a.dtype) for a in factors)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def rate_of_products(counts: Counter[tuple], device: str, repeats: int = 5) -> float:
+    """Return the FLOP/s of these products alone, each the best of a few, written to the same memory
+    every time.
+    """
+    flops = total_seconds = 0.0
+    for factors, num_runs in counts.items():
+        a, b = (
+            torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+            for shape, stride, dtype in factors
+        )
+        out = a @ b
+        best = min(seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(repeats))  # noqa: B023
+        flops += num_runs * 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        total_seconds += num_runs * best
+    return flops / total_seconds
+
+
 def report(settings: argparse.Namespace) -> None:
-    rate = matrix_product_rate(settings.device)
+    large_rate = matrix_product_rate(settings.device)
+    if settings.compile:  # inside compiled layers products cannot be seen
+        uncompiled, _ = both_sides(argparse.Namespace(**vars(settings) | {"compile": False}))
+        with ProductShapes() as products, FlopCounterMode(display=False) as counter:
+            uncompiled.step()
+        del uncompiled, _
     ours, plain = both_sides(settings)
     loss_difference, gradient_difference = agreement(ours, plain)
     print(
@@ -190,8 +263,9 @@ def report(settings: argparse.Namespace) -> None:
     times = {ours.name: [], plain.name: []}
     for side in (ours, plain):
         side.step()
-    with FlopCounterMode(display=False) as counter:
-        ours.step()
+    if not settings.compile:
+        with ProductShapes() as products, FlopCounterMode(display=False) as counter:
+            ours.step()
     for _ in range(settings.repeats):
         for side in (ours, plain):
             times[side.name].append(seconds(side.step, settings.device))
@@ -207,11 +281,13 @@ def report(settings: argparse.Namespace) -> None:
         f"memory: {peaks[0] / MIB:,.0f} MiB, straightforward {peaks[1] / MIB:,.0f} MiB, "
         f"ratio 1/{peaks[1] / peaks[0]:.1f}"
     )
-    flops = counter.get_total_flops()
-    print(
-        f"products: {flops / medians['ours'] / 1e9:,.0f} GFLOP/s of {rate / 1e9:,.0f} GFLOP/s "
-        f"measured, {flops / medians['ours'] / rate:.0%}"
-    )
+    rate = counter.get_total_flops() / medians["ours"]
+    print(f"products: {rate / 1e9:,.0f} GFLOP/s in the step")
+    for name, alone in (
+        ("the same products alone", rate_of_products(products.counts, settings.device)),
+        ("one large product", large_rate),
+    ):
+        print(f"      {rate / alone:.0%} of the {alone / 1e9:,.0f} GFLOP/s of {name}")
     print(
         profiled.key_averages().table(
             sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40
@@ -246,6 +322,8 @@ def growth(settings: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=("qwen3", "smollm2"), default="qwen3")
+    parser.add_argument("--compile", action="store_true", help="compile our side")
     parser.add_argument("--vocab_size", type=int, default=151936)
     parser.add_argument("--num_tokens", type=int, default=4096)
     parser.add_argument("--row_length", type=int, default=512)
@@ -255,6 +333,8 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--growth", action="store_true", help="how both grow, at smaller sizes")
+    if parser.parse_known_args()[0].shape == "smollm2":
+        parser.set_defaults(**SMOLLM2)
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     (growth if parsed.growth else report)(parsed)

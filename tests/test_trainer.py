@@ -180,10 +180,10 @@ def test_the_teachers_states_are_freed_as_they_are_compared(tmp_path, monkeypatc
     """Only one of them is alive at each comparison."""
     alive = []
 
-    def compare(student_BTD, teacher_BTD, is_real_BT):
+    def compare(student_BTD, teacher_BTD, is_real_BT, compile_backend):
         alive.append(weakref.ref(teacher_BTD))
         counts.append(sum(reference() is not None for reference in alive))
-        return cosine_distance(student_BTD, teacher_BTD, is_real_BT)
+        return cosine_distance(student_BTD, teacher_BTD, is_real_BT, compile_backend)
 
     counts = []
     monkeypatch.setattr(distillation, "cosine_distance", compare)

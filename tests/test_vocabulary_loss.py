@@ -132,3 +132,44 @@ def test_kl_without_a_teacher_is_refused(heads_and_states):
     hidden_ND, head, targets_N, _, _ = heads_and_states
     with pytest.raises(ValueError, match="KL term needs the teacher"):
         vocabulary_loss(hidden_ND, head, targets_N, cross_entropy_weight=1.0, kl_weight=1.0)
+
+
+def test_compiled_passes_compute_the_same(heads_and_states):
+    hidden_ND, head, targets_N, teacher_hidden_ND, teacher_head = heads_and_states
+    results = []
+    for compile_backend in (None, "aot_eager"):
+        terms = vocabulary_loss(
+            hidden_ND,
+            head,
+            targets_N,
+            teacher_hidden_ND,
+            teacher_head,
+            cross_entropy_weight=1.0,
+            kl_weight=0.5,
+            temperature=2.0,
+            logit_change=LogitChange(2.0, soft_cap=1.5),
+            compile_backend=compile_backend,
+        )
+        results.append((terms, torch.autograd.grad(terms.loss, [hidden_ND, head.weight])))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_without_a_target_count_for_nothing(heads_and_states):
+    hidden_ND, head, targets_N, teacher_hidden_ND, teacher_head = heads_and_states
+    has_target_N = torch.arange(len(targets_N)) % 3 > 0
+    chosen = (hidden_ND[has_target_N], targets_N[has_target_N], teacher_hidden_ND[has_target_N])
+    whole = (hidden_ND, targets_N.masked_fill(~has_target_N, -100), teacher_hidden_ND)
+    results = []
+    for student_ND, targets, teacher_ND in (chosen, whole):
+        terms = vocabulary_loss(
+            student_ND,
+            head,
+            targets,
+            teacher_ND,
+            teacher_head,
+            cross_entropy_weight=1.0,
+            kl_weight=0.5,
+            temperature=2.0,
+        )
+        results.append((terms, torch.autograd.grad(terms.loss, [hidden_ND, head.weight])))
+    torch.testing.assert_close(*results)

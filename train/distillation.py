@@ -71,7 +71,10 @@ def distillation_forward(
     def compare(j: int, student_BTD: Tensor) -> None:
         teacher_BTD = teacher_states.pop(j)
         if weights.cosine:
-            cosine_distances.append(cosine_distance(student_BTD, teacher_BTD, is_real_BT))
+            distance = cosine_distance(
+                student_BTD, teacher_BTD, is_real_BT, weights.compile_backend
+            )
+            cosine_distances.append(distance)
         if j == student_indices[-1]:
             last_pair.extend((student_BTD, teacher_BTD))
 
@@ -87,11 +90,13 @@ def distillation_forward(
             gather(teacher_head)
         student_BTD, teacher_BTD = last_pair
         targets_BT = targets_at(labels_BT, is_masked_model)
-        is_target_BT = targets_BT >= 0
+        is_target_BT = None
+        if is_masked_model or attention_mask_BT is not None:
+            is_target_BT = targets_BT >= 0  # the host waits for the device to count them
         with torch.no_grad():
-            teacher_ND = before_output_embeddings(teacher, teacher_BTD[is_target_BT])
-        student_ND = before_output_embeddings(student, student_BTD[is_target_BT])
-        targets_N = targets_BT[is_target_BT]
+            teacher_ND = before_output_embeddings(teacher, _at(is_target_BT, teacher_BTD))
+        student_ND = before_output_embeddings(student, _at(is_target_BT, student_BTD))
+        targets_N = _at(is_target_BT, targets_BT)
 
     # 4. The loss.
     terms = distillation_loss(
@@ -107,6 +112,13 @@ def distillation_forward(
     )
     release(teacher_head)  # without a backward pass nothing else does
     return terms
+
+
+def _at(is_target_BT: Tensor | None, values: Tensor) -> Tensor:
+    """Return the values at target positions, or at all positions if nearly all have a target. The
+    loss then skips the others.
+    """
+    return values.flatten(0, 1) if is_target_BT is None else values[is_target_BT]
 
 
 def install_distillation_forward(

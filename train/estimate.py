@@ -15,7 +15,7 @@ from patching.blocks import LayerMap, Order
 from patching.checkpoints.layout import layout_of
 from patching.checkpoints.sizes import Size, size_of
 from patching.recipe import initial_student, intermediate_model
-from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS
+from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, CUDA_CHUNK_LOGITS
 from train.loss import LossWeights
 from train.masking import SHARE_OF_TARGETS
 
@@ -193,11 +193,11 @@ def _loss_bytes(
     bytes_each = batch.dtype.itemsize
     state_bytes = bytes_each if is_sharded else MASTER_BYTES
     num_targets = round(batch.num_tokens * share_of_targets(config))
-    num_logits = min(num_targets * len(head), CHUNK_LOGITS)
-    num_softmax_logits = min(num_logits, CPU_SOFTMAX_LOGITS) if is_cpu else num_logits
+    num_logits = min(num_targets * len(head), CHUNK_LOGITS if is_cpu else CUDA_CHUNK_LOGITS)
+    num_softmax_logits = min(num_logits, CPU_SOFTMAX_LOGITS if is_cpu else CHUNK_LOGITS)
     num_models = 1 + bool(weights.kl)
     num_bytes = num_models * num_logits * bytes_each
-    num_bytes += (1 + 2 * num_models) * num_softmax_logits * 4
+    num_bytes += (2 * num_models - 1) * num_softmax_logits * 4
     num_bytes += MASTER_BYTES * head.numel()
     if batch.dtype != torch.float32:
         num_bytes += bytes_each * head.numel() * (1 if is_sharded else 2)

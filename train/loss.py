@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from patching.running.logits import UNCHANGED, LogitChange
+from train.fused import fused
 from train.vocabulary_loss import vocabulary_loss
 
 IGNORED_LABEL = -100
@@ -37,6 +38,8 @@ class LossWeights(NamedTuple):
     kl: float
     cosine: float
     temperature: float
+    compile_backend: str | None = None
+    """Backend of torch.compile that fuses the elementwise passes, None to run them one by one."""
 
     @property
     def needs_logits(self) -> bool:
@@ -115,6 +118,7 @@ def distillation_loss(
             kl_weight=weights.kl * weights.temperature**2,
             temperature=weights.temperature,
             logit_change=logit_change,
+            compile_backend=weights.compile_backend,
         )
         loss = loss + sums.loss / counts.targets
         cross_entropy, kl = sums.cross_entropy / counts.targets, sums.kl / counts.targets
@@ -124,32 +128,43 @@ def distillation_loss(
     return LossTerms(loss, cross_entropy.detach(), kl.detach(), cosine.detach())
 
 
-def cosine_distance(student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
+def cosine_distance(
+    student_BTD: Tensor,
+    teacher_BTD: Tensor,
+    is_real_BT: Tensor,
+    compile_backend: str | None = None,
+) -> Tensor:
     """Return the sum over real positions of 1 - cos(h_S, h_T) for one pair of hidden states.
 
     It can be differentiated once, with respect to the student. The gradient is computed right away
     and nothing else is kept, so the teacher's state can be freed as soon as it has been compared.
     """
-    return _CosineDistance.apply(student_BTD, teacher_BTD, is_real_BT)
+    return _CosineDistance.apply(student_BTD, teacher_BTD, is_real_BT, compile_backend)
 
 
 class _CosineDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        student_BTD: Tensor,
+        teacher_BTD: Tensor,
+        is_real_BT: Tensor,
+        compile_backend: str | None,
+    ) -> Tensor:
+        distance_and_gradient = fused(_cosine_distance_and_gradient, compile_backend)
         with torch.autocast(student_BTD.device.type, enabled=False):
-            distance, gradient_BTD = cosine_distance_and_gradient(
+            distance, ctx.gradient = distance_and_gradient(
                 student_BTD.detach(), teacher_BTD, is_real_BT, ctx.needs_input_grad[0]
             )
-            ctx.gradient = gradient_BTD
-            return distance
+        return distance
 
     @staticmethod
-    def backward(ctx, distance_gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, distance_gradient: Tensor) -> tuple[Tensor, None, None, None]:
         gradient_BTD, ctx.gradient = ctx.gradient, None
-        return gradient_BTD.mul_(distance_gradient), None, None
+        return gradient_BTD.mul_(distance_gradient), None, None, None
 
 
-def cosine_distance_and_gradient(
+def _cosine_distance_and_gradient(
     student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum over real positions of 1 - cos(h_S, h_T), and its gradient with respect to

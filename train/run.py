@@ -42,7 +42,7 @@ from train.masking import Masking
 from train.model_args import ModelArguments
 from train.packing import check_separates_documents
 from train.sharding import reads_weights, without_weights
-from train.speed import check_liger_knows
+from train.speed import check_liger_knows, reuse_freed_memory
 from train.student import cast_parameters, new_student, student_companions
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
@@ -96,6 +96,8 @@ def run(
     )
 
     set_seed(args.seed)
+    if args.device.type == "cpu":
+        reuse_freed_memory()
     with user_errors():
         teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)

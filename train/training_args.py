@@ -90,6 +90,12 @@ class DistillationArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "search for parameters without gradients (there are none)"}
     )
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "compile layers and the elementwise passes of the loss (default: on CUDA GPUs)"
+        },
+    )
     fsdp_config: dict | str | None = field(
         default=None,
         metadata={
@@ -106,6 +112,8 @@ class DistillationArguments(TrainingArguments):
         self.remove_unused_columns = False
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it transformers refuses bf16 on a CPU
+        if self.torch_compile is None:
+            self.torch_compile = torch.cuda.is_available()
         if self.fsdp_config:
             from train.fsdp_config import read_fsdp_config  # imports models, which takes a second
 
@@ -162,4 +170,5 @@ class DistillationArguments(TrainingArguments):
             kl=self.kl_loss_weight * self.use_kl_loss,
             cosine=self.cosine_loss_weight * self.use_cosine_loss,
             temperature=self.temperature,
+            compile_backend=self.torch_compile_backend if self.torch_compile else None,
         )

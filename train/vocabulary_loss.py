@@ -12,8 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, slices
+from patching.running.chunks import (
+    CHUNK_LOGITS,
+    CPU_SOFTMAX_LOGITS,
+    CUDA_CHUNK_LOGITS,
+    slices,
+)
 from patching.running.logits import UNCHANGED, LogitChange
+from train.fused import fused
 
 
 class VocabularyLoss(NamedTuple):
@@ -36,6 +42,7 @@ def vocabulary_loss(
     kl_weight: float,
     temperature: float = 1.0,
     logit_change: LogitChange = UNCHANGED,
+    compile_backend: str | None = None,
 ) -> VocabularyLoss:
     """Return the sums over tokens of CE(z_S, y) and KL(softmax(z_T / T) || softmax(z_S / T)).
 
@@ -43,7 +50,8 @@ def vocabulary_loss(
     al. (arXiv 1503.02531) belongs in `kl_weight`. A term of weight 0 is not computed and its sum is
     0. Gradients reach `student_hidden_ND` and the parameters of `student_head`, never the teacher.
     Softmaxes are computed in fp32. `logit_change` is what both models do to the output of their
-    heads. The loss can be differentiated only once.
+    heads. Tokens with a negative target count for nothing. With `compile_backend`, the elementwise
+    passes over logits are compiled. The loss can be differentiated only once.
 
     Raises ValueError if `kl_weight` is not 0 and the teacher's states or head are missing.
     """
@@ -53,6 +61,7 @@ def vocabulary_loss(
         *_ChunkedLoss.apply(
             (cross_entropy_weight, kl_weight, temperature),
             logit_change,
+            compile_backend,
             targets_N,
             teacher_hidden_ND,
             teacher_head if kl_weight else None,
@@ -63,7 +72,7 @@ def vocabulary_loss(
     )
 
 
-def replace_by_gradient_(
+def _replace_by_gradient_(
     logits_NV: Tensor,
     teacher_logits_NV: Tensor | None,
     targets_N: Tensor,
@@ -131,6 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx,
         weights_and_temperature: tuple[float, float, float],
         logit_change: LogitChange,
+        compile_backend: str | None,
         targets_N: Tensor,
         teacher_hidden_ND: Tensor | None,
         teacher_head: nn.Linear | None,
@@ -153,9 +163,13 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_gradient_VD = torch.zeros_like(weight_VD, **fp32) if needs_weight else None
         bias_gradient_V = torch.zeros_like(bias_V, **fp32) if needs_bias else None
         sums = hidden_ND.new_zeros(2, **fp32)
+        chunk_logits = CUDA_CHUNK_LOGITS if device == "cuda" else CHUNK_LOGITS
         softmax_logits = CPU_SOFTMAX_LOGITS if device == "cpu" else CHUNK_LOGITS
+        if compile_backend is not None:  # fused kernels keep no fp32 copies
+            softmax_logits = chunk_logits
+        replace_by_gradient_ = fused(_replace_by_gradient_, compile_backend)
         with torch.autocast(device, enabled=False):
-            for chunk in slices(len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
+            for chunk in slices(len(hidden_ND), chunk_logits // len(weight_VD)):
                 logits_NV, chunk_targets_N = student.logits(chunk), targets_N[chunk]
                 logit_change.apply_(logits_NV)
                 teacher_logits_NV = None
@@ -185,7 +199,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled in place and released, so that the gradient of a large head is never copied.
         gradients, ctx.gradients = ctx.gradients, None
-        return (None,) * 5 + tuple(
+        return (None,) * 6 + tuple(
             None if gradient is None else gradient.mul_(loss_gradient) for gradient in gradients
         )
 
@@ -218,6 +232,10 @@ class _Head:
         gradient_VN, hidden_ND = gradient_NV.T, self.hidden_ND[chunk]
         if total_VD.dtype == gradient_VN.dtype:
             total_VD.addmm_(gradient_VN, hidden_ND)
+            return
+        if total_VD.is_cuda and torch.version.hip is None:  # cuBLAS adds to a total in fp32 itself
+            fp32 = total_VD.dtype
+            torch.addmm(total_VD, gradient_VN, hidden_ND, out_dtype=fp32, out=total_VD)
             return
         if self._product_VD is None:
             self._product_VD = torch.empty_like(self.weight_VD)
