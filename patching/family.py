@@ -30,7 +30,7 @@ from patching.assemble import assemble
 from patching.blocks import LayerMap, Order, as_layer_list
 from patching.checkpoints.companions import set_generation_config
 from patching.checkpoints.layout import Layout, layout_of
-from patching.checkpoints.sizes import Size, deepest_that_fits, size_of
+from patching.checkpoints.sizes import LIMITS, Size, check_cached_text, deepest_within, size_of
 from patching.parents import Model, Parents
 from patching.patch_order import read_order, recommended_order
 from patching.recipe import Parent, Recipe, naively_pruned, patched_model
@@ -207,37 +207,41 @@ def layers_of_size(
     num_layers_to_patch: int | None = None,
     *,
     patched_layers: Collection[int] | None = None,
-    target_params: int | None = None,
-    target_bytes: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    **limits: int | None,
 ) -> frozenset[int]:
-    """The patched student layers of the one member named, in one of four ways.
+    """The patched student layers of the one member named, in one of several ways.
 
-    `num_layers_to_patch` is k along the family's order, `patched_layers` any set of student layers,
-    `target_params` asks for the deepest member with at most that many stored parameters, and
-    `target_bytes` for the deepest one whose weights files fit, in files of `max_shard_bytes`.
+    `num_layers_to_patch` is k along the family's order, and `patched_layers` any set of student
+    layers. The other ways are limits and ask for the deepest member within: `target_params` counts
+    stored parameters, `target_active_params` those a token uses, `target_bytes` the weights files
+    (of at most `max_shard_bytes`), and `target_memory` the weights and the cache of `batch` texts
+    of `context` tokens.
 
     Raises ValueError unless exactly one way is given and it names a member of this family.
     """
-    ways = {
-        "num_layers_to_patch": num_layers_to_patch,
-        "patched_layers": patched_layers,
-        "target_params": target_params,
-        "target_bytes": target_bytes,
-    }
+    if unknown := sorted(limits.keys() - LIMITS):
+        raise TypeError(f"{unknown[0]} does not name a size: choose from {', '.join(LIMITS)}")
+    ways = {"num_layers_to_patch": num_layers_to_patch, "patched_layers": patched_layers} | limits
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
-        raise ValueError(f"name one size with one of {', '.join(ways)}, not {len(given)} of them")
+        names = ", ".join(("num_layers_to_patch", "patched_layers", *LIMITS))
+        raise ValueError(f"name one size with one of {names}, not {len(given)} of them")
+    (name,) = given
+    if context is not None and name != "target_memory":
+        raise ValueError("context belongs to target_memory")
     if patched_layers is not None:
         family.layer_map.num_patched(frozenset(patched_layers))  # raises for unknown layers
         return frozenset(patched_layers)
     k = num_layers_to_patch
-    if target_params is not None:
-        params = [size.parameters.stored for size in family.sizes(max_shard_bytes)]
-        k = deepest_that_fits(params, target_params, "target_params", "parameters")
-    elif target_bytes is not None:
-        num_bytes = [size.bytes_on_disk for size in family.sizes(max_shard_bytes)]
-        k = deepest_that_fits(num_bytes, target_bytes, "target_bytes", "bytes")
+    if name in LIMITS:
+        cached = ()
+        if name == "target_memory":
+            check_cached_text(family.configs["teacher"], context, batch)
+            cached = (context, batch)
+        k = deepest_within(family.sizes(max_shard_bytes), name, limits[name], *cached)
     return family.layer_map.patched_layers(k, family.order)
 
 

@@ -7,9 +7,11 @@ without loading a model wherever that is possible:
     python -m patching.patch --teacher_model_name_or_path TEACHER \\
         --student_model_name_or_path STUDENT --num_layers_to_patch 4 --save_directory DIR
 
-The size may also be named by a limit (`--target_params 3.1B`, `--target_bytes 6GB`) or layer by
-layer (`--patched_layers 3,5,16-18`). `--list` shows every size and builds nothing. `--order klpatch
---calibration TEXT` searches the order first; patching.orders does so once for all sizes.
+The size may also be named by a limit (`--target_params 3.1B`, `--target_bytes 6GB`, or
+`--target_memory 6GB --context 8192` for weights and key-value cache) or layer by layer
+(`--patched_layers 3,5,16-18`). `--num_layers_to_patch 1,3,5` or `all` writes a folder for each
+size. `--list` shows every size and builds nothing. `--order klpatch --calibration TEXT` searches
+the order first; patching.orders does so once for all sizes.
 """
 
 from __future__ import annotations
@@ -28,40 +30,24 @@ from patching.cli.command_line import (
     print_search_step,
     user_errors,
 )
-from patching.cli.units import bytes_text, count_text, parse_bytes, parse_count, parse_ranges
+from patching.cli.units import bytes_text, count_text, parse_bytes
 from patching.files.outputs import check_new_folder
 from patching.patch_order import SEARCHED_ORDERS
+from patching.size_arguments import SizeArguments
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from patching.blocks import Order
+    from patching.checkpoints.save import SavePlan
     from patching.checkpoints.sizes import Size
     from patching.family import Family, Member
     from patching.student_config import StudentConfig
 
-WAYS_TO_NAME_A_SIZE = ("num_layers_to_patch", "target_params", "target_bytes", "patched_layers")
-
 
 @dataclass
-class PatchArguments(CalibrationArguments, FamilyArguments):
-    num_layers_to_patch: int | None = field(
-        default=None,
-        metadata={"help": "how many student layers to replace by their teacher blocks"},
-    )
-    target_params: str | None = field(
-        default=None,
-        metadata={"help": "the deepest member with at most this many parameters stored: 3.1B"},
-    )
-    target_bytes: str | None = field(
-        default=None,
-        metadata={"help": "the deepest member whose weights fit: 6GB (10^9 each), 6GiB (2^30)"},
-    )
-    patched_layers: str | None = field(
-        default=None,
-        metadata={"help": "replace these student layers by teacher blocks: 3,5,16-18"},
-    )
+class PatchArguments(SizeArguments, CalibrationArguments, FamilyArguments):
     list: bool = field(
         default=False,
         metadata={"help": "list every size of the family, from configs alone, and build nothing"},
@@ -87,14 +73,7 @@ class PatchArguments(CalibrationArguments, FamilyArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        named = [name for name in WAYS_TO_NAME_A_SIZE if getattr(self, name) is not None]
-        flags = " or ".join(f"--{name}" for name in WAYS_TO_NAME_A_SIZE)
-        problems = self.check_calibration()
-        if self.list and named:
-            problems.append(f"--list shows every size: leave out --{' and --'.join(named)}")
-        elif not self.list and len(named) != 1:
-            given = f", not both --{' and --'.join(named)}" if named else ""
-            problems.append(f"name one size with {flags}{given}")
+        problems = self.check_calibration() + self.check_size(self.list)
         if self.searches_order and self.patched_layers is not None:
             problems.append(f"--patched_layers names every layer: leave out --order {self.order}")
         if not self.searches_order and self.calibration is not None:
@@ -105,6 +84,8 @@ class PatchArguments(CalibrationArguments, FamilyArguments):
             problems.append("--save_directory is required: name a folder for the model")
         if self.json and not self.list:
             problems.append("--json belongs to --list")
+        if self.push_to_hub and self.names_several:
+            problems.append("--push_to_hub uploads one model: name one size")
         if self.public and not self.push_to_hub:
             problems.append("--public belongs to --push_to_hub")
         if problems:
@@ -216,11 +197,15 @@ def main(argv: list[str] | None = None) -> None:
         parser = CommandLineParser(PatchArguments, prog="patching.patch", description=__doc__)
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         max_shard_bytes = parse_bytes(arguments.max_shard_size, "max_shard_size")
-        if not arguments.list:
+        if not arguments.list and not arguments.names_several:
             check_new_folder(arguments.save_directory)
         family = arguments.open_family(dtype=arguments.dtype)
         if not arguments.list:  # a size that does not exist is noticed before any search
-            chosen_layers(arguments, family, max_shard_bytes)
+            folders_of(arguments, arguments.members(family, max_shard_bytes))
+        elif arguments.context is not None:
+            from patching.checkpoints.sizes import check_cached_text
+
+            check_cached_text(family.configs["teacher"], arguments.context, arguments.batch)
         if arguments.searches_order:
             family, measure = searching(arguments, family)
     if arguments.searches_order:
@@ -231,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         family = family.with_order(order)
         print(f"{arguments.order}: {','.join(map(str, family.order))}", file=sys.stderr)
     if arguments.list:
-        print(listing(family, max_shard_bytes, arguments.json))
+        print(listing(arguments, family, max_shard_bytes))
         return
     save(arguments, family, max_shard_bytes)
 
@@ -248,92 +233,108 @@ def searching(arguments: PatchArguments, family: Family):
     return family, Measurements(family, text)
 
 
-def chosen_layers(
-    arguments: PatchArguments, family: Family, max_shard_bytes: int
-) -> frozenset[int]:
-    """The patched layers of the one member that the flags name. Raises ValueError if there is
-    none.
-    """
-    patched, params, num_bytes = (
-        arguments.patched_layers,
-        arguments.target_params,
-        arguments.target_bytes,
-    )
-    return family.patched_layers(
-        arguments.num_layers_to_patch,
-        patched_layers=None if patched is None else parse_ranges(patched, "patched_layers"),
-        target_params=None if params is None else parse_count(params, "target_params"),
-        target_bytes=None if num_bytes is None else parse_bytes(num_bytes, "target_bytes"),
-        max_shard_bytes=max_shard_bytes,
-    )
+def folders_of(arguments: PatchArguments, members: Iterable[int | None]) -> list[Path]:
+    """The folder of each member that the flags name. Raises ValueError if one cannot be made."""
+    folder = arguments.save_directory
+    folders = [folder if k is None else folder / f"k{k}" for k in members]
+    for path in folders:
+        check_new_folder(path)
+    return folders
 
 
 def save(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> None:
-    """Save the member that the flags name, and upload it if they ask for that."""
+    """Save the members that the flags name, and upload the one if they ask for that."""
     from patching.checkpoints.hub import check_can_push, push
-    from patching.checkpoints.save import plan_save
+    from patching.checkpoints.save import plan_save, same_files
     from patching.checkpoints.splice import OutOfRange
 
-    folder, repository = arguments.save_directory, arguments.push_to_hub
+    repository = arguments.push_to_hub
     with user_errors():
-        patched_layers = chosen_layers(arguments, family, max_shard_bytes)
+        members = arguments.members(family, max_shard_bytes)
+        folders = folders_of(arguments, members)
         if repository:
             check_can_push(repository, arguments.public)
-        plan = plan_save(family, patched_layers, folder, max_shard_bytes)
-    if plan.reason_to_load:
-        print(f"{plan.reason_to_load}: the models are loaded instead of copied file to file")
-    with user_errors((OSError, OutOfRange)):
-        plan.save(folder, repository or folder.resolve().name, asdict(arguments))
-    size = plan.size
-    print(
-        f"{folder}: k = {plan.num_layers_to_patch}, {size.depth} layers, "
-        f"{count_text(size.parameters.stored)} parameters "
-        f"({count_text(size.parameters.both_counted)} with embedding and head both counted), "
-        f"{bytes_text(size.bytes_on_disk)}"
-    )
+        plans = [
+            plan_save(family, patched_layers, folder, max_shard_bytes)
+            for patched_layers, folder in zip(members.values(), folders)
+        ]
+        same = same_files(plans, folders)
+    for reason in {plan.reason_to_load for plan in plans} - {None}:
+        print(f"{reason}: the models are loaded instead of copied file to file")
+    name = repository or arguments.save_directory.resolve().name
+    for k, plan, folder, existing in zip(members, plans, folders, same):
+        with user_errors((OSError, OutOfRange)):
+            plan.save(folder, name if k is None else f"{name}-k{k}", asdict(arguments), existing)
+        print(summary(plan, folder), flush=True)
     if repository:
         with user_errors():
             address = push(folder, repository, arguments.public)
         print(f"uploaded to {address}")
 
 
-def listing(family: Family, max_shard_bytes: int, as_json: bool) -> str:
+def summary(plan: SavePlan, folder: Path) -> str:
+    """One line about a member that was saved."""
+    size = plan.size
+    active = (
+        "" if has_no_experts([size]) else f"{count_text(size.active_parameters)} active per token, "
+    )
+    return (
+        f"{folder}: k = {plan.num_layers_to_patch}, {size.depth} layers, "
+        f"{count_text(size.parameters.stored)} parameters ({active}"
+        f"{count_text(size.parameters.both_counted)} with embedding and head both counted), "
+        f"{bytes_text(size.bytes_on_disk)}"
+    )
+
+
+def listing(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> str:
     """Every size of the family, as a table or as JSON."""
     sizes = family.sizes(max_shard_bytes)
-    if not as_json:
-        return table(sizes)
-    members = [
-        {
-            "num_layers_to_patch": k,
-            "patched_layers": sorted(family.patched_layers(k)),
-            **size.to_dict(),
-        }
-        for k, size in enumerate(sizes)
-    ]
-    dtype_name = str(family.dtype).removeprefix("torch.")
-    return json.dumps({"order": family.order, "dtype": dtype_name, "members": members}, indent=2)
-
-
-def table(sizes: Sequence[Size]) -> str:
-    """The sizes of a family as text, k = 0 first."""
-    rows = [
-        ("k", "layers", "parameters", "stored", "on disk", "KV cache per token", "FLOPs per token")
-    ]
+    context, batch = arguments.context, arguments.batch
+    if not arguments.json:
+        return table(sizes, context, batch)
+    members = []
     for k, size in enumerate(sizes):
-        rows.append(
-            (
-                str(k),
-                str(size.depth),
-                count_text(size.parameters.both_counted),
-                count_text(size.parameters.stored),
-                bytes_text(size.bytes_on_disk),
-                bytes_text(size.kv_cache_bytes_per_token),
-                count_text(size.flops_per_token),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        values = {"num_layers_to_patch": k, "patched_layers": sorted(family.patched_layers(k))}
+        if context is not None:
+            values["memory_bytes"] = size.memory_bytes(context, batch)
+        members.append(values | size.to_dict())
+    dtype_name = str(family.dtype).removeprefix("torch.")
+    whole = {"order": family.order, "dtype": dtype_name, "members": members}
+    if context is not None:
+        whole |= {"context": context, "batch": batch}
+    return json.dumps(whole, indent=2)
+
+
+def has_no_experts(sizes: Iterable[Size]) -> bool:
+    return all(size.active_parameters == size.parameters.stored for size in sizes)
+
+
+def table(sizes: Sequence[Size], context: int | None, batch: int) -> str:
+    """The sizes of a family as text, k = 0 first. Memory is a column if `context` is given, and
+    active parameters are one if not all are active.
+    """
+    columns = {
+        "k": [str(k) for k in range(len(sizes))],
+        "layers": [str(size.depth) for size in sizes],
+        "parameters": [count_text(size.parameters.both_counted) for size in sizes],
+        "stored": [count_text(size.parameters.stored) for size in sizes],
+        "active": [count_text(size.active_parameters) for size in sizes],
+        "on disk": [bytes_text(size.bytes_on_disk) for size in sizes],
+        "memory": [bytes_text(size.memory_bytes(context or 1, batch)) for size in sizes],
+        "KV cache per token": [bytes_text(size.kv_cache_bytes_per_token) for size in sizes],
+        "FLOPs per token": [count_text(size.flops_per_token) for size in sizes],
+    }
+    if has_no_experts(sizes):
+        del columns["active"]
+    if context is None:
+        del columns["memory"]
+    widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
+    rows = [
+        dict(zip(columns, columns)),
+        *(dict(zip(columns, row)) for row in zip(*columns.values())),
+    ]
     return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows
+        "  ".join(row[name].rjust(width) for name, width in widths.items()) for row in rows
     )
 
 

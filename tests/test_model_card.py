@@ -20,7 +20,7 @@ from patching.checkpoints.sizes import Size
 from patching.patch import main
 from patching.recipe import LayerSource, Recipe, Reference, intermediate_model
 
-SIZE = Size(5, ParameterCount(10**9, 2 * 10**9), 2 * 10**9, 1000, 10**9)
+SIZE = Size(5, ParameterCount(10**9, 2 * 10**9), 10**9, 2 * 10**9, 2 * 10**9, None, 10**9)
 RECIPE = intermediate_model(LAYER_MAP, 1, "last")
 COMMITS = {"teacher": "0" * 39 + "1", "student": "0" * 39 + "2"}
 

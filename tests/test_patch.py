@@ -112,7 +112,7 @@ def change_config(folder, **changes):
             {"num_layers_to_patch": 3},
             "num_layers_to_patch=3: this student has 2 patchable layers, choose 0-2",
         ),
-        ({"num_layers_to_patch": "x"}, "invalid int value: 'x'"),
+        ({"num_layers_to_patch": "x"}, "num_layers_to_patch=x: write numbers and ranges such as"),
         ({"dtype": "int8"}, "invalid choice: 'int8'"),
         ({"order": "last", "patch_first_k_layers": True}, "both name an order"),
         ({"order": "middle"}, "order=middle: choose last, first"),
@@ -251,6 +251,19 @@ def size_flags(names: tuple[str, str], *more: object) -> list[str]:
             "--list shows every size: leave out --patched_layers",
         ),
         (("--num_layers_to_patch", 1, "--json"), "--json belongs to --list"),
+        (("--target_memory", "1GB"), "--target_memory needs --context: how many tokens"),
+        (("--num_layers_to_patch", 1, "--context", 9), "--context belongs to --target_memory or"),
+        (("--target_params", "1M", "--batch", 9), "--batch belongs to --context"),
+        (("--target_memory", "1GB", "--context", 0), "context=0: choose 1 or more"),
+        (("--target_memory", "1GB", "--context", 5, "--batch", 0), "batch=0: choose 1 or more"),
+        (("--list", "--context", -2), "context=-2: choose 1 or more"),
+        (
+            ("--target_memory", "1KB", "--context", 5),
+            "target_memory=1,000: no member of this family fits, the smallest takes",
+        ),
+        (("--num_layers_to_patch", "1,3"), "num_layers_to_patch=1,3: this student has 2 patchable"),
+        (("--num_layers_to_patch", "2-1"), "num_layers_to_patch=2-1: write numbers and ranges"),
+        (("--num_layers_to_patch", "all", "--push_to_hub", "x"), "--push_to_hub uploads one model"),
         (("--num_layers_to_patch", 1, "--public"), "--public belongs to --push_to_hub"),
         (("--target_params", "x"), "target_params=x: write a number of parameters such as"),
         (("--target_bytes", "3B3"), "target_bytes=3B3: write a size such as 500MB"),
@@ -284,6 +297,54 @@ def test_one_way_of_naming_and_one_line_of_error(folders, tmp_path, capsys, give
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_several_sizes_are_folders_that_share_their_files(tmp_path, folders, capsys):
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    shard = ("--max_shard_size", "30KB", "--order", "last")
+    asked = size_flags(folders, *shard, "--num_layers_to_patch", "all", "--save_directory", shared)
+    main(asked)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert sorted(path.name for path in shared.iterdir()) == ["k0", "k1", "k2"]
+    for k in range(3):
+        one = alone / str(k)
+        main(size_flags(folders, *shard, "--num_layers_to_patch", k, "--save_directory", one))
+        files = sorted(path.name for path in one.iterdir())
+        assert sorted(path.name for path in (shared / f"k{k}").iterdir()) == files
+        for name in files:
+            if name not in ("README.md", "provenance.json"):
+                assert (shared / f"k{k}" / name).read_bytes() == (one / name).read_bytes(), name
+    first = [min((shared / f"k{k}").glob("*.safetensors")).stat() for k in range(3)]
+    assert first[0].st_ino == first[1].st_ino != first[2].st_ino
+    assert first[0].st_nlink == 2
+
+    with pytest.raises(SystemExit):
+        main(asked)
+    assert f"{shared / 'k0'} is not empty" in capsys.readouterr().err
+
+
+def test_several_sizes_without_hard_links(tmp_path, folders, monkeypatch):
+    def refuse(*_):
+        raise OSError("this file system has none")
+
+    monkeypatch.setattr(os, "link", refuse)
+    shard = ("--max_shard_size", "30KB", "--order", "last")
+    more = ("--num_layers_to_patch", "0,1", "--save_directory", tmp_path / "out")
+    main(size_flags(folders, *shard, *more))
+    files = [min((tmp_path / "out" / f"k{k}").glob("*.safetensors")) for k in (0, 1)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].stat().st_nlink == 1
+
+
+def test_space_is_checked_for_all_sizes_before_the_first(tmp_path, folders, monkeypatch, capsys):
+    free = 2 * 250_000  # one member takes less, three take more
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    more = ("--num_layers_to_patch", "all", "--save_directory", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        main(size_flags(folders, *more))
+    assert "and 500,000 are free there" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_size_without_a_folder_is_refused(folders, capsys):

@@ -17,7 +17,7 @@ from patching.checkpoints.sizes import size_of
 from patching.cli.command_line import CommandLineParser
 from patching.cli.units import bytes_text, count_text, parse_bytes, parse_count
 from patching.family import Family
-from patching.patch import PatchArguments, chosen_layers, main
+from patching.patch import PatchArguments, main
 from patching.recipe import initial_student, intermediate_model
 
 QWEN3 = {
@@ -145,7 +145,7 @@ def choose(names: tuple[str, str], *naming: str) -> int:
         flags(names, *naming, "--save_directory", "x")
     )
     family = arguments.open_family(dtype=arguments.dtype)
-    layers = chosen_layers(arguments, family, 5 * 10**9)
+    (layers,) = arguments.members(family, 5 * 10**9).values()
     return family.layer_map.num_patched(layers)
 
 
@@ -164,6 +164,13 @@ def choose(names: tuple[str, str], *naming: str) -> int:
         (("--target_bytes", "8.1GB"), 17),
         (("--target_bytes", "6GB", "--dtype", "float32"), None),
         (("--target_params", "1B"), None),
+        # 147,456 bytes of cache per token and 36 layers, in bf16.
+        (("--target_memory", "6GB", "--context", "1"), 3),
+        (("--target_memory", "6GB", "--context", "8192"), 0),
+        (("--target_memory", "6GB", "--context", "2048", "--batch", "4"), 0),
+        (("--target_memory", "7GB", "--context", "8192"), 4),
+        (("--target_memory", "6GB", "--context", "8192", "--batch", "8"), None),
+        (("--target_active_params", "3.1B"), 4),
     ],
 )
 def test_the_deepest_member_that_fits_is_found_among_all(naming, k, tmp_path):
@@ -173,6 +180,42 @@ def test_the_deepest_member_that_fits_is_found_among_all(naming, k, tmp_path):
             choose(names, *naming)
     else:
         assert choose(names, *naming) == k
+
+
+def test_memory_is_listed_if_a_context_is_given(tmp_path, capsys):
+    names = published_pair("Qwen3-4B", tmp_path)
+    family = listed(capsys, names, "--context", "8192", "--batch", "2")
+    assert (family["context"], family["batch"]) == (8192, 2)
+    pair = Family.from_pretrained(*names)
+    for member, size in zip(family["members"], pair.sizes()):
+        cache = 8192 * 2 * member["depth"] * 2 * 8 * 128 * 2
+        assert member["memory_bytes"] == 2 * member["parameters"]["stored"] + cache
+        assert member["memory_bytes"] == size.memory_bytes(8192, batch=2)
+    main(flags(names, "--list", "--context", "8192", "--batch", "2"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "memory" in lines[0] and "active" not in lines[0]
+    limit = family["members"][6]["memory_bytes"]
+    recipe = pair.recipe(target_memory=limit, context=8192, batch=2)
+    assert recipe == pair.recipe(6) != pair.recipe(target_memory=limit - 1, context=8192, batch=2)
+    with pytest.raises(ValueError, match="target_memory needs context"):
+        pair.recipe(target_memory=limit)
+    with pytest.raises(ValueError, match="context belongs to target_memory"):
+        pair.recipe(3, context=10)
+    with pytest.raises(TypeError, match="target_memmory does not name a size"):
+        pair.recipe(target_memmory=limit)
+
+
+def test_active_parameters_are_listed_for_experts(tmp_path, capsys):
+    names = save_models(tmp_path, *family_pair("qwen3_moe"))
+    main(flags(names, "--list"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:5] == ["k", "layers", "parameters", "stored", "active"]
+    members = listed(capsys, names)["members"]
+    for member in members:
+        assert 0 < member["active_parameters"] < member["parameters"]["stored"]
+    limit = str(members[1]["active_parameters"])
+    assert choose(names, "--target_active_params", limit) == 1
+    assert choose(names, "--target_params", limit) == 0
 
 
 @torch.no_grad()

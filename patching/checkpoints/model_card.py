@@ -120,6 +120,7 @@ def model_card(
         "| parameters, embedding and head both counted | "
         f"{count_text(size.parameters.both_counted)} |",
         f"| parameters stored | {count_text(size.parameters.stored)} |",
+        f"| parameters active per token | {count_text(size.active_parameters)} |",
         f"| weights on disk | {bytes_text(size.bytes_on_disk)} |",
         f"| key-value cache per token | {bytes_text(size.kv_cache_bytes_per_token)} |",
         f"| FLOPs per token | {count_text(size.flops_per_token)} |",

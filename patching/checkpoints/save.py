@@ -4,7 +4,7 @@ A plan is checked before anything is written: which bytes go where, or, if files
 byte by byte, the assembled model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,38 @@ class SavePlan:
     def num_layers_to_patch(self) -> int:
         return self.family.layer_map.num_patched(self.patched_layers)
 
-    def save(self, folder: Path, title: str, arguments: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        folder: Path,
+        title: str,
+        arguments: Mapping[str, Any],
+        same_files: Mapping[str, Path] | None = None,
+    ) -> None:
         """Write the checkpoint to `folder`, which appears only when it is complete.
 
         `title` names the model on its card, and `arguments` are recorded in provenance.json.
+        `same_files` are weights files that exist already, by the name they have in this checkpoint.
+        They become hard links where the file system has them.
 
         Raises OSError, and leaves nothing behind, if the disk is full or a parent's file changes,
         and likewise OutOfRange if a number is too large for the dtype.
         """
         try:
             with new_folder(folder) as staging:
-                self._fill(staging, title, arguments)
+                self._fill(staging, title, arguments, same_files)
         except OSError as error:
             reason = error.strerror or error
             raise OSError(
                 f"{folder} could not be written ({reason}), and nothing is left of it"
             ) from error
 
-    def _fill(self, folder: Path, title: str, arguments: Mapping[str, Any]) -> None:
+    def _fill(
+        self,
+        folder: Path,
+        title: str,
+        arguments: Mapping[str, Any],
+        same_files: Mapping[str, Path] | None,
+    ) -> None:
         """Write the files. What makes the folder loadable, config.json, comes last."""
         family, recipe, weights = self.family, self.recipe, self.weights
         references = family.parents.references
@@ -78,7 +92,7 @@ class SavePlan:
             if parent in recipe.parents
         }
         if isinstance(weights, Splice):
-            weights.write(folder)
+            weights.write(folder, same_files)
         else:
             _write_weights(weights, folder, self.max_shard_bytes)
         config = family.configs["teacher"]
@@ -96,6 +110,27 @@ class SavePlan:
         }
         write_json(folder / PROVENANCE_FILE_NAME, provenance)
         self.companions.write(folder)
+
+
+def same_files(plans: Sequence[SavePlan], folders: Sequence[Path]) -> list[dict[str, Path]]:
+    """Return for each of several members the weights files that are the same in an earlier member,
+    by name: they need to be stored only once.
+
+    Raises ValueError if there is too little space for all members.
+    """
+    written: dict[Any, Path] = {}
+    found: list[dict[str, Path]] = []
+    num_bytes = sum(plan.size.bytes_on_disk for plan in plans)
+    for plan, folder in zip(plans, folders):
+        same = {}
+        for shard in plan.weights.shards if isinstance(plan.weights, Splice) else ():
+            path = written.setdefault(shard.content, folder / shard.file_name)
+            if path.parent != folder:
+                same[shard.file_name] = path
+                num_bytes -= shard.num_bytes
+        found.append(same)
+    check_space(folders[0], num_bytes)
+    return found
 
 
 def _write_weights(model: PreTrainedModel, folder: Path, max_shard_bytes: int) -> None:

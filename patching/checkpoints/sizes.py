@@ -5,11 +5,14 @@ matrix is stored twice. So a limit is compared with every member.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from patching.architectures.caches import LayerCache
+from patching.architectures.lookup import max_positions
 from patching.assemble import ParameterCount
 from patching.checkpoints.file_sizes import bytes_of_files
 from patching.checkpoints.layout import Layout, bytes_of
@@ -98,6 +101,49 @@ def _caches(
         return None
     caches = Counter(layouts[parent].caches[layer_idx] for parent, layer_idx in recipe.layers)
     return tuple(caches.items())
+
+
+LIMITS: dict[str, tuple[str, Callable[[Size, int, int], int | None]]] = {
+    "target_params": ("parameters", lambda size, *_: size.parameters.stored),
+    "target_active_params": ("parameters", lambda size, *_: size.active_parameters),
+    "target_bytes": ("bytes", lambda size, *_: size.bytes_on_disk),
+    "target_memory": ("bytes", lambda size, *cached: size.memory_bytes(*cached)),
+}
+"""Limits that name a size: their unit, and what they limit, given a size, context and batch."""
+
+
+def deepest_within(
+    sizes: Sequence[Size], name: str, limit: int, context: int = 0, batch: int = 1
+) -> int:
+    """Return the index of the deepest member within one of the LIMITS.
+
+    Raises ValueError if no member is, or if it is not known which are.
+    """
+    unit, cost_of = LIMITS[name]
+    costs = [cost_of(size, context, batch) for size in sizes]
+    if None in costs:
+        raise ValueError(
+            f"{name}={limit:,}: it is not known how many {unit} that are for this architecture, "
+            "use target_params or target_bytes"
+        )
+    return deepest_that_fits(costs, limit, name, unit)
+
+
+def check_cached_text(config: PreTrainedConfig, context: int | None, batch: int) -> None:
+    """Raise ValueError unless a model of this config can keep so many texts of so many tokens in
+    its cache.
+    """
+    if context is None:
+        raise ValueError("target_memory needs context: how many tokens the cache holds")
+    for name, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: choose 1 or more")
+    longest = max_positions(config)
+    if longest is not None and context > longest:
+        raise ValueError(
+            f"context={context}: this {config.model_type} model has positions for {longest} "
+            f"tokens, choose 1-{longest}"
+        )
 
 
 def deepest_that_fits(costs: Sequence[int], limit: int, name: str, unit: str) -> int:

@@ -8,6 +8,7 @@ by piece.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,15 @@ class Shard:
     tensors: list[StoredTensor]
     sources: list[TensorOnDisk]
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What decides the bytes of the file."""
+        return (*self.tensors, *self.sources)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(header_of(self.tensors)) + sum(tensor.num_bytes for tensor in self.tensors)
+
 
 @dataclass(frozen=True)
 class Splice:
@@ -74,13 +84,11 @@ class Splice:
     @property
     def num_bytes(self) -> int:
         """The exact size of all weights files."""
-        return sum(
-            len(header_of(shard.tensors)) + sum(tensor.num_bytes for tensor in shard.tensors)
-            for shard in self.shards
-        )
+        return sum(shard.num_bytes for shard in self.shards)
 
-    def write(self, folder: Path) -> None:
-        """Write the weights files, and an index if there are several.
+    def write(self, folder: Path, same_files: Mapping[str, Path] | None = None) -> None:
+        """Write the weights files, and an index if there are several. Those named in `same_files`
+        exist there already and are linked, if the file system can.
 
         Like `cp`, this lets the system decide when bytes reach the disk. Files only ever grow, so a
         file cut short by a power failure is too short for its header, and no loader accepts it.
@@ -89,6 +97,10 @@ class Splice:
         too large for the dtype.
         """
         for shard in self.shards:
+            with suppress(OSError):
+                if same_files and shard.file_name in same_files:
+                    os.link(same_files[shard.file_name], folder / shard.file_name)
+                    continue
             target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 write_all(target, header_of(shard.tensors))
