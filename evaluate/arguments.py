@@ -120,6 +120,13 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
         default=None,
         metadata={"help": "examples in the prompt (by default each task's own number)"},
     )
+    seed: str = field(
+        default="0,1234,1234,1234",
+        metadata={
+            "help": "seeds of Python, NumPy, torch and the choice of examples in prompts: one for "
+            "all or four, separated by commas, None to leave one out"
+        },
+    )
     log_samples: bool = field(
         default=False, metadata={"help": "also write each document with its answers and scores"}
     )
@@ -141,6 +148,10 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
         batch_size = self.eval_batch_size
         if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
             problems.append(f"eval_batch_size={batch_size}: choose 1 or more, or auto")
+        try:
+            _ = self.seeds
+        except ValueError:
+            problems.append(f"seed={self.seed}: choose one number or four, such as 0,None,8,52")
         if set(self.baseline_names) - set(BASELINES):
             problems.append(f"baselines={self.baselines}: choose from {', '.join(BASELINES)}")
         if problems:
@@ -155,6 +166,14 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
         if self.tasks is None:
             return [] if self.dataset else list(PAPER_SUITE)
         return split_names(self.tasks)
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Four seeds, as lm-eval reads them. Raises ValueError for another number of them."""
+        values = [None if part.strip() == "None" else int(part) for part in self.seed.split(",")]
+        if len(values) not in (1, 4):
+            raise ValueError(f"seed={self.seed}")
+        return values * (4 // len(values))
 
     @property
     def batch_size(self) -> int | str:

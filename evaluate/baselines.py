@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from evaluate.plan import Plan
+    from evaluate.ranks import Ranks
     from patching.recipe import Recipe
 
 
@@ -22,19 +23,19 @@ class Baseline(NamedTuple):
     """What it prunes, for `--help`."""
     needs_text: str | None
     """Why it needs calibration text; None if it needs none."""
-    recipe_of_size: Callable[[Plan, bool], Callable[[int], Recipe]]
-    """Called with a plan, and with whether this process may write to the results folder. Returns
-    the recipe for each size k, of the same depth as the family's member."""
+    recipe_of_size: Callable[[Plan, Ranks], Callable[[int], Recipe]]
+    """Called with a plan and the ranks. Returns the recipe for each size k, of the same depth as
+    the family's member, the same on every rank."""
 
 
-def naive(plan: Plan, writes: bool) -> Callable[[int], Recipe]:
+def naive(plan: Plan, ranks: Ranks) -> Callable[[int], Recipe]:
     return plan.family.naive_recipe
 
 
-def least_influential_removed(plan: Plan, writes: bool) -> Callable[[int], Recipe]:
+def least_influential_removed(plan: Plan, ranks: Ranks) -> Callable[[int], Recipe]:
     from patching.running.block_influence import most_influential
 
-    influences = teacher_influences(plan, writes)
+    influences = ranks.from_first(teacher_influences(plan) if ranks.is_first else None)
     return lambda k: most_influential(influences, plan.family.recipe(k).depth)
 
 
@@ -55,7 +56,7 @@ BASELINES = {
 }
 
 
-def teacher_influences(plan: Plan, writes: bool) -> list[float]:
+def teacher_influences(plan: Plan) -> list[float]:
     """Return the block influence of each teacher layer, kept in the results folder for further
     runs.
     """
@@ -72,8 +73,7 @@ def teacher_influences(plan: Plan, writes: bool) -> list[float]:
             return kept["block_influence"]
     teacher = plan.family.parents.load(["teacher"])["teacher"]
     influences = block_influence(teacher, text.batches(plan.family.tokenizer, teacher.config))
-    if writes:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = {"block_influence": influences, "text": text.name, "made_from": made_from}
-        write_json(path, values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {"block_influence": influences, "text": text.name, "made_from": made_from}
+    write_json(path, values)
     return influences

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from evaluate.result import Cost
+from patching.files.outputs import device_name
 from patching.running.peak_memory import peak_bytes_during
 
 TIMED_SHAPE = (4, 128)
@@ -56,6 +57,8 @@ def cost_of(model: PreTrainedModel) -> Cost:
         tokens_per_second=num_rows * num_tokens / statistics.median(seconds),
         weights_bytes=weights_bytes(model),
         peak_beyond_weights_bytes=peak_bytes,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device_name(),
     )
 
 

@@ -24,9 +24,10 @@ from patching.cli.command_line import CommandLineParser, print_search_step, user
 from patching.files.outputs import check_writable, environment
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from evaluate.plan import Plan
+    from evaluate.ranks import Ranks
+    from evaluate.sweep import Sweep
+    from evaluate.tasks import Tasks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,81 +39,92 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(arguments.save_directory)
 
     # torch, transformers and lm-eval take seconds to import, and `--help` does not need them.
-    from accelerate.utils import gather_object
-
-    from evaluate.devices import device_of_rank, is_writer, ranks_of
-    from evaluate.harness import Harness
+    from evaluate.devices import device_of_rank
     from evaluate.plan import Plan
-    from evaluate.report import write_report
+    from evaluate.ranks import Ranks
+    from evaluate.report import read_sweeps, write_report
     from evaluate.result import read_results
     from evaluate.series import all_series
-    from evaluate.sweep import Sweep
-    from evaluate.tasks import shared_texts, text_of_tasks
+    from evaluate.tasks import shared_texts
 
     with user_errors():
-        plan = Plan.of(arguments, device_of_rank(arguments.device))
+        ranks = Ranks.connect()
+        plan = ranks.together(lambda: Plan.of(arguments, device_of_rank(arguments.device)))
         if not arguments.searches_order:
-            plan.check_settings()
-        (tasks, failures), line = plan.tasks()
-    ranks = ranks_of(plan.family.parents.device)
-    if ranks is not None:
-        for of_rank in gather_object([failures]):  # what one rank cannot load none evaluates
-            failures |= of_rank
-        tasks = {name: loaded for name, loaded in tasks.items() if name not in failures}
-    if is_writer(ranks):
+            ranks.together(plan.check_settings, only_first=True)
+        loaded = ranks.together(plan.tasks, only_first=True)
+    if ranks.is_first:
+        (tasks, failures), line = loaded
         if line is not None:
             print(line)
         if plan.calibration is not None:
             for warning in shared_texts(plan.calibration, tasks, arguments.limit):
                 warnings.warn(warning, stacklevel=2)
+    else:
+        tasks, failures = {}, {}
     if arguments.searches_order:
         plan = with_searched_order(plan, ranks)
-    sweep = Sweep(
-        arguments.save_directory,
-        Harness(arguments.num_fewshot, arguments.limit, arguments.log_samples),
-        tasks,
-        plan.calibration or text_of_tasks(tasks),
-        {"arguments": dataclasses.asdict(arguments), "environment": environment()},
-        is_writer=is_writer(ranks),
-        failures=failures,
-    )
-    if tasks:
+    sweep = sweep_of(plan, ranks, tasks, failures)
+    if ranks.from_first(bool(tasks)):
         sweep.run(all_series(plan, ranks))
-    if sweep.is_writer:
-        results = [*read_results(sweep.folder).values()]
-        if results:
-            print(write_report(results, sweep.folder, failures))
-            print(f"report: {sweep.folder / 'summary.md'}")
-        for task, reason in failures.items():
-            print(f"failed: {task}: {reason}", file=sys.stderr)
-    if ranks is not None:
-        ranks.end_training()  # a process group that is still open can abort a rank as it exits
+    ranks.end()
+    if not ranks.is_first:
+        return
+    folder = arguments.save_directory
+    if read_results(folder):
+        print(write_report([*read_sweeps([folder])], folder, failures))
+        print(f"report: {folder / 'summary.md'}")
+    for task, reason in failures.items():
+        print(f"failed: {task}: {reason}", file=sys.stderr)
     if failures:
         sys.exit(1)
 
 
-def with_searched_order(plan: Plan, ranks: Accelerator | None) -> Plan:
+def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -> Sweep:
+    """What a plan asks for, with tasks that could be loaded and those that could not."""
+    from evaluate.harness import Harness
+    from evaluate.result import Run
+    from evaluate.seeds import Seeds
+    from evaluate.stored import Store
+    from evaluate.sweep import Sweep
+    from evaluate.tasks import text_of_tasks
+
+    arguments = plan.arguments
+    made_by = (dataclasses.asdict(arguments), environment())
+    return Sweep(
+        Harness(
+            arguments.num_fewshot, arguments.limit, arguments.log_samples, Seeds(*arguments.seeds)
+        ),
+        tasks,
+        plan.calibration or text_of_tasks(tasks),
+        Store(
+            arguments.save_directory,
+            {series: Run(settings, *made_by) for series, settings in plan.settings.items()},
+        ),
+        ranks,
+        failures,
+    )
+
+
+def with_searched_order(plan: Plan, ranks: Ranks) -> Plan:
     """The plan with the order that `--order` asks to search. Only the first rank searches, and what
     it measures is kept in the results folder.
     """
-    from accelerate.utils import broadcast_object_list
-
-    from evaluate.devices import is_writer
     from patching.orders.findings import searched_order
     from patching.orders.measurements import MEASURED_FILE_NAME, Measurements
 
     arguments, order = plan.arguments, plan.family.order
     with user_errors():
         path = arguments.save_directory / MEASURED_FILE_NAME
-        measure = Measurements(plan.family, plan.calibration, path)
-    if is_writer(ranks):
+        measure = ranks.together(
+            lambda: Measurements(plan.family, plan.calibration, path), only_first=True
+        )
+    if ranks.is_first:
         with user_errors((FloatingPointError,)):
             order = searched_order(measure, arguments.order, print_search_step)
-    if ranks is not None:
-        (order,) = broadcast_object_list([order])
-    plan = plan.with_order(order)
+    plan = plan.with_order(ranks.from_first(order))
     with user_errors():
-        plan.check_settings()
+        ranks.together(plan.check_settings, only_first=True)
     return plan
 
 

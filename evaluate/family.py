@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval import utils
 from lm_eval.api.instance import Instance
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluate.devices import share_out
+from evaluate.ranks import Ranks
 from evaluate.request_rows import Row, batch_of, rows_of, take_batch
 from patching.architectures.lookup import architecture_of
 from patching.running.chunks import CHUNK_LOGITS, log_normalizers
@@ -70,8 +69,8 @@ class FamilyLM(HFLM):
     """The members of a tree as one lm-eval model, which answers for the active member.
 
     Log-likelihoods of all members are computed when the first of them is asked, and kept until
-    `forget`. `batch_size` counts rows as long as the longest request. Softmaxes are in fp32. Under
-    torchrun, pass an `accelerator`: lm-eval then distributes the requests over its ranks.
+    `forget`. `batch_size` counts rows as long as the longest request. Softmaxes are in fp32. With
+    several `ranks`, the first one's requests are dealt to all of them.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class FamilyLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = 1,
         max_length: int | None = None,
-        accelerator: Accelerator | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         first, model = next(iter(tree.models.items()))
         self.tree = tree
@@ -93,7 +92,7 @@ class FamilyLM(HFLM):
             batch_size=batch_size,
             max_length=max_length,
         )
-        share_out(self, accelerator)
+        self.ranks = ranks or Ranks()
         self.activate(first)
 
     def activate(self, name: str) -> None:
@@ -109,44 +108,49 @@ class FamilyLM(HFLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        missing = self._not_scored(requests)
-        if missing:
-            # lm-eval tokenizes them and calls `_loglikelihood_tokens`.
-            scores = super().loglikelihood(missing, disable_tqdm)
-            self._scores.update(zip([request.args for request in missing], scores))
+        self._share("score_continuations", requests)
         return [tuple(self._scores[request.args][self.name]) for request in requests]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-likelihoods of whole texts. A request's arguments are those of `tok_encode`: the
-        string, and whether to add special tokens if that is not left to the tokenizer.
-        """
-        missing = self._not_scored(requests)
-        windows, owners = [], []
-        for request in missing:
-            rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(*request.args),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for window in map(utils.make_disjoint_window, rolling):
-                windows.append((None, *window))
-                owners.append(request.args)
-        totals = {request.args: dict.fromkeys(self.tree.names, 0.0) for request in missing}
-        for args, scores in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
-            for name, score in scores.items():
-                totals[args][name] += score.log_likelihood
-        for args, by_name in totals.items():
-            self._scores[args] = {
-                name: ContinuationScore(total, False) for name, total in by_name.items()
-            }
+        self._share("score_texts", requests)
         return [self._scores[request.args][self.name].log_likelihood for request in requests]
 
-    def _not_scored(self, requests: Sequence[Instance]) -> list[Instance]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return self.ranks.share(self, "generate_texts", requests)
+
+    def _share(self, method: str, requests: Sequence[Instance]) -> None:
+        """Let the ranks compute all members' scores of the requests that have none yet."""
         missing = {r.args: r for r in requests if r.args not in self._scores}
-        return list(missing.values())
+        scores = self.ranks.share(self, method, list(missing.values())) if missing else []
+        self._scores.update(zip(missing, scores))
+
+    def generate_texts(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The active member's answer to each request."""
+        return super().generate_until(requests, disable_tqdm)
+
+    def score_continuations(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[dict[str, ContinuationScore]]:
+        """Every member's score of each request, by its name."""
+        # lm-eval tokenizes them and calls `_loglikelihood_tokens`.
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def score_texts(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[dict[str, ContinuationScore]]:
+        """Every member's score of each whole text, by its name."""
+        windows = list(rolling_windows(self, requests))
+        totals = [dict.fromkeys(self.tree.names, 0.0) for _ in requests]
+        scored = self._loglikelihood_tokens([window for _, window in windows], disable_tqdm)
+        for (i, _), scores in zip(windows, scored):
+            for name, score in scores.items():
+                totals[i][name] += score.log_likelihood
+        return [
+            {name: ContinuationScore(total, False) for name, total in by_name.items()}
+            for by_name in totals
+        ]
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
         """The batch size that lm-eval detects, once for all members."""
@@ -161,7 +165,7 @@ class FamilyLM(HFLM):
         override_bs: int | None = None,
     ) -> list[dict[str, ContinuationScore]]:
         """Every member's score of each (anything, context, continuation), by its name."""
-        rows = rows_of(requests, self.max_length, self.longest_to_share)
+        rows = rows_of(requests, self.max_length, longest_to_share(self.config, self.max_length))
         scores: list[dict[str, ContinuationScore]] = [{} for _ in requests]
         longest = max((len(row) for row in rows), default=0)
         budget = AUTO_TOKENS if self.batch_size == "auto" else int(self.batch_size) * longest
@@ -184,17 +188,6 @@ class FamilyLM(HFLM):
                     continue
                 progress.update(sum(row.num_requests for row in batch))
         return scores
-
-    @property
-    def longest_to_share(self) -> int:
-        """The most tokens that a context and a continuation may have together to share a row with
-        others, 0 if rows cannot be shared.
-        """
-        config = self.config
-        if not takes_packed_rows(config) or config._attn_implementation not in ("sdpa", "eager"):
-            return 0
-        # The mask of a shared row has no sliding window, so nothing may be longer than that.
-        return getattr(config, "sliding_window", None) or self.max_length
 
     def _score(self, rows: Sequence[Row], scores: list[dict[str, ContinuationScore]]) -> None:
         """Add every member's scores of the rows' requests."""
@@ -221,6 +214,36 @@ class FamilyLM(HFLM):
                 requests.tolist(), log_likelihoods[name].tolist(), num_misses[name].tolist()
             ):
                 scores[request][name] = ContinuationScore(log_likelihood, not misses)
+
+
+def rolling_windows(
+    lm: HFLM, requests: Sequence[Instance]
+) -> Iterator[tuple[int, tuple[None, list[int], list[int]]]]:
+    """What to score of whole texts, in pieces that fit the model: the index of a request, and
+    (nothing, context, continuation). Every token is scored once.
+
+    A request's arguments are those of `tok_encode`: the string, and whether to add special tokens
+    if that is not left to the tokenizer.
+    """
+    for i, request in enumerate(requests):
+        rolling = utils.get_rolling_token_windows(
+            token_list=lm.tok_encode(*request.args),
+            prefix_token=lm.prefix_token_id,
+            max_seq_len=lm.max_length,
+            context_len=1,
+        )
+        for window in map(utils.make_disjoint_window, rolling):
+            yield i, (None, *window)
+
+
+def longest_to_share(config: PreTrainedConfig, max_length: int) -> int:
+    """The most tokens that a context and a continuation may have together to share a row with
+    others, 0 if rows cannot be shared.
+    """
+    if not takes_packed_rows(config) or config._attn_implementation not in ("sdpa", "eager"):
+        return 0
+    # The mask of a shared row has no sliding window, so nothing may be longer than that.
+    return getattr(config, "sliding_window", None) or max_length
 
 
 def takes_packed_rows(config: PreTrainedConfig) -> bool:

@@ -1,20 +1,18 @@
 """One model on one task, run by lm-eval, and the samples it can write."""
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from lm_eval.api.model import LM
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.evaluator import evaluate
+from lm_eval.evaluator import evaluate, get_sample_size
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
+from evaluate.seeds import DEFAULT_SEEDS, Seeds
+from evaluate.sources import sources_of
 from patching.files.outputs import write_text
 
 
@@ -25,27 +23,38 @@ class Harness:
     num_fewshot: int | None = None
     limit: float | None = None
     log_samples: bool = False
+    seeds: Seeds = DEFAULT_SEEDS
 
-    def score(self, lm: LM, loaded: TaskDict) -> dict[str, Any] | None:
-        """What lm-eval finds on some tasks and their groups. None on all ranks but the first.
-
-        Seeds and settings are those of `lm_eval.simple_evaluate`. Calling that would take seconds
-        more each time, because it asks pip what is installed.
-        """
-        random.seed(DEFAULT_RANDOM_SEED)
-        numpy.random.seed(DEFAULT_OTHER_SEED)
-        torch.manual_seed(DEFAULT_OTHER_SEED)
+    def prepare(self, loaded: TaskDict) -> None:
+        """Set seeds and configs as `lm_eval.simple_evaluate` does before it builds prompts."""
+        self.seeds.set()
         for task in loaded["tasks"].values():
             own_num_fewshot = task.get_config("num_fewshot")
             if own_num_fewshot is None or (own_num_fewshot != 0 and self.num_fewshot is not None):
                 task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            task.set_fewshot_seed(seed=self.seeds.fewshot)
+
+    def sources(self, loaded: TaskDict) -> dict[str, str]:
+        """Hashes of what tasks ask, see `evaluate.sources`."""
+        self.prepare(loaded)
+        for task in loaded["tasks"].values():
+            limit = get_sample_size(task, self.limit)
+            task.build_all_requests(limit=limit, fewshot_as_multiturn=True)
+        return sources_of(loaded)
+
+    def score(self, lm: LM, loaded: TaskDict) -> dict[str, Any]:
+        """What lm-eval finds on some tasks and their groups, with samples.
+
+        Seeds and settings are those of `lm_eval.simple_evaluate`. Calling that would take seconds
+        more each time, because it asks pip what is installed.
+        """
+        self.prepare(loaded)
         limit = self.limit
         found = evaluate(
             lm=lm,
             task_dict=loaded,
             limit=int(limit) if limit is not None and limit >= 1 else limit,
-            log_samples=self.log_samples,
+            log_samples=True,  # scores of single documents are always kept
             fewshot_as_multiturn=True,
         )
         for values in found["results"].values() if found else ():

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import NoReturn
 
-from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
-from evaluate.devices import share_out
 from evaluate.family import SingleModel
 from evaluate.pseudo_perplexity import encode, score_members
+from evaluate.ranks import Ranks
 from patching.running.prefix_tree import PrefixTree
 
 REMEDY = "evaluate it on text, with --dataset or a task of type loglikelihood_rolling"
@@ -24,23 +22,19 @@ class MaskedFamilyLM(LM):
     over tokens of the log-probability of a token when only that token is masked.
     """
 
-    # Ranks exchange results in the same way as those of lm-eval's own models.
-    all_gather, gather_object, barrier = HFLM.all_gather, HFLM.gather_object, HFLM.barrier
-
     def __init__(
         self,
         tree: PrefixTree | SingleModel,
         *,
         tokenizer: PreTrainedTokenizerBase,
         tokens_per_batch: int | None = None,
-        accelerator: Accelerator | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
-        share_out(self, accelerator)
+        self.ranks = ranks or Ranks()
         self.tree, self.tokenizer, self.tokens_per_batch = tree, tokenizer, tokens_per_batch
         self._scores: dict[str, dict[str, float]] = {}
         self.activate(tree.names[0])
-        self._device = self.model.device  # where lm-eval puts what ranks exchange
 
     def activate(self, name: str) -> None:
         """Answer for this member from now on."""
@@ -53,17 +47,23 @@ class MaskedFamilyLM(LM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        strings = [request.args[0] for request in requests]
-        missing = list(dict.fromkeys(text for text in strings if text not in self._scores))
-        if missing:
-            texts = encode(missing, self.tokenizer, self.model.config)
-            scores = score_members(
-                self.tree, self.tokenizer, texts, self.tokens_per_batch, not disable_tqdm
-            )
-            for name, of_name in scores.items():
-                for text, score in zip(missing, of_name):
-                    self._scores.setdefault(text, {})[name] = score.log_likelihood
-        return [self._scores[text][self.name] for text in strings]
+        missing = {r.args[0]: r for r in requests if r.args[0] not in self._scores}
+        scores = self.ranks.share(self, "score_texts", [*missing.values()]) if missing else []
+        self._scores.update(zip(missing, scores))
+        return [self._scores[request.args[0]][self.name] for request in requests]
+
+    def score_texts(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[dict[str, float]]:
+        """Every member's pseudo-log-likelihood of each text, by its name."""
+        texts = encode([r.args[0] for r in requests], self.tokenizer, self.model.config)
+        scores = score_members(
+            self.tree, self.tokenizer, texts, self.tokens_per_batch, not disable_tqdm
+        )
+        return [
+            {name: of_name[i].log_likelihood for name, of_name in scores.items()}
+            for i in range(len(texts))
+        ]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
         raise ValueError(f"a masked language model gives no likelihood of a continuation: {REMEDY}")

@@ -1,7 +1,6 @@
 """What a command line asks to evaluate, checked from configs alone, before any weights load."""
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from evaluate.arguments import EvaluationArguments
 from evaluate.baselines import BASELINES
 from evaluate.report import short_names
 from evaluate.result import read_results
+from evaluate.seeds import Seeds
 from evaluate.tasks import LoadedTasks, load_tasks
 from evaluate.text_task import task_of_texts
 from patching.architectures.distilbert import as_bert_config
@@ -26,7 +26,7 @@ from patching.family import Family
 from patching.patch_order import NAMED_ORDERS
 from patching.running.calibration import Calibration
 
-SHARED_SETTINGS = ("teacher", "dtype", "limit", "num_fewshot", "include_path")
+SHARED_SETTINGS = ("teacher", "dtype", "limit", "num_fewshot", "seed")
 """Settings that all results in a folder must agree on."""
 
 
@@ -90,7 +90,10 @@ class Plan:
         arguments, loaded, line = self.arguments, LoadedTasks({}, {}), None
         if arguments.task_names or not self.texts:
             loaded = load_tasks(
-                arguments.task_names, arguments.include_path, arguments.trust_remote_code
+                arguments.task_names,
+                arguments.include_path,
+                arguments.trust_remote_code,
+                Seeds(*arguments.seeds),
             )
         if self.texts:
             name, config = arguments.text_name, self.family.configs["teacher"]
@@ -101,19 +104,17 @@ class Plan:
 
     @cached_property
     def settings(self) -> dict[str, dict[str, Any]]:
-        """By series, everything that changes its scores."""
+        """By series, what all scores in one folder must agree on. Everything else that scores come
+        from is stored with each, see `evaluate.sources`.
+        """
         arguments, family = self.arguments, self.family
-        path = arguments.include_path
         shared = {
             "teacher": family.parents.fingerprint("teacher"),
             "dtype": str(family.dtype).removeprefix("torch."),
             "limit": arguments.limit,
             "num_fewshot": arguments.num_fewshot,
-            "include_path": None if path is None else str(Path(path).resolve()),
+            "seed": arguments.seeds,
         }
-        if self.texts:
-            digest = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
-            shared[f"text {arguments.text_name}"] = digest
         settings = {}
         for series, of_series in (("family", family), ("random_student", self.random_family)):
             if of_series is not None:
@@ -130,26 +131,24 @@ class Plan:
         return settings
 
     def check_settings(self) -> None:
-        """Raise ValueError if results in the folder were made with other settings than these.
+        """Raise ValueError if scores in the folder were made with other settings than these.
 
-        Results of a series that this plan does not have must agree on the shared settings.
+        Scores of a series that this plan does not have must agree on the shared settings. Those of
+        earlier versions, which are computed again anyway, need not agree.
         """
         folder = self.arguments.save_directory
         now = json.loads(json.dumps(self.settings))
         for name, result in read_results(folder).items():
-            before = result.settings
-            if before is None:
-                raise ValueError(
-                    f"{folder / name}.json does not say with which settings it was made: choose "
-                    "another --save_directory"
-                )
             wanted = now.get(result.series) or {key: now["family"][key] for key in SHARED_SETTINGS}
-            for key in wanted.keys() & before.keys():
-                if before[key] != wanted[key]:
-                    raise ValueError(
-                        f"{folder / name}.json was made with {key}={before[key]} and {wanted[key]} "
-                        "is asked for now: choose another --save_directory, or the same settings"
-                    )
+            for task in result.tasks:
+                before = {} if result.is_unverified(task) else result.settings_of(task)
+                for key in wanted.keys() & before.keys():
+                    if before[key] != wanted[key]:
+                        raise ValueError(
+                            f"{folder / name}.json was made with {key}={before[key]} and "
+                            f"{wanted[key]} is asked for now: choose another --save_directory, or "
+                            "the same settings"
+                        )
 
 
 def second_family(family: Family, arguments: EvaluationArguments) -> Family:

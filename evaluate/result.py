@@ -1,17 +1,19 @@
 """The result of one model of a sweep, and the JSON file it is kept in.
 
 A sweep's folder has one such file per model, which grows task by task. A file is always complete: a
-sweep that was killed continues with the tasks that its files lack.
+sweep that was killed continues with the tasks that its files lack. Several sweeps may write into
+one folder: each adds what it computed to what the file holds by then.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from evaluate.baselines import BASELINES
-from patching.files.outputs import write_json
+from patching.files.outputs import locked, write_json
 
 LM_EVAL_KEYS = {
     "results": "results",
@@ -49,6 +51,8 @@ class Cost:
     tokens_per_second: float
     weights_bytes: int
     peak_beyond_weights_bytes: int
+    dtype: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,33 @@ class Similarity:
 
 @dataclass(frozen=True)
 class FinishedTask:
+    """A task that was asked for and is finished, and what its scores came from."""
+
     seconds: float
     has_samples: bool
+    sources: dict[str, str] | None = None
+    """Hashes and versions by name, see `evaluate.sources`. None in files that earlier versions
+    wrote: nothing says which tasks, prompts and documents such scores belong to."""
+    contains: list[str] = field(default_factory=list)
+    """The tasks and groups in it, itself among them unless it is a tag."""
+    run: str | None = None
+    """The run that computed them, by its name in `Result.runs`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The command that computed some of a model's scores."""
+
+    settings: dict[str, Any]
+    """What all results in a folder must agree on."""
+    arguments: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """A short name that other runs do not have."""
+        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass
@@ -81,8 +110,6 @@ class Result:
     max_layers_to_patch: int | None = None
     order: str | list[int] | None = None
     recipe: dict[str, Any] | None = None
-    settings: dict[str, Any] | None = None
-    """Everything that changes this model's scores."""
     cost: Cost | None = None
     similarity: Similarity | None = None
     tasks: dict[str, FinishedTask] = field(default_factory=dict)
@@ -95,10 +122,11 @@ class Result:
     n_samples: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    arguments: dict[str, Any] | None = None
-    environment: dict[str, Any] | None = None
+    runs: dict[str, Run] = field(default_factory=dict)
     sweep: str | None = None
-    """The sweep's name in a report on several sweeps. It is not stored."""
+    """The sweep's name in a report on several sweeps. It is not in the file."""
+    documents: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Scores of single documents, see `evaluate.documents`. They are in a file of their own."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Result":
@@ -108,22 +136,62 @@ class Result:
         for name, kind in (("parameters", Parameters), ("cost", Cost), ("similarity", Similarity)):
             if name in known:
                 known[name] = kind(**known[name])
+        runs = {name: Run(**run) for name, run in known.get("runs", {}).items()}
         tasks = {name: FinishedTask(**task) for name, task in known.get("tasks", {}).items()}
-        return cls(**{"num_layers_to_patch": None} | known | {"tasks": tasks})
+        if "settings" in values:  # an earlier version: one run for the whole file
+            run = Run(*(values.get(f.name) or {} for f in fields(Run)))
+            runs[run.name] = run
+            tasks = {name: replace(task, run=run.name) for name, task in tasks.items()}
+        return cls(**{"num_layers_to_patch": None} | known | {"tasks": tasks, "runs": runs})
 
     def to_dict(self) -> dict[str, Any]:
         """What the JSON file holds. Fields without a value are left out."""
         always = ("num_layers_to_patch", "tasks", "results", "group_subtasks")
         return {
             LM_EVAL_KEYS.get(name, name): value
-            for name, value in asdict(self).items()
+            for name, value in asdict(replace(self, documents={})).items()
             if name != "sweep" and (name in always or value not in (None, {}))
         }
 
-    def add_scores(self, found: Mapping[str, Any]) -> None:
+    def add_scores(
+        self, tasks: Mapping[str, FinishedTask], run: Run, found: Mapping[str, Any]
+    ) -> None:
         """Add what lm-eval found on further tasks, as plain JSON values."""
         for name, key in LM_EVAL_KEYS.items():
             getattr(self, name).update(found.get(key) or {})
+        self.tasks |= {name: replace(task, run=run.name) for name, task in tasks.items()}
+        used = {task.run for task in self.tasks.values()}
+        self.runs = {name: of for name, of in (self.runs | {run.name: run}).items() if name in used}
+
+    def finished(self, task: str) -> FinishedTask | None:
+        """The task that was asked for and contains this task or group, None if that is not known.
+
+        The one of this name comes first: others may contain the same.
+        """
+        if task in self.tasks:
+            return self.tasks[task]
+        return next((other for other in self.tasks.values() if task in other.contains), None)
+
+    def run_of(self, task: str) -> Run | None:
+        """The run that computed a task's scores, None if that is not known."""
+        finished = self.finished(task)
+        return self.runs.get(finished.run) if finished else None
+
+    def settings_of(self, task: str) -> dict[str, Any]:
+        """The settings that a task's scores were computed with, as far as known."""
+        run = self.run_of(task)
+        return run.settings if run else {}
+
+    def is_unverified(self, task: str) -> bool:
+        """Whether nothing says what a task's scores belong to."""
+        finished = self.finished(task)
+        return finished is None or finished.sources is None
+
+    @property
+    def series_position(self) -> int:
+        """Where its series stands among others. Compared models come last."""
+        order = list(SERIES_LABELS)
+        return order.index(self.series) if self.series in order else len(order)
 
     @property
     def series_label(self) -> str:
@@ -146,19 +214,29 @@ class Result:
         return f"{self.sweep}: {label}" if self.sweep else label
 
 
+def read_result(path: Path) -> Result | None:
+    """The result in a file, None if it holds none. Raises ValueError for a damaged file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it") from error
+    is_result = isinstance(values, dict) and "series" in values and "results" in values
+    return Result.from_dict(values) if is_result else None
+
+
 def read_results(folder: Path) -> dict[str, Result]:
     """The results in a sweep's folder, by name. Raises ValueError for a damaged file."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): remove it") from error
-        if isinstance(values, dict) and "series" in values and "results" in values:
-            found[path.stem] = Result.from_dict(values)
-    return found
+    found = {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
+    return {name: result for name, result in found.items() if result is not None}
 
 
-def write_result(folder: Path, name: str, result: Result) -> None:
+def update_result(folder: Path, name: str, change: Callable[[Result | None], Result]) -> Result:
+    """Store and return what `change` makes of the stored result, None if there is none. Nobody else
+    writes in between.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}.json", result.to_dict())
+    path = folder / f"{name}.json"
+    with locked(folder):
+        result = change(read_result(path) if path.is_file() else None)
+        write_json(path, result.to_dict())
+    return result

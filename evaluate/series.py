@@ -13,28 +13,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluate.baselines import BASELINES
-from evaluate.devices import is_writer
 from evaluate.family import FamilyLM, SingleModel
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.plan import Plan
+from evaluate.ranks import Ranks
 from evaluate.result import Parameters
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.assemble import count_parameters
+from patching.checkpoints.fingerprint import GENERATION, TOKENIZER, fingerprint
 from patching.family import Family
 from patching.recipe import Recipe, Reference
 from patching.running.prefix_tree import PrefixTree
 
 
-def all_series(plan: Plan, ranks: Accelerator | None = None) -> list[Series]:
+def all_series(plan: Plan, ranks: Ranks) -> list[Series]:
     """Everything that a plan asks to measure."""
     family, other = plan.family, plan.random_family
     members = [SeriesMember("family", k, family.recipe(k)) for k in plan.sizes]
     for name in plan.arguments.baseline_names:
-        recipe_of_size = BASELINES[name].recipe_of_size(plan, is_writer(ranks))
+        recipe_of_size = BASELINES[name].recipe_of_size(plan, ranks)
         sizes = below_teacher(family, plan.sizes)
         members += [SeriesMember(name, k, recipe_of_size(k)) for k in sizes]
     series: list[Series] = [FamilySeries(plan, family, members, ranks)]
@@ -72,7 +72,17 @@ class FamilySeries:
     plan: Plan
     family: Family
     members: Sequence[SeriesMember]
-    ranks: Accelerator | None = None
+    ranks: Ranks
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """What scores come from besides weights and tasks, as `evaluate.sources` has it."""
+        parents = self.family.parents
+        configs = [parents.fingerprint(parent, GENERATION) for parent in ("student", "teacher")]
+        return {
+            "tokenizer": parents.fingerprint("teacher", TOKENIZER),
+            "generation_config": " ".join(configs),
+        }
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -89,7 +99,6 @@ class FamilySeries:
             "depth": member.recipe.depth,
             "parameters": parameters_of(self.plan, self.family.config(member.recipe)),
             "recipe": member.recipe.to_dict(),
-            "settings": self.plan.settings[member.series],
         }
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
@@ -110,12 +119,20 @@ class ComparedSeries:
 
     plan: Plan
     name: str
-    ranks: Accelerator | None = None
+    ranks: Ranks
     teacher = None
 
     @cached_property
     def members(self) -> list[SeriesMember]:
         return [SeriesMember(self.name, None)]
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        name_or_path, config, _ = self.plan.compared[self.name]
+        return {
+            "tokenizer": fingerprint(name_or_path, config, TOKENIZER),
+            "generation_config": fingerprint(name_or_path, config, GENERATION),
+        }
 
     def facts(self, member: SeriesMember) -> dict[str, Any]:
         config = self.plan.compared[self.name].config
@@ -124,7 +141,6 @@ class ComparedSeries:
             "num_layers_to_patch": None,
             "depth": config.num_hidden_layers,
             "parameters": parameters_of(self.plan, config),
-            "settings": self.plan.settings[self.name],
         }
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
@@ -142,7 +158,7 @@ class ComparedSeries:
 Series = FamilySeries | ComparedSeries
 MemberLM = FamilyLM | MaskedFamilyLM
 """lm-eval models that answer for one member at a time: both can `activate` a member, `forget` what
-they computed, and have its `model`, a `tokenizer` and a `world_size`."""
+they computed, and have its `name`, its `model` and a `tokenizer`."""
 
 
 def lm_of(
@@ -150,13 +166,13 @@ def lm_of(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
-    ranks: Accelerator | None,
+    ranks: Ranks,
 ) -> MemberLM:
     """A tree's members as one lm-eval model."""
     if predicts_masked_tokens(config):
-        return MaskedFamilyLM(tree, tokenizer=tokenizer, accelerator=ranks)
+        return MaskedFamilyLM(tree, tokenizer=tokenizer, ranks=ranks)
     batch_size = plan.arguments.batch_size
-    return FamilyLM(tree, tokenizer=tokenizer, batch_size=batch_size, accelerator=ranks)
+    return FamilyLM(tree, tokenizer=tokenizer, batch_size=batch_size, ranks=ranks)
 
 
 def parameters_of(plan: Plan, config: PreTrainedConfig) -> Parameters:

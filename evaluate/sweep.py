@@ -2,137 +2,182 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from evaluate.cost import cost_of
-from evaluate.harness import Harness, as_json, write_samples
-from evaluate.result import (
-    LM_EVAL_KEYS,
-    FinishedTask,
-    Result,
-    Similarity,
-    read_results,
-    write_result,
-)
+from evaluate.harness import Harness
+from evaluate.ranks import Ranks
+from evaluate.result import FinishedTask, Similarity
 from evaluate.series import MemberLM, Series, SeriesMember
-from evaluate.tasks import Tasks, reason
+from evaluate.sources import versions
+from evaluate.stored import Store, missing_tasks, what_changed
+from evaluate.tasks import Tasks, names_in, overlapping, reason, union
 from patching.running.calibration import Calibration
 from patching.running.similarity import last_states, mean_cosine
 
 logger = logging.getLogger(__name__)
 
+Missing = dict[tuple[str, ...], list[SeriesMember]]
+"""By tasks that run together, the members without current scores on one of them."""
+
 
 @dataclass
 class Sweep:
-    folder: Path
+    """Only the first rank has tasks, and reads and writes the folder."""
+
     harness: Harness
     tasks: Tasks
     text: Calibration | None
     """The text on which members are compared with their teacher."""
-    made_by: Mapping[str, Any]
-    """Arguments and environment, written into every result."""
-    is_writer: bool = True
-    """Whether this rank measures and writes."""
+    store: Store
+    ranks: Ranks
     failures: dict[str, str] = field(default_factory=dict)
     """Tasks that could not be evaluated, and why."""
-    results: dict[str, Result] = field(default_factory=dict)
-    """By member, what is stored in the folder."""
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By task, what its scores come from, as far as that is the same for all series."""
 
     def run(self, all_series: Sequence[Series]) -> None:
         """Compute and store whatever is not in the folder."""
-        self.results = read_results(self.folder)
-        missing = [self._missing(series) for series in all_series]
+        missing: list[Missing] = [{} for _ in all_series]
+        if self.ranks.is_first:
+            self._read_tasks()
+        if not self.ranks.from_first(bool(self.tasks)):
+            return
+        if self.ranks.is_first:
+            self.store.read()
+            missing = [self._missing(series) for series in all_series]
+            for line in what_changed(
+                (self.store.results[member.name], self._wanted(series, self.tasks))
+                for series in all_series
+                for member in series.members
+                if member.name in self.store.results
+            ):
+                logger.warning(line)
         num_scores = sum(len(members) for of_series in missing for members in of_series.values())
         # No smoothing: a task's first member computes scores for all, so its time is no estimate.
         with tqdm(
-            total=num_scores, desc="sweep", unit="score", smoothing=0, disable=not self.is_writer
+            total=num_scores,
+            desc="sweep",
+            unit="score",
+            smoothing=0,
+            disable=not self.ranks.is_first,
         ) as progress:
             for series, of_series in zip(all_series, missing):
-                unmeasured = [m for m in series.members if self._is_unmeasured(m)]
-                needed = {*unmeasured, *(m for members in of_series.values() for m in members)}
-                if not needed:
-                    continue
-                lm = series.load([m for m in series.members if m in needed])
-                if self.is_writer:
-                    self._measure(series, lm, unmeasured)
-                for task, members in of_series.items():
-                    self._run_task(lm, task, members, progress)
-                del lm  # before the next series loads
-                series.release()
+                self._run_series(series, of_series, progress)
 
-    def _missing(self, series: Series) -> dict[str, list[SeriesMember]]:
-        """By task, the members without scores on it. Tasks that all members have are left out."""
+    def _run_series(self, series: Series, missing: Missing, progress: tqdm) -> None:
+        unmeasured = [m for m in series.members if self._is_unmeasured(m)]
+        needed = {m.name for members in missing.values() for m in members}
+        needed = self.ranks.from_first(needed | {m.name for m in unmeasured})
+        if not needed:
+            return
+        lm = self.ranks.together(
+            lambda: series.load([m for m in series.members if m.name in needed])
+        )
+        if self.ranks.is_first:
+            for member, measured in measure(series, lm, unmeasured, self.text):
+                self.store.update(
+                    series, member, lambda result, new=measured: replace(result, **new)
+                )
+            for names, members in missing.items():
+                self._run_tasks(series, lm, names, members, progress)
+            self.ranks.release()
+        else:
+            self.ranks.answer(lm)
+        del lm  # before the next series loads
+        series.release()
 
-        def is_missing(member: SeriesMember, task: str) -> bool:
-            result = self.results.get(member.name)
-            finished = result and result.tasks.get(task)
-            return not finished or (self.harness.log_samples and not finished.has_samples)
+    def _read_tasks(self) -> None:
+        """Find out what tasks ask. Those that cannot say are failures."""
+        of_libraries = versions()
+        for task, loaded in list(self.tasks.items()):
+            try:
+                self.sources[task] = self.harness.sources(loaded) | of_libraries
+            except Exception as error:  # tasks are code
+                logger.error("%s: its prompts cannot be built", task, exc_info=True)
+                self.failures[task] = reason(error)
+                self.tasks = {name: of for name, of in self.tasks.items() if name != task}
 
-        missing = {task: [m for m in series.members if is_missing(m, task)] for task in self.tasks}
-        return {task: members for task, members in missing.items() if members}
+    def _wanted(self, series: Series, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        return {name: self.sources[name] | series.sources for name in names}
+
+    def _missing(self, series: Series) -> Missing:
+        found = {}
+        for names in overlapping(self.tasks):
+            members = [m for m in series.members if self._tasks_missing(series, m, names)]
+            if members:
+                found[tuple(names)] = members
+        return found
+
+    def _tasks_missing(
+        self, series: Series, member: SeriesMember, names: Sequence[str]
+    ) -> list[str]:
+        stored, wanted = self.store.results.get(member.name), self._wanted(series, names)
+        return missing_tasks(stored, wanted, self.harness.log_samples)
 
     def _is_unmeasured(self, member: SeriesMember) -> bool:
         """Whether a member's cost or its similarity on this text is not stored."""
-        result = self.results.get(member.name)
-        if result is None:
+        if not self.ranks.is_first:
+            return False
+        result = self.store.results.get(member.name)
+        if result is None or result.cost is None:
             return True
         if result.similarity is None or self.text is None:
             return False
         return result.similarity.sha256 != self.text.sha256
 
-    def _measure(self, series: Series, lm: MemberLM, members: Sequence[SeriesMember]) -> None:
-        """Store everything about members but their scores."""
-        if not members:
-            return
-        teacher, text = series.teacher, self.text
-        if teacher is not None and text is not None:
-            batches = text.batches(lm.tokenizer, teacher.config)
-            teacher_states = last_states(teacher, batches)
-        for member in tqdm(members, desc="measuring", unit="model", leave=False):
-            lm.activate(member.name)
-            measured = series.facts(member) | {"cost": cost_of(lm.model)}
-            if teacher is not None and text is not None:
-                cosine = mean_cosine(last_states(lm.model, batches), teacher_states, batches)
-                measured["similarity"] = Similarity(cosine, text.name, text.sha256)
-            known = self.results.get(member.name)
-            result = Result(**measured) if known is None else replace(known, **measured)
-            self._store(member, result)
-
-    def _run_task(
-        self, lm: MemberLM, task: str, members: Sequence[SeriesMember], progress: tqdm
+    def _run_tasks(
+        self,
+        series: Series,
+        lm: MemberLM,
+        names: Sequence[str],
+        members: Sequence[SeriesMember],
+        progress: tqdm,
     ) -> None:
-        """Score members on one task. If one fails, note it and skip the rest of the task."""
+        """Score members on tasks that run together. If one fails, note it and skip the rest."""
+        self.store.read()  # another sweep may have been here
+        members = [m for m in members if self._tasks_missing(series, m, names)]
         for num_done, member in enumerate(members):
-            progress.set_postfix_str(f"{task} {member.name}")
+            progress.set_postfix_str(f"{', '.join(names)} {member.name}")
             start = time.perf_counter()
             lm.activate(member.name)
+            missing = self._tasks_missing(series, member, names)
             try:
-                found = self.harness.score(lm, self.tasks[task])
-            except Exception as error:
-                if lm.world_size > 1:  # the other ranks wait for this one and cannot be told
-                    error.add_note(f"while evaluating {member.name} on {task}")
-                    raise
-                logger.error("%s failed on %s", task, member.name, exc_info=True)
-                self.failures[task] = reason(error)
+                found = self.harness.score(lm, union([self.tasks[name] for name in missing]))
+            except Exception as error:  # tasks are code
+                for name in missing:
+                    logger.error("%s failed on %s", name, member.name, exc_info=True)
+                    self.failures[name] = reason(error)
                 progress.update(len(members) - num_done)
                 break
-            if found is not None:
-                if self.harness.log_samples:
-                    write_samples(self.folder / "samples" / member.name, found["samples"])
-                result = self.results[member.name]
-                result.add_scores(as_json({key: found.get(key) for key in LM_EVAL_KEYS.values()}))
-                seconds = time.perf_counter() - start
-                result.tasks[task] = FinishedTask(seconds, self.harness.log_samples)
-                self._store(member, result)
+            seconds = time.perf_counter() - start
+            finished = {
+                name: FinishedTask(
+                    seconds, self.harness.log_samples, sources, names_in(self.tasks[name])
+                )
+                for name, sources in self._wanted(series, missing).items()
+            }
+            self.store.add_scores(series, member, finished, found)
             progress.update()
         lm.forget()
 
-    def _store(self, member: SeriesMember, result: Result) -> None:
-        result = replace(result, **self.made_by)
-        self.results[member.name] = result
-        write_result(self.folder, member.name, result)
+
+def measure(
+    series: Series, lm: MemberLM, members: Sequence[SeriesMember], text: Calibration | None
+) -> Iterator[tuple[SeriesMember, dict[str, Any]]]:
+    """What a model costs, and how similar it is to its teacher on a text, as fields of results."""
+    teacher = series.teacher if members else None
+    if teacher is not None and text is not None:
+        batches = text.batches(lm.tokenizer, teacher.config)
+        teacher_states = last_states(teacher, batches)
+    for member in tqdm(members, desc="measuring", unit="model", leave=False):
+        lm.activate(member.name)
+        measured: dict[str, Any] = {"cost": cost_of(lm.model)}
+        if teacher is not None and text is not None:
+            cosine = mean_cosine(last_states(lm.model, batches), teacher_states, batches)
+            measured["similarity"] = Similarity(cosine, text.name, text.sha256)
+        yield member, measured

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm_eval.api.task import Task
-from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 from torch.utils._pytree import tree_leaves
 
+from evaluate.seeds import DEFAULT_SEEDS, Seeds
+from evaluate.sources import config_hash
 from patching.files.texts import num_found_in
 from patching.running.calibration import Calibration
 
@@ -33,16 +34,23 @@ class LoadedTasks(NamedTuple):
 
 
 def load_tasks(
-    names: Sequence[str], include_path: str | None = None, trust_remote_code: bool = False
+    names: Sequence[str],
+    include_path: str | None = None,
+    trust_remote_code: bool = False,
+    seeds: Seeds = DEFAULT_SEEDS,
 ) -> LoadedTasks:
     """The named tasks, groups and tags with their data. Those without data do not stop the others.
+    A task that several of them contain is one object in all of them.
+
+    Each name is loaded as if it were the only one, with the seeds set before: some tasks shuffle
+    their documents or choices as they load.
 
     `include_path` is a folder of task files, which take precedence over lm-eval's own. A metric
     that Hugging Face's `evaluate` would download is code, so it runs only with `trust_remote_code`.
     A metric in a local folder always runs.
 
     Raises ValueError for an unknown task, and for a metric that cannot be loaded, which lm-eval
-    would leave out of the results.
+    would leave out of the results. Also for a task that is not the same in two of the groups.
     """
     if not names:
         raise ValueError("no tasks: name some with --tasks, separated by commas")
@@ -63,6 +71,7 @@ def load_tasks(
     loaded, failures = {}, {}
     for name in names:
         try:
+            seeds.set()
             loaded[name] = manager.load([name])
         except Exception as error:  # tasks are code, data sets and a network: anything may happen
             failures[name] = reason(error)
@@ -76,7 +85,42 @@ def load_tasks(
                     "Hugging Face's evaluate is downloaded code: give --trust_remote_code to run "
                     "it, or the path of a local metric folder in the task file"
                 )
+    merge_repeated(loaded)
     return LoadedTasks(loaded, failures)
+
+
+def merge_repeated(loaded: Tasks) -> None:
+    """Make a task that several requested names contain one object."""
+    first: dict[str, tuple[str, Task]] = {}
+    for name, of_name in loaded.items():
+        for task_name, task in of_name["tasks"].items():
+            other_name, other = first.setdefault(task_name, (name, task))
+            if other is not task and config_hash(other) != config_hash(task):
+                raise ValueError(
+                    f"tasks: {task_name} has other settings in {name} than in {other_name}, and "
+                    "results have room for one: give them a --save_directory each"
+                )
+            of_name["tasks"][task_name] = other
+
+
+def overlapping(loaded: Tasks) -> list[list[str]]:
+    """The requested names, in lists of those that have tasks in common: these run together."""
+    parts: list[tuple[list[str], set[str]]] = []
+    for name, of_name in loaded.items():
+        names, tasks = [name], set(of_name["tasks"])
+        for part in [part for part in parts if part[1] & tasks]:
+            parts.remove(part)
+            names, tasks = part[0] + names, part[1] | tasks
+        parts.append((names, tasks))
+    return [names for names, _ in parts]
+
+
+def union(loaded: Sequence[TaskDict]) -> TaskDict:
+    """The tasks and groups of several names as those of one."""
+    return {
+        key: {name: value for of_name in loaded for name, value in of_name.get(key, {}).items()}
+        for key in ("tasks", "groups", "group_map")
+    }
 
 
 def reason(error: Exception) -> str:
@@ -89,11 +133,16 @@ def all_tasks(loaded: Tasks) -> Iterable[Task]:
     return [task for of_name in loaded.values() for task in of_name["tasks"].values()]
 
 
+def names_in(loaded: TaskDict) -> list[str]:
+    """The tasks and groups that a requested name contains."""
+    return [*loaded["tasks"], *loaded.get("groups", {})]
+
+
 def text_of_tasks(loaded: Tasks) -> Calibration | None:
     """The text of the first documents of the first task whose documents can be read."""
     for name, of_name in loaded.items():
         task = next(iter(of_name["tasks"].values()))
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        task.set_fewshot_seed(seed=DEFAULT_SEEDS.fewshot)
         try:
             task.build_all_requests(limit=NUM_DOCUMENTS, rank=0, world_size=1)
         except Exception:

@@ -1,7 +1,7 @@
 """Teacher and student, by name or in memory. Weights are loaded when they are first needed."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from patching.architectures.distilbert import as_bert
 from patching.architectures.lookup import architecture_of, read_config
 from patching.architectures.models import load_model, predicts_masked_tokens
-from patching.checkpoints.fingerprint import fingerprint
+from patching.checkpoints.fingerprint import WEIGHTS, fingerprint
 from patching.checkpoints.stored_dtype import stored_dtype
 from patching.recipe import Parent, Reference
 
@@ -105,9 +105,11 @@ class Parents:
         for parent in set(parents or self.models) - self.given:
             self.models.pop(parent, None)
 
-    def fingerprint(self, parent: Parent) -> str:
-        """What tells a parent's weights from others at the same place."""
-        return fingerprint(self.references[parent].name_or_path, self.configs[parent])
+    def fingerprint(self, parent: Parent, patterns: Iterable[str] = WEIGHTS) -> str:
+        """What tells a parent's weights, or its files that match `patterns`, from others at the
+        same place.
+        """
+        return fingerprint(self.references[parent].name_or_path, self.configs[parent], patterns)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

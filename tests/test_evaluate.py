@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from conftest import ROOT, VOCAB_SIZE, byte_tokenizer, run_module
@@ -120,6 +121,7 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
+        ".lock", "documents",
         *(f"family_k{k}.json" for k in (0, 1, 2)), "naive_k0.json", "naive_k1.json",
         *(f"summary.{suffix}" for suffix in ("md", "csv", "json", "png", "svg")),
     }  # fmt: skip
@@ -130,7 +132,10 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
         assert scores["with_import"]["length,none"] >= 0
         assert 0 <= scores["choice"]["acc,none"] <= 1
         assert result.n_samples["choice"]["effective"] == 5
-        assert result.environment["lm_eval"]
+        (run,) = result.runs.values()
+        assert run.environment["lm_eval"] and run.arguments["limit"] == 5
+        assert {task.run for task in result.tasks.values()} == {run.name}
+        assert numpy.load(out / "documents" / f"{name}.npz")["choice/acc,none"].shape == (5,)
     assert [results[f"family_k{k}"].depth for k in (0, 1, 2)] == [4, 5, 6]
     assert results["naive_k1"].recipe["layers"][0] == "teacher 0"
     parameters = [results[f"family_k{k}"].parameters for k in (0, 1, 2)]
@@ -139,14 +144,14 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
 
     assert json.loads((out / "family_k0.json").read_text()).keys() == {
         *("series", "num_layers_to_patch", "max_layers_to_patch", "order", "depth", "parameters"),
-        *("recipe", "settings", "cost", "similarity", "tasks", "arguments", "environment"),
+        *("recipe", "cost", "similarity", "tasks", "runs"),
         *("results", "group_subtasks", "higher_is_better", "n-shot", "n-samples", "versions"),
         "configs",
     }
 
     report = (out / "summary.md").read_text()
     assert report in done.stdout
-    table = [line for line in report.split("\n\n")[2].splitlines()]
+    table = report.partition("## Averages")[2].split("\n\n")[2].splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [
         "student", "naively pruned, k = 0", "k = 1", "naively pruned, k = 1", "teacher",
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair, save_models
 from transformers import BloomConfig
 
-from evaluate.family import FamilyLM, SingleModel
+from evaluate.family import FamilyLM, SingleModel, longest_to_share
 from evaluate.request_rows import batch_of, rows_of
 from patching.architectures.lookup import architecture_of
 from patching.patch import build_intermediate_model
@@ -155,7 +155,7 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch):
 
 def rows_for(lm: FamilyLM, pairs: list[tuple[list[int], list[int]]]) -> list:
     requests = [(None, *pair) for pair in pairs]
-    return rows_of(requests, lm.max_length, lm.longest_to_share)
+    return rows_of(requests, lm.max_length, longest_to_share(lm.config, lm.max_length))
 
 
 def test_a_context_is_run_once_for_its_continuations():

@@ -147,8 +147,6 @@ def test_a_family_of_real_english(data, english_pair, tmp_path):
     assert len(paradigms) == 8
     assert teacher.results["blimp_local"]["acc,none"] == pytest.approx(sum(paradigms) / 8)
     report = (out / "summary.md").read_text()
-    assert report.splitlines()[4] == (
-        "| model | layers | parameters | stored | wikitext_2 (bits_per_byte ↓) | "
-        "blimp_local (acc ↑) |"
-    )
+    assert "\n| wikitext_2 | bits_per_byte ↓ | 0 | " in report
+    assert "\n| blimp_local | acc ↑ | 0 | " in report
     assert "classification ↑ | perplexity (bits_per_byte) ↓ |" in report

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from evaluate.plot import plot
-from evaluate.report import main, markdown_table, short_names, write_report
-from evaluate.result import Result
-from evaluate.scores import averages, dips, kind_of, main_scores, scores_of
+from evaluate.report import main, short_names, write_report
+from evaluate.reporting.exports import csv_table
+from evaluate.reporting.plot import plot
+from evaluate.reporting.scores import averages, kind_of, main_scores, scores_of
+from evaluate.reporting.tables import markdown_report
+from evaluate.result import FinishedTask, Result, Run
 
 
 def values_of(k, series="family", **tasks):
@@ -36,6 +38,7 @@ def choice(value, stderr=0.05):
 
 WIKITEXT = {"alias": "wikitext", "bits_per_byte,none": 0.75, "bits_per_byte_stderr,none": "N/A"}
 ARC = {"acc,none": 0.5, "acc_stderr,none": 0.05, "acc_norm,none": 0.6, "acc_norm_stderr,none": 0.04}
+IFEVAL = {"prompt_level_strict_acc,none": 0.3, "prompt_level_strict_acc_stderr,none": 0.02}
 GSM = {"exact_match,strict-match": 0.1, "exact_match_stderr,strict-match": 0.01}
 
 
@@ -101,25 +104,29 @@ def test_perplexities_of_different_metrics_are_not_averaged():
     assert list(found) == ["perplexity (bits_per_byte)", "perplexity (word_perplexity)"]
 
 
-def test_dips_are_found_and_compared_with_their_error():
-    rows = [
-        result(0, arc=choice(0.5), wikitext={"bits_per_byte,none": 1.0}),
-        result(2, arc=choice(0.4), wikitext={"bits_per_byte,none": 0.8}),
-        result(1, arc=choice(0.48), wikitext={"bits_per_byte,none": 0.7}),
-        result(1, "naive", arc=choice(0.1)),
-    ]
-    found = {(dip.result.num_layers_to_patch, dip.score.task): dip for dip in dips(rows)}
-    assert found.keys() == {(1, "arc"), (2, "arc"), (2, "wikitext")}
-    assert found[1, "arc"].is_significant is False  # 0.02 down, combined error 0.07
-    assert found[2, "arc"].is_significant is True
-    assert found[2, "arc"].combined_stderr == pytest.approx(math.sqrt(2) * 0.05)
-    assert found[2, "wikitext"].is_significant is None
-    cells = [line.split(" | ")[4:] for line in markdown_table(rows).splitlines()[2:]]
-    marks = [[mark for mark in "▼▽" if mark in cell] for row in cells[:3] for cell in row]
-    assert marks == [[], [], ["▼"], ["▼"], ["▽"], []]  # k = 0, 2, 1, each arc and wikitext
+def test_scores_of_different_scales_are_not_averaged():
+    """truthfulqa_gen's bleu_max is out of 100, and its bleu_acc a share."""
+    bleu = {"bleu_max,none": 27.1, "bleu_max_stderr,none": 0.8}
+    stored = result(0, truthful=bleu, gsm=GSM, boolq=choice(0.9), ifeval=IFEVAL)
+    stored.configs = {
+        task: {"output_type": "generate_until"} for task in ("truthful", "gsm", "ifeval")
+    }
+    found = {name: score.value for name, (score,) in averages([stored]).items()}
+    assert found == pytest.approx(
+        {"classification": 0.9, "generation": (0.1 + 0.3) / 2, "generation (bleu_max)": 27.1}
+    )
 
 
-def test_the_table_names_ends_baselines_and_errors():
+def test_a_task_asked_for_by_name_is_shown_beside_its_group_and_averaged_once():
+    stored = result(0, mmlu=choice(0.4), algebra=choice(0.2), physics=choice(0.6), arc=ARC)
+    stored.group_subtasks = {"mmlu": ["algebra", "physics"]}
+    stored.tasks = dict.fromkeys(("algebra", "mmlu", "arc"), FinishedTask(1.0, False))
+    assert list(main_scores(stored)) == ["mmlu", "algebra", "arc"]
+    (average,) = averages([stored])["classification"]
+    assert average.value == pytest.approx((0.4 + 0.6) / 2)
+
+
+def test_tasks_are_rows_and_sizes_columns():
     rows = [
         result(0, arc=ARC),
         result(1, arc=ARC),
@@ -127,17 +134,81 @@ def test_the_table_names_ends_baselines_and_errors():
         result(1, "naive", arc=ARC),
         result(None, "compare_small", wikitext=WIKITEXT),
     ]
-    lines = markdown_table(rows).splitlines()
-    assert lines[0] == (
-        "| model | layers | parameters | stored | arc (acc_norm ↑) | wikitext (bits_per_byte ↓) |"
-    )
-    assert lines[2] == "| student | 4 | 1.00 B | 1.00 B | 0.6000 ± 0.0400 | - |"
-    assert [line.split(" |")[0] for line in lines[3:]] == [
-        "| k = 1",
-        "| teacher",
-        "| naively pruned, k = 1",
-        "| small",
+    for row in rows:
+        row.n_samples = {task: {"original": 2376, "effective": 100} for task in row.results}
+        row.n_shot, row.versions = dict.fromkeys(row.results, 25), dict.fromkeys(row.results, 1.0)
+    report = markdown_report(rows, {}, num_pages=1)
+    assert "![Scores against parameters](summary.png)" in report
+    scores = report.partition("## Scores")[2].partition("## Dips")[0]
+    lines = scores.splitlines()
+    headers = [line for line in lines if line.startswith("| task ")]
+    conditions = "| task | metric | few-shot | documents | version |"
+    assert headers == [
+        f"{conditions} student | k = 1 | teacher |",
+        f"{conditions} naively pruned, k = 1 |",
+        f"{conditions} small |",
     ]
+    assert lines[lines.index(headers[0]) + 2 :][:2] == [
+        "| layers |  |  |  |  | 4 | 5 | 6 |",
+        "| parameters |  |  |  |  | 1.00 B | 1.10 B | 1.20 B |",
+    ]
+    arc = "| arc | acc_norm ↑ | 25 | 100 of 2,376 | 1.0 |"
+    assert f"{arc} 0.6000 ± 0.0400 ‡ | 0.6000 ± 0.0400 ‡ | 0.6000 ± 0.0400 ‡ |" in lines
+    assert "| wikitext | bits_per_byte ↓ | 25 | 100 of 2,376 | 1.0 | 0.7500 ‡ |" in lines
+    assert "‡ marks unverified scores" in scores
+
+
+def test_many_sizes_take_several_tables():
+    rows = [replace(result(k, arc=ARC), max_layers_to_patch=17) for k in range(18)]
+    report = markdown_report(rows, {}, num_pages=2)
+    headers = [line for line in report.splitlines() if line.startswith("| task | metric")]
+    assert [line.count("|") - 1 for line in headers] == [5 + 9, 5 + 9]
+    assert "(summary.png)" in report and "(summary_2.png)" in report
+
+
+SOURCES = {"task config": "c", "prompts": "p", "documents": "d", "lm_eval": "0.4.13"}
+
+
+def verified(k, sweep=None, limit=None, sources=SOURCES, **tasks):
+    found = replace(result(k, **tasks), sweep=sweep)
+    run = Run({"limit": limit, "seed": [0, 1, 2, 3], "dtype": "float32"}, {}, {"torch": "2.13.0"})
+    found.runs = {run.name: run}
+    for task in tasks:
+        found.tasks[task] = FinishedTask(1.0, False, sources, [task], run.name)
+        found.n_samples[task] = {"original": 100, "effective": limit or 100}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"limit": 10}, "limit 10, not none, number of documents 10 of 100, not 100"),
+        ({"sources": SOURCES | {"prompts": "q"}}, "other prompts"),
+        ({"sources": SOURCES | {"lm_eval": "0.4.9"}}, "lm_eval 0.4.9, not 0.4.13"),
+    ],
+)
+def test_scores_measured_under_other_conditions_are_marked(changes, words):
+    rows = [verified(k, "a", arc=ARC) for k in (0, 1, 2)]
+    rows.append(verified(1, "b", arc=ARC, **changes))
+    report = markdown_report(rows, {}, num_pages=1)
+    assert report.count("0.6000 ± 0.0400 † |") == 2  # its score and its average
+    assert f"- b: k = 1 on arc: {words}" in report
+    assert "Measured with limit none, dtype float32, seed 0,1,2,3, lm_eval 0.4.13" in report
+    lines = [line for line in csv_table(rows).splitlines() if line.startswith("b,")]
+    assert [",10 of 100," in line for line in lines] == ["limit" in words] * 2  # two metrics
+    unmarked = markdown_report(rows[:3], {}, num_pages=1)
+    assert "†" not in unmarked and "‡" not in unmarked
+
+
+def test_every_table_of_scores_says_how_they_were_measured():
+    rows = [verified(k, arc=choice(0.5 - k / 10)) for k in (0, 1, 2)]
+    report = markdown_report(rows, {}, num_pages=1)
+    sections = {part.splitlines()[0]: part for part in report.split("## ") if part.strip()}
+    for name in ("Averages", "Scores"):
+        assert "limit none" in sections[name] and "lm_eval 0.4.13" in sections[name]
+    assert "few-shot" in sections["Averages"] and "documents 100" in sections["Averages"]
+    assert "documents | few-shot" in sections["Dips"]
+    assert "(not paired)" in sections["Dips"]  # no scores of single documents are kept
 
 
 @pytest.mark.parametrize("num_tasks", [1, 4])
@@ -145,12 +216,37 @@ def test_the_plot_has_a_panel_per_task_and_marks_the_ends(num_tasks):
     tasks = {f"task{i}": ARC for i in range(num_tasks)}
     rows = [result(k, **tasks) for k in range(3)]
     rows += [result(1, "naive", **tasks), result(None, "compare_small", **tasks)]
-    figure = plot(rows)
+    (figure,) = plot(rows)
     panels = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title() for axes in panels] == list(tasks)
+    titles = [axes.get_title() for axes in panels]
+    assert titles == ["average of 4: classification", *tasks] if num_tasks > 1 else [*tasks]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"interpolated", "naively pruned", "student", "teacher", "small"}
-    assert panels[0].get_xlabel() == "parameters (billions)"
+    assert panels[-1].get_xlabel() == "parameters (billions)"
+
+
+def test_many_tasks_take_several_pages_with_one_legend_each():
+    rows = [result(k, **{f"task{i}": ARC for i in range(40)}) for k in range(2)]
+    pages = plot(rows)
+    assert [len(page.axes) for page in pages] == [30, 12]
+    visible = [[axes for axes in page.axes if axes.get_visible()] for page in pages]
+    assert [len(axes) for axes in visible] == [30, 11]  # with the average
+    assert [len(page.legends) for page in pages] == [1, 1]
+
+
+def test_perplexities_have_a_logarithmic_axis_and_bits_do_not():
+    values = {"word_perplexity,none": 1e6, "word_perplexity_stderr,none": "N/A"}
+    rows = [result(k, a=values, wikitext=WIKITEXT, arc=ARC) for k in (0, 1)]
+    (figure,) = plot(rows)
+    scales = {axes.get_title(): axes.get_yscale() for axes in figure.axes if axes.get_visible()}
+    assert scales == {"a": "log", "wikitext": "linear", "arc": "linear"}
+
+
+def test_compared_models_differ_in_shape_and_color():
+    rows = [result(None, f"compare_{i}", arc=ARC) for i in range(12)]
+    (figure,) = plot(rows)
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(line.get_marker(), line.get_color()) for line in lines}) == 12
 
 
 def test_series_differ_without_colors():
@@ -160,7 +256,7 @@ def test_series_differ_without_colors():
         for series in ("family", "naive")
         for k in (0, 1)
     ]
-    containers = plot(rows).axes[0].containers
+    containers = plot(rows)[0].axes[0].containers
     looks = [
         (line.get_linestyle(), line.get_marker(), line.get_fillstyle())
         for line in (container.lines[0] for container in containers)

@@ -366,9 +366,11 @@ def test_the_prompt_has_as_many_examples_as_asked_for(pair_folders, tasks, tmp_p
 
 @pytest.mark.slow
 def test_two_ranks_give_one_ranks_numbers(pair_folders, tasks, tmp_path):
+    """Also with examples drawn at random, and where tasks fail."""
     compare = ("--compare", str(pair_folders[0]), "--log_samples")
     settings = {"num_layers_to_patch": "0-1", "include_path": tasks, "device": "cpu"}
-    settings |= {"tasks": "no_data,choice,rolling,generation", "baselines": "naive"}
+    settings |= {"tasks": "no_data,breaking,choice,rolling,generation", "baselines": "naive"}
+    settings |= {"num_fewshot": 2}
     with pytest.raises(SystemExit):
         main([*flags(pair_folders, tmp_path / "one", **settings), *compare])
     done = run_module(
@@ -378,10 +380,14 @@ def test_two_ranks_give_one_ranks_numbers(pair_folders, tasks, tmp_path):
     )
     assert done.returncode == 1, done.stderr  # because of the task without data
     assert done.stderr.count("failed: no_data") == 1
+    assert done.stderr.count("failed: breaking: KeyError") == 1
     one, two = read_results(tmp_path / "one"), read_results(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 5
     for name, result in one.items():
         assert result.n_samples == two[name].n_samples
+        assert result.tasks.keys() == {"choice", "rolling", "generation"}
+        for task, of_task in result.tasks.items():
+            assert of_task.sources == two[name].tasks[task].sources
         for task, values in result.results.items():
             for key, value in values.items():
                 if isinstance(value, float):
@@ -389,6 +395,49 @@ def test_two_ranks_give_one_ranks_numbers(pair_folders, tasks, tmp_path):
         for task in result.results:
             path = Path("samples", name, f"samples_{task}.jsonl")
             lines = [(tmp_path / run / path).read_text().splitlines() for run in ("one", "two")]
-            documents = [sorted(json.loads(line)["doc_id"] for line in of_run) for of_run in lines]
-            assert documents[0] == documents[1] == [*range(len(TEXTS))]
+            prompts = [[json.loads(line)["prompt_hash"] for line in of_run] for of_run in lines]
+            assert prompts[0] == prompts[1] and len(prompts[0]) == len(TEXTS)
     assert os.listdir(tmp_path / "two").count("summary.md") == 1
+    before = finished(tmp_path / "two")
+    done = run_module(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "evaluate.evaluate", *flags(pair_folders, tmp_path / "two", **settings), *compare),
+        OMP_NUM_THREADS="1",
+    )
+    assert finished(tmp_path / "two") == before  # the failing tasks were tried again, no other
+
+
+@pytest.mark.slow
+def test_one_document_is_enough_for_two_ranks(pair_folders, tasks, tmp_path):
+    settings = {"num_layers_to_patch": 1, "include_path": tasks, "tasks": "choice,generation"}
+    words = flags(pair_folders, tmp_path, **settings, limit=1, device="cpu")
+    done = run_module(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "evaluate.evaluate", *words),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_results(tmp_path)["family_k1"].n_samples["choice"]["effective"] == 1
+
+
+@pytest.mark.slow
+def test_what_is_missing_on_one_rank_is_one_line(pair_folders, tasks, tmp_path):
+    """As on several nodes without a shared folder."""
+    words = flags(pair_folders, tmp_path / "out", tasks="choice", include_path=tasks, device="cpu")
+    words[words.index(str(pair_folders[1]))] = "/no/such/student"
+    code = (
+        "import os, runpy, sys\n"
+        f"student = {str(pair_folders[1])!r} if os.environ['RANK'] == '0' else '/no/such/student'\n"
+        f"sys.argv = ['evaluate', *{words!r}]\n"
+        "sys.argv[sys.argv.index('/no/such/student')] = student\n"
+        "runpy.run_module('evaluate.evaluate', run_name='__main__')\n"
+    )
+    (tmp_path / "start.py").write_text(code)
+    done = run_module(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "start.py"),
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=str(ROOT),
+    )
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 1: student_model_name_or_path=/no/such/student")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -166,6 +167,24 @@ def _lock(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the same folder.
+
+    The lock is a file because network file systems cannot lock folders. Where they cannot lock at
+    all, a warning says so.
+    """
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror}): run one command at a time in it",
+                stacklevel=3,
+            )
+        yield
+
+
 def check_space(path: Path, num_bytes: int) -> None:
     """Raise ValueError unless `num_bytes` are free on the disk of `path`."""
     free = shutil.disk_usage(_nearest(path)).free
@@ -183,16 +202,20 @@ def num_ranks() -> int:
 
 def environment() -> dict[str, Any]:
     """Versions, commit, device and command line: what a run records alongside its arguments."""
-    import torch  # takes a second, and command lines show their help without it
-
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": device_name(),
         "world_size": num_ranks(),
     }
+
+
+def device_name() -> str:
+    import torch  # takes a second, and command lines show their help without it
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
 
 
 def _commit() -> str | None:

@@ -1,9 +1,8 @@
-"""Scores in results, their averages by kind of task, and dips from one size to the next."""
+"""Scores in results, and their averages by kind of task."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from evaluate.result import Result
 
@@ -20,8 +19,9 @@ KINDS = {
 classification hides failures of generation."""
 
 PERPLEXITIES = ("perplexity", "bits_per_byte")
-OUT_OF_HUNDRED = ("bleu", "chrf", "ter")
-"""Metrics from 0 to 100, which cannot be averaged with metrics from 0 to 1."""
+SHARES = ("acc", "exact_match", "pass@")
+"""What the names of metrics begin with, or have after an underscore, that are shares of documents:
+only these are averaged across metrics. Others have scales of their own."""
 
 FAMILY_SERIES = ("family", "random_student")
 """Series whose members should improve with size."""
@@ -33,6 +33,8 @@ class Score:
 
     task: str
     metric: str
+    key: str
+    """The metric and its filter, as lm-eval writes them."""
     value: float
     stderr: float | None
     higher_is_better: bool
@@ -56,6 +58,7 @@ def scores_of(result: Result) -> list[Score]:
                 Score(
                     task,
                     metric if filter_name == "none" else key,
+                    key,
                     float(value),
                     stderr if isinstance(stderr, float) else None,  # lm-eval writes "N/A"
                     higher is not False,
@@ -66,14 +69,15 @@ def scores_of(result: Result) -> list[Score]:
 
 def main_scores(result: Result) -> dict[str, Score]:
     """The score of each task that tables and plots show. A group with a score of its own replaces
-    its tasks.
+    its tasks, except those that were asked for by name.
     """
     by_task: dict[str, list[Score]] = {}
     for score in scores_of(result):
         by_task.setdefault(score.task, []).append(score)
     for group in list(by_task):
         for subtask in subtasks_of(result, group):
-            by_task.pop(subtask, None)
+            if subtask not in result.tasks:
+                by_task.pop(subtask, None)
 
     def rank(score: Score) -> int:
         base = score.metric.partition(",")[0]
@@ -92,6 +96,12 @@ def subtasks_of(result: Result, group: str) -> Iterator[str]:
             yield from subtasks_of(result, name)
 
 
+def leaves_of(result: Result, task: str) -> list[str]:
+    """The tasks in a group that are no groups themselves; a task is its own."""
+    inside = list(subtasks_of(result, task))
+    return [name for name in inside if not result.group_subtasks.get(name)] or [task]
+
+
 def kind_of(result: Result, score: Score) -> str:
     """`classification`, `perplexity` or `generation`, from the task's output type and metric."""
     if any(name in score.metric for name in PERPLEXITIES):
@@ -102,34 +112,52 @@ def kind_of(result: Result, score: Score) -> str:
     return "classification"
 
 
-def average_name(result: Result, score: Score) -> str:
-    """The average that a score belongs to: its kind, with its metric if that cannot be averaged
-    with others.
+def average_name(kind: str, scores: Iterable[Score]) -> str:
+    """The average that all models' scores on a task belong to: its kind, with its metric if that
+    cannot be averaged with others.
     """
-    kind = kind_of(result, score)
+    scores = list(scores)
+    if kind != "perplexity" and all(map(is_share, scores)):
+        return kind
+    return f"{kind} ({scores[0].metric.partition(',')[0]})"
+
+
+def is_share(score: Score) -> bool:
+    """Whether a score is a share of documents, from 0 to 1, and the higher the better."""
     metric = score.metric.partition(",")[0]
-    if kind == "perplexity" or not score.higher_is_better or metric in OUT_OF_HUNDRED:
-        return f"{kind} ({metric})"
-    return kind
+    named = any(metric.startswith(name) or f"_{name}" in metric for name in SHARES)
+    return named and score.higher_is_better and 0 <= score.value <= 1
+
+
+def tasks_of_averages(results: Sequence[Result]) -> dict[str, list[str]]:
+    """By the name of an average, its tasks. Every task counts once: one that is part of a group
+    counts with the group.
+    """
+    by_task: dict[str, list[tuple[Result, Score]]] = {}
+    for result in results:
+        scores = main_scores(result)
+        inside = {task for group in scores for task in subtasks_of(result, group)}
+        for task in scores:
+            if task not in inside:
+                by_task.setdefault(task, []).append((result, scores[task]))
+    found: dict[str, list[str]] = {}
+    for task, of_models in by_task.items():
+        (result, score), *_ = of_models
+        name = average_name(kind_of(result, score), (score for _, score in of_models))
+        found.setdefault(name, []).append(task)
+    return dict(sorted(found.items()))
 
 
 def averages(results: Sequence[Result]) -> dict[str, list[Score | None]]:
     """By name, an average's value for each result, None for a result that lacks one of its tasks.
 
-    Every task counts once. The standard error assumes that tasks are independent. It is None if
-    one of them has none.
+    The standard error assumes that tasks are independent. It is None if one of them has none.
     """
-    tasks: dict[str, list[str]] = {}
-    for result in results:
-        for task, score in main_scores(result).items():
-            of_average = tasks.setdefault(average_name(result, score), [])
-            if task not in of_average:
-                of_average.append(task)
+    shown = [main_scores(result) for result in results]
     return {
-        name: [_average(name, [main_scores(result).get(task) for task in of_average])
-               for result in results]
-        for name, of_average in sorted(tasks.items())
-    }  # fmt: skip
+        name: [_average(name, [scores.get(task) for task in tasks]) for scores in shown]
+        for name, tasks in tasks_of_averages(results).items()
+    }
 
 
 def _average(name: str, scores: Sequence[Score | None]) -> Score | None:
@@ -138,49 +166,4 @@ def _average(name: str, scores: Sequence[Score | None]) -> Score | None:
     errors = [score.stderr for score in scores]
     stderr = None if None in errors else math.hypot(*errors) / len(scores)
     value = sum(score.value for score in scores) / len(scores)
-    return Score(name, "mean", value, stderr, scores[0].higher_is_better)
-
-
-@dataclass(frozen=True)
-class Dip:
-    """A score that is worse than that of the next smaller size."""
-
-    smaller: Result
-    result: Result
-    before: Score
-    score: Score
-
-    @property
-    def combined_stderr(self) -> float | None:
-        if self.before.stderr is None or self.score.stderr is None:
-            return None
-        return math.hypot(self.before.stderr, self.score.stderr)
-
-    @property
-    def is_significant(self) -> bool | None:
-        """Whether it is larger than the two scores' combined standard error. None if that is not
-        known.
-        """
-        if self.combined_stderr is None:
-            return None
-        return abs(self.score.value - self.before.value) > self.combined_stderr
-
-
-def dips(results: Iterable[Result]) -> list[Dip]:
-    """Where a family's score on a task gets worse with size."""
-    by_series: dict[tuple[str | None, str], list[Result]] = {}
-    for result in results:
-        if result.series in FAMILY_SERIES:
-            by_series.setdefault((result.sweep, result.series), []).append(result)
-    found = []
-    for members in by_series.values():
-        members.sort(key=lambda result: result.num_layers_to_patch)
-        for smaller, result in pairwise(members):
-            before = main_scores(smaller)
-            for task, score in main_scores(result).items():
-                if task not in before:
-                    continue
-                gain = score.value - before[task].value
-                if (gain < 0) if score.higher_is_better else (gain > 0):
-                    found.append(Dip(smaller, result, before[task], score))
-    return found
+    return Score(name, "mean", "mean", value, stderr, scores[0].higher_is_better)

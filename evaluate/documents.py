@@ -1,0 +1,57 @@
+"""Scores of single documents, kept because all sizes answer the same ones: a difference between two
+sizes is far more certain than the two scores are.
+
+A model's are in one NumPy archive, `documents/NAME.npz`, in arrays named `TASK/METRIC,FILTER` with
+one row per document.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+Documents = dict[str, NDArray[numpy.float64]]
+FOLDER = "documents"
+
+
+def documents_of(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> Documents:
+    """The metrics in lm-eval's samples by task, for each metric that is a number for every
+    document, or a pair of numbers: a sum and the weight it is divided by.
+    """
+    found: dict[str, list[Any]] = {}
+    for task, of_task in samples.items():
+        for sample in of_task:
+            for metric in sample["metrics"]:
+                found.setdefault(f"{task}/{metric},{sample['filter']}", []).append(sample[metric])
+    arrays = {}
+    for key, values in found.items():
+        try:
+            array = numpy.asarray(values, dtype=numpy.float64)
+        except (TypeError, ValueError):  # texts, or lists of different lengths
+            continue
+        if array.shape[1:] in ((), (2,)):
+            arrays[key] = array
+    return arrays
+
+
+def read_documents(folder: Path, name: str) -> Documents:
+    """What is kept of the model `name` in a sweep's folder."""
+    path = folder / FOLDER / f"{name}.npz"
+    if not path.is_file():
+        return {}
+    with numpy.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def add_documents(folder: Path, name: str, found: Documents) -> None:
+    """Add to what is kept of the model `name`. The caller holds the folder's lock."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    path = folder / FOLDER / f"{name}.npz"
+    kept = read_documents(folder, name)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", delete=False) as file:
+        numpy.savez_compressed(file, **kept | found)
+    os.replace(file.name, path)
