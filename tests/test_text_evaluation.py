@@ -82,7 +82,7 @@ def test_a_masked_family_is_swept_like_any_other(masked_pair, tmp_path, capsys):
         assert errors[name] == pytest.approx(stderr_of_perplexity(of_texts), rel=1e-4), name
     for suffix in ("md", "png", "svg"):
         assert (tmp_path / f"summary.{suffix}").stat().st_size > 0
-    assert "words (pseudo_perplexity ↓)" in (tmp_path / "summary.md").read_text()
+    assert "\n| words | pseudo_perplexity ↓ |" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.slow
