@@ -12,6 +12,7 @@ from patching.architectures.models import auto_class, empty_model
 from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.checkpoints.companions import Companions, plan_companions
+from patching.checkpoints.saved_config import runs_remote_code
 from patching.parents import Parents
 from patching.recipe import Reference, initial_student
 from train.sharding import with_room_for_weights
@@ -35,6 +36,7 @@ def new_student(
             config,
             dtype=torch.float32,
             attn_implementation=teacher.config._attn_implementation,
+            trust_remote_code=runs_remote_code(config, type(teacher)),
         )
     return copy.deepcopy(assemble(recipe, teacher=teacher)).float()
 
@@ -88,8 +90,7 @@ def save_student(
     """Write a trained student in `dtype`, as transformers does. `state_dict` holds its whole
     tensors, gathered from whatever wraps it.
     """
-    with torch.device("meta"):
-        saved = auto_class(student.config).from_config(student.config, dtype=dtype)
+    saved = empty_model(student.config, dtype, runs_remote_code(student.config, type(student)))
     if student.can_generate():
         saved.generation_config = student.generation_config
     state_dict = {

@@ -99,5 +99,6 @@ def name_in_file(values: dict[str, Any], config: PreTrainedConfig, name: str) ->
 
 def runs_remote_code(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
     """Return whether a model runs code that came with its weights."""
-    modules = {type(config).__module__, model_class.__module__}
+    # FSDP puts a class of its own in front of the model's.
+    modules = {cls.__module__ for cls in (type(config), *model_class.__mro__)}
     return any(module.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME for module in modules)
