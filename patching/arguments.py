@@ -115,7 +115,8 @@ class FamilyArguments:
     order: str | None = field(
         default=None,
         metadata={
-            "help": "which layers are patched first as k grows: last, first, klpatch or "
+            "help": "which layers are patched first as k grows: last, first, whole_periods (keeps "
+            "the teacher's pattern of sliding and full attention at some sizes), klpatch or "
             "block_influence (searched on --calibration), or a JSON file with a list of student "
             "layers, such as the order.json of patching.orders (by default the order in "
             "student_config.json, else `first` for a llama and `last` for any other model_type)"

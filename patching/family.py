@@ -26,13 +26,14 @@ from transformers import (
 
 from patching.architectures.checks import check_parents_match
 from patching.architectures.config import config_for
+from patching.architectures.layer_pattern import whole_periods_order
 from patching.assemble import assemble
 from patching.blocks import LayerMap, Order, as_layer_list
 from patching.checkpoints.companions import set_generation_config
 from patching.checkpoints.layout import Layout, layout_of
 from patching.checkpoints.sizes import LIMITS, Size, check_cached_text, deepest_within, size_of
 from patching.parents import Model, Parents
-from patching.patch_order import read_order, recommended_order
+from patching.patch_order import WHOLE_PERIODS, read_order, recommended_order
 from patching.recipe import Parent, Recipe, naively_pruned, patched_model
 from patching.running.placement import dispatch
 from patching.student_config import FILE_NAME, StudentConfig, read_student_config
@@ -80,10 +81,10 @@ class Family:
     ) -> "Family":
         """Open the family of a teacher and a student, each a name, a folder or a model in memory.
 
-        `order` is `last`, `first`, a list of student layers or a JSON file with one, such as
-        order.json. If None, it is the order recorded in student_config.json, or else the one the
-        paper recommends for the architecture. `revision` and `student_revision` are branches, tags
-        or commits on the hub. `student_config` or `kept_layers` replaces student_config.json.
+        `order` is `last`, `first`, `whole_periods`, a list of student layers or a JSON file with
+        one, such as order.json. If None, it is the order recorded in student_config.json, or else
+        the one recommended for the architecture. `revision` and `student_revision` are branches,
+        tags or commits on the hub. `student_config` or `kept_layers` replaces student_config.json.
         `dtype` "auto" is the teacher's. A parent given as a name is loaded onto `device`, by
         default the device of the other parent if that one is in memory, else the CPU; `device_map`
         places it as in transformers.
@@ -284,6 +285,8 @@ def _with_order_from(source: object, family: Family) -> Family:
     Raises ValueError if the order is for different layers. One that was searched with different
     weights only warns: it names the right layers, but a search might find another.
     """
+    if source == WHOLE_PERIODS:
+        return family.with_order(whole_periods_order(family.layer_map, family.configs["teacher"]))
     order, searched_for = read_order(source)
     family = family.with_order(order)
     if not searched_for:

@@ -11,6 +11,8 @@ from typing import Any
 from patching.blocks import Order
 
 NAMED_ORDERS = ("last", "first")
+WHOLE_PERIODS = "whole_periods"
+"""The order that keeps kinds of layers where a period wants them: see `layer_pattern`."""
 SEARCHED_ORDERS = ("klpatch", "block_influence")
 """Orders found by measuring a family on calibration text: see `patching.orders`."""
 
@@ -40,8 +42,9 @@ def read_order(
     path = Path(order)
     if not path.is_file():
         raise ValueError(
-            f"order={order}: choose last, first, or an existing JSON file such as the order.json "
-            f"of patching.orders; on a command line also {' or '.join(SEARCHED_ORDERS)}"
+            f"order={order}: choose last, first, {WHOLE_PERIODS}, or an existing JSON file such as "
+            "the order.json of patching.orders; on a command line also "
+            f"{' or '.join(SEARCHED_ORDERS)}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -131,6 +131,9 @@ def test_parents_by_repository_name_and_revision(folders, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.arange(9)[None]
     assert torch.equal(saved(tokens).logits, expected(tokens).logits)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == Path(folders[0], name).read_bytes()
+        assert not (tmp_path / "out" / name).is_symlink()
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert provenance["copied_file_to_file"]
     assert {p: values["commit"] for p, values in provenance["parents"].items()} == COMMITS

@@ -8,10 +8,12 @@ its layers happen to lie that way.
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from patching.architectures.table import PER_LAYER_LISTS
 from patching.blocks import LayerMap, Order
+from patching.patch_order import recommended_order
 
 PATTERN_FIELDS = (
     "sliding_window_pattern",
@@ -40,7 +42,7 @@ def kinds_by_position(config: PreTrainedConfig) -> list[tuple[Any, ...]] | None:
         by_position = type(config).from_dict(
             {name: value for name, value in values.items() if name not in lists}
         )
-    except (ValueError, TypeError, AttributeError, KeyError):  # its class requires the lists
+    except (StrictDataclassError, ValueError, TypeError):  # its class requires the lists
         return None
     if any(not by_position.to_dict().get(name) for name in lists):
         return None
@@ -101,10 +103,11 @@ def _rank(patched: tuple[int, ...], first: bool) -> tuple[int, list[int]]:
     return len(patched), ends
 
 
-def whole_periods_order(layer_map: LayerMap, config: PreTrainedConfig, first: bool) -> Order:
+def whole_periods_order(layer_map: LayerMap, config: PreTrainedConfig) -> Order:
     """Return an order along which as many sizes as possible keep the teacher's period.
 
-    `config` is the teacher's.
+    `config` is the teacher's. Where there is a choice, layers come as in the order recommended for
+    the architecture.
 
     Raises ValueError if all layers are of one kind, or if no size but the teacher keeps the period.
     """
@@ -114,6 +117,7 @@ def whole_periods_order(layer_map: LayerMap, config: PreTrainedConfig, first: bo
             "order=whole_periods: the kinds of this teacher's layers do not repeat with a period; "
             "choose last or first"
         )
+    first = recommended_order(config.model_type) == "first"
     chain = whole_periods(layer_map, kinds, first)
     if len(chain) == 1:
         raise ValueError(

@@ -4,7 +4,9 @@ A plan is checked before anything is written: which bytes go where, or, if files
 byte by byte, the assembled model.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from patching.architectures.layer_pattern import keeps_period, whole_periods_order
 from patching.assemble import assemble
+from patching.blocks import as_layer_list
 from patching.checkpoints.companions import Companions, plan_companions
 from patching.checkpoints.model_card import FILE_NAME as CARD_FILE_NAME
 from patching.checkpoints.model_card import model_card, origin_of
@@ -27,6 +31,7 @@ from patching.files.outputs import (
     write_json,
     write_text,
 )
+from patching.patch_order import WHOLE_PERIODS
 from patching.recipe import Parent, Recipe, patched_model
 
 PROVENANCE_FILE_NAME = "provenance.json"
@@ -143,6 +148,31 @@ def _write_weights(model: PreTrainedModel, folder: Path, max_shard_bytes: int) -
     (folder / "config.json").unlink()  # the companions' comes last
 
 
+def warn_of_positions(family: Family, recipe: Recipe) -> None:
+    """Warn if kinds of layers lie where software that goes by position does not expect them, and
+    say which sizes have them where they belong.
+    """
+    if keeps_period(family.config(recipe)) or not keeps_period(family.configs["teacher"]):
+        return
+    ways = {"this order": family}
+    with suppress(ValueError):  # no size keeps it, whatever the order
+        order = whole_periods_order(family.layer_map, family.configs["teacher"])
+        ways[f"--order {WHOLE_PERIODS}"] = family.with_order(order)
+    sizes = {
+        name: [k for k in range(len(along)) if keeps_period(along.config(along.recipe(k)))]
+        for name, along in ways.items()
+    }
+    found = ", ".join(
+        f"with {name} those of size k = {as_layer_list(ks)} do" for name, ks in sizes.items()
+    )
+    warnings.warn(
+        "the layers of this model do not repeat in the teacher's pattern. transformers reads their "
+        "kinds from config.json, but software that goes by position, such as llama.cpp and mlx-lm, "
+        f"would run another model. Members that keep the pattern: {found}",
+        stacklevel=3,
+    )
+
+
 def _check_range(model: PreTrainedModel, loaded: set[Parent]) -> None:
     """Raise OutOfRange if weights that were `loaded` in half precision were too large for it."""
     if loaded and model.dtype == torch.float16:
@@ -189,6 +219,7 @@ def plan_save(
         weights = assemble(recipe, **parents.load(recipe.parents))
         _check_range(weights, recipe.parents - parents.given)
         model_class = type(weights)
+    warn_of_positions(family, recipe)
     companions = plan_companions(
         parents, family.config(recipe), model_class, family.dtype, tokenizer
     )

@@ -59,7 +59,7 @@ def saved_config(
         if name in values or (name == "dtype" and "torch_dtype" not in values):
             values[name] = str(dtype).removeprefix("torch.")
     values = with_older_spellings(values)
-    differing = changed(values, config)
+    differing = changed(values, config) - set(PATTERN_FIELDS)  # which the lists overrule
     assert not differing, f"config.json would be read with another {', '.join(sorted(differing))}"
     return values
 
