@@ -5,7 +5,7 @@ A model is used with other software than this, so these files are the teacher's 
 code are copied byte for byte. The two configs keep everything that the recipe does not change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,14 @@ from transformers import (
 
 from patching.architectures.models import predicts_masked_tokens
 from patching.checkpoints import generation_settings
-from patching.checkpoints.parent_files import code_files, copy_files, read_json, tokenizer_files
+from patching.checkpoints.parent_files import (
+    code_files,
+    copy_files,
+    license_files,
+    read_json,
+    tokenizer_files,
+    without_clashes,
+)
 from patching.checkpoints.saved_config import saved_config
 from patching.files.outputs import write_json
 from patching.parents import Parents
@@ -58,11 +65,13 @@ def plan_companions(
     model_class: type[PreTrainedModel],
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    sources: Collection[Parent] = ("teacher",),
 ) -> Companions:
     """Read what the files of a model are made from. The model has this config, class and dtype; one
     of its parents is the teacher.
 
-    `tokenizer` is written only if the teacher has no files of one.
+    `tokenizer` is written only if the teacher has no files of one. `sources` are the parents that
+    the weights come from; the files of their licenses are copied.
 
     Raises ValueError if there is no tokenizer, or if code is missing, and OSError if a parent
     cannot be reached.
@@ -88,7 +97,9 @@ def plan_companions(
     auto_map = values.get("auto_map")
     if auto_map:
         files = files | (teachers(lambda reference: code_files(reference, auto_map)) or {})
-    return Companions(values, generation_config, files, None if files else tokenizer)
+    writes = None if files else tokenizer
+    found = {source: of_parent(parents, source, license_files) or {} for source in sorted(sources)}
+    return Companions(values, generation_config, files | without_clashes(found), writes)
 
 
 def generation_config_of_members(parents: Parents) -> dict[str, Any] | None:

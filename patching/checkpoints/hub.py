@@ -1,8 +1,12 @@
 """Upload saved models to the hub, into private repositories unless `public` is set."""
 
+import json
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+
+from patching.checkpoints.origin import CARD_FILE_NAME, shareable
+from patching.checkpoints.save import PROVENANCE_FILE_NAME
 
 
 def check_can_push(repository: str, public: bool) -> None:
@@ -18,19 +22,35 @@ def check_can_push(repository: str, public: bool) -> None:
 
 
 def push(folder: Path, repository: str, public: bool) -> str:
-    """Upload a saved model in one commit and return its address.
+    """Upload a saved model in one commit and return its address. The uploaded provenance.json lacks
+    what it says about this machine.
 
-    Raises OSError, which says that the folder is complete, if the upload fails.
+    Raises OSError, which says what is complete and where, if the hub refuses the card or the upload
+    fails.
     """
     api = HfApi()
+    there = "nothing was created on the hub"
     try:
+        ModelCard.load(folder / CARD_FILE_NAME).validate(repo_type="model")
+        existed = api.repo_exists(repository)
         address = api.create_repo(repository, private=not public, exist_ok=True)
-        api.upload_folder(
-            repo_id=address.repo_id, folder_path=folder, commit_message="Upload patched model"
-        )
-    except OSError as error:
+        there = f"{repository} on the hub is " + ("as it was" if existed else "new and still empty")
+        api.create_commit(address.repo_id, uploads(folder), commit_message="Upload patched model")
+    except (OSError, ValueError) as error:
         raise OSError(
-            f"the model is complete in {folder}, but its upload failed ({error}); try again with "
-            f"`hf upload {repository} {folder}`"
+            f"the model is complete in {folder}, but its upload failed ({error}); {there}; try "
+            f"again with `hf upload {repository} {folder} --exclude {PROVENANCE_FILE_NAME}`"
         ) from error
     return str(address)
+
+
+def uploads(folder: Path) -> list[CommitOperationAdd]:
+    """Return what to upload of a saved model's folder: all files, except what is local in one."""
+    operations = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content: Path | bytes = path
+        if path.name == PROVENANCE_FILE_NAME:
+            values = shareable(json.loads(path.read_text(encoding="utf-8")))
+            content = (json.dumps(values, indent=2) + "\n").encode()
+        operations.append(CommitOperationAdd(path.relative_to(folder).as_posix(), content))
+    return operations

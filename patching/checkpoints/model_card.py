@@ -4,72 +4,18 @@ hub's metadata.
 
 from collections.abc import Mapping
 from itertools import groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from patching.architectures.models import auto_class, predicts_masked_tokens
+from patching.checkpoints.origin import Origin, license_of_all
 from patching.checkpoints.sizes import Size
 from patching.cli.units import bytes_text, count_text
-from patching.recipe import Parent, Recipe, Reference
+from patching.recipe import Parent, Recipe
 
-FILE_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2510.05064"
-ABSENT_IS_FINE = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
-
-
-class Origin(NamedTuple):
-    """Where a parent came from, as far as that is known."""
-
-    name_or_path: str
-    revision: str | None
-    commit: str | None
-    """The hub's commit; None for a folder."""
-    license: str | None
-    """The license that the parent's own card states."""
-
-    @property
-    def is_folder(self) -> bool:
-        return not self.name_or_path or Path(self.name_or_path).is_dir()
-
-    @property
-    def title(self) -> str:
-        """The name to show on the card: the repository, or the last part of a folder's path."""
-        if not self.name_or_path:
-            return "a model in memory"
-        return Path(self.name_or_path).resolve().name if self.is_folder else self.name_or_path
-
-
-def origin_of(reference: Reference) -> Origin:
-    """Read where a parent came from. What it does not say stays None."""
-    name_or_path, revision = reference
-    if not name_or_path:
-        return Origin(name_or_path, revision, None, None)
-    config = cached_file(name_or_path, "config.json", revision=revision, **ABSENT_IS_FINE)
-    card = cached_file(name_or_path, FILE_NAME, revision=revision, **ABSENT_IS_FINE)
-    commit = None if Path(name_or_path).is_dir() else extract_commit_hash(config, None)
-    return Origin(name_or_path, revision, commit, _license(card))
-
-
-def _license(card: str | None) -> str | None:
-    if card is None:
-        return None
-    try:
-        metadata = metadata_load(card) or {}
-    except (ValueError, OSError, yaml.YAMLError):  # a card is free text and may hold anything
-        return None
-    stated = metadata.get("license")
-    if stated == "other":
-        stated = metadata.get("license_name", stated)
-    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
 
 
 def model_card(
@@ -84,14 +30,14 @@ def model_card(
     loader = auto_class(config).__name__
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     metadata["tags"] = ["boomerang-distillation", "layer-patching"]
-    repositories = [origin.name_or_path for origin in origins.values() if not origin.is_folder]
+    repositories = [origin.repository for origin in origins.values() if origin.repository]
     if repositories:
         metadata["base_model"] = repositories
-    licenses = {origin.license for origin in origins.values() if origin.license}
-    if len(licenses) == 1:
-        metadata["license"] = licenses.pop()
-    elif licenses:
-        metadata |= {"license": "other", "license_name": "those-of-both-parents"}
+        if len(origins) > 1:
+            metadata["base_model_relation"] = "merge"
+    license_ = license_of_all([origin.license for origin in origins.values()])
+    if license_ is not None:
+        metadata |= license_.metadata
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).rstrip(),
@@ -107,7 +53,7 @@ def model_card(
     ]
     for parent in sorted(origins, reverse=True):
         origin = origins[parent]
-        revision = origin.commit or origin.revision or ""
+        revision = origin.commit or origin.revision or origin.fingerprint or ""
         stated = origin.license or "not stated in its card"
         lines.append(f"| {parent} | {origin.title} | {revision} | {stated} |")
     lines += ["", "| layers | from |", "| --- | --- |", f"| embedding | {recipe.embedding} |"]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file
 
-from patching.recipe import Reference
+from patching.recipe import Parent, Reference
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -32,6 +32,14 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 """Names of the files that tokenizers and chat templates are read from, as patterns."""
+
+
+LICENSE_FILES = tuple(
+    f"{name}*"
+    for word in ("license", "licence", "notice", "copying")
+    for name in (word, word.upper(), word.capitalize())
+)
+"""Names of the files that must come with what is made from a model, as patterns."""
 
 
 def read_json(reference: Reference, file_name: str) -> dict[str, Any] | None:
@@ -74,19 +82,43 @@ def tokenizer_files(reference: Reference) -> dict[str, Path]:
 
     Raises OSError if the parent cannot be reached, ValueError if a file of code is missing.
     """
+    files = _matching_files(reference, TOKENIZER_FILES)
+    if TOKENIZER_CONFIG in files:
+        settings = read_json(reference, TOKENIZER_CONFIG) or {}
+        files |= code_files(reference, settings.get("auto_map"))
+    return files
+
+
+def license_files(reference: Reference) -> dict[str, Path]:
+    """Return the files with a parent's license and notices by their names.
+
+    Raises OSError if the parent cannot be reached.
+    """
+    return _matching_files(reference, LICENSE_FILES)
+
+
+def without_clashes(files: Mapping[Parent, Mapping[str, Path]]) -> dict[str, Path]:
+    """Return the files of several parents by name. Where parents have different files of one name,
+    the parent comes before the name.
+    """
+    named: dict[str, Path] = {}
+    for parent, own in files.items():
+        for name, path in own.items():
+            others = [other[name] for other in files.values() if name in other]
+            is_same = len({path.read_bytes() for path in others}) == 1
+            named[name if is_same else f"{parent}-{name}"] = path
+    return named
+
+
+def _matching_files(reference: Reference, patterns: Sequence[str]) -> dict[str, Path]:
     if not reference.name_or_path:
         return {}
     folder = Path(reference.name_or_path)
     if not folder.is_dir():
         name, revision = reference
-        found = snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES))
-        folder = Path(found)
-    paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-    files = {str(path.relative_to(folder)): path for path in sorted(paths) if path.is_file()}
-    if TOKENIZER_CONFIG in files:
-        settings = read_json(reference, TOKENIZER_CONFIG) or {}
-        files |= code_files(reference, settings.get("auto_map"))
-    return files
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    paths = {path for pattern in patterns for path in folder.glob(pattern)}
+    return {str(path.relative_to(folder)): path for path in sorted(paths) if path.is_file()}
 
 
 def code_files(reference: Reference, auto_map: Any) -> dict[str, Path]:

@@ -19,8 +19,8 @@ from patching.architectures.layer_pattern import keeps_period, whole_periods_ord
 from patching.assemble import assemble
 from patching.blocks import as_layer_list
 from patching.checkpoints.companions import Companions, plan_companions
-from patching.checkpoints.model_card import FILE_NAME as CARD_FILE_NAME
-from patching.checkpoints.model_card import model_card, origin_of
+from patching.checkpoints.model_card import model_card
+from patching.checkpoints.origin import CARD_FILE_NAME, local_names, origin_of
 from patching.checkpoints.sizes import Size
 from patching.checkpoints.splice import OtherLayout, OutOfRange, Splice, plan_splice
 from patching.family import MAX_SHARD_BYTES, Family
@@ -92,7 +92,7 @@ class SavePlan:
         family, recipe, weights = self.family, self.recipe, self.weights
         references = family.parents.references
         origins = {
-            parent: origin_of(reference)
+            parent: origin_of(reference, family.configs[parent])
             for parent, reference in references.items()
             if parent in recipe.parents
         }
@@ -103,14 +103,16 @@ class SavePlan:
         config = family.configs["teacher"]
         write_text(folder / CARD_FILE_NAME, model_card(title, recipe, self.size, origins, config))
         provenance: dict[str, Any] = {
-            "arguments": dict(arguments),
             "order": family.order,
             "num_layers_to_patch": self.num_layers_to_patch,
             "patched_layers": sorted(self.patched_layers),
             "recipe": recipe.to_dict(),
             **self.size.to_dict(),
-            "parents": {parent: origin._asdict() for parent, origin in origins.items()},
+            "parents": {parent: origin.to_dict() for parent, origin in origins.items()},
             "copied_file_to_file": isinstance(weights, Splice),
+            # Not uploaded: see `patching.checkpoints.origin.shareable`.
+            "local_parents": local_names(references),
+            "arguments": dict(arguments),
             "environment": environment(),
         }
         write_json(folder / PROVENANCE_FILE_NAME, provenance)
@@ -221,7 +223,7 @@ def plan_save(
         model_class = type(weights)
     warn_of_positions(family, recipe)
     companions = plan_companions(
-        parents, family.config(recipe), model_class, family.dtype, tokenizer
+        parents, family.config(recipe), model_class, family.dtype, tokenizer, recipe.parents
     )
     return SavePlan(
         family, patched_layers, recipe, size, companions, weights, reason, max_shard_bytes

@@ -6,6 +6,7 @@ values and sequence, unknown ones included.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def saved_config(
         values[name_in_file(values, config, name)] = fields[name]
     for name in sorted(changed(values, config)):
         values[name] = fields[name]
+    if Path(values.get("_name_or_path") or "").is_absolute():  # of whoever wrote the file
+        del values["_name_or_path"]
     if not keeps_period(config):
         values = {name: value for name, value in values.items() if name not in PATTERN_FIELDS}
     if "auto_map" in values and not runs_remote_code(config, model_class):
