@@ -24,4 +24,6 @@ def device_of_rank(name: str | None) -> torch.device:
         )
     if device.type == "cpu":
         return device
-    return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    own = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    torch.accelerator.set_device_index(own.index)  # for kernels that do not look at their inputs
+    return own

@@ -91,6 +91,8 @@ def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -
 
     arguments = plan.arguments
     made_by = (dataclasses.asdict(arguments), environment())
+    # Only the first rank stores anything, and settings are hashes of all weights.
+    settings = plan.settings if ranks.is_first else {}
     return Sweep(
         Harness(
             arguments.num_fewshot, arguments.limit, arguments.log_samples, Seeds(*arguments.seeds)
@@ -99,7 +101,7 @@ def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -
         plan.calibration or text_of_tasks(tasks),
         Store(
             arguments.save_directory,
-            {series: Run(settings, *made_by) for series, settings in plan.settings.items()},
+            {series: Run(of_series, *made_by) for series, of_series in settings.items()},
         ),
         ranks,
         failures,

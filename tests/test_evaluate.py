@@ -149,8 +149,14 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
         "configs",
     }
 
+    summary = json.loads((out / "summary.json").read_text())
+    tested = [dip for dip in summary["dips"] if dip["task"] in ("rolling", "choice")]
+    assert tested and all(dip["is_paired"] and dip["p"] is not None for dip in tested)
+    assert all(model["conditions"]["choice"]["is_verified"] for model in summary["models"])
+
     report = (out / "summary.md").read_text()
     assert report in done.stdout
+    assert "‡" not in report and "†" not in report
     table = report.partition("## Averages")[2].split("\n\n")[2].splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [
         "student", "naively pruned, k = 0", "k = 1", "naively pruned, k = 1", "teacher",
@@ -225,6 +231,7 @@ def test_a_second_sweep_gives_the_same_numbers(pair_folders, tasks, tmp_path):
         ),
         ({"limit": "0"}, "limit=0.0: choose a number above 0"),
         ({"num_fewshot": "-1"}, "num_fewshot=-1: choose 0 or more"),
+        ({"seed": "1,2"}, "seed=1,2: choose one number or four"),
         ({"eval_batch_size": "none"}, "eval_batch_size=none"),
         ({"baselines": "random"}, "baselines=random: choose from naive, block_influence"),
         ({"save_directory": "/proc/x"}, "/proc/x cannot be written to"),

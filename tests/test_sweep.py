@@ -156,6 +156,7 @@ def test_no_weights_load_if_no_task_can_be_loaded(
         ({"dtype": "bfloat16"}, "dtype=float32 and bfloat16"),
         ({"order": "first"}, "order=last and first"),
         ({"num_fewshot": 1}, "num_fewshot=None and 1"),
+        ({"seed": 7}, "seed=[0, 1234, 1234, 1234] and [7, 7, 7, 7]"),
     ],
 )
 def test_results_with_other_settings_are_rejected(
@@ -227,6 +228,44 @@ def test_samples_are_written_as_lm_eval_does(pair_folders, tasks, tmp_path, monk
             lines = (folder / f"samples_{task}.jsonl").read_text().splitlines()
             assert [json.loads(line) for line in lines] == expected
         assert len(expected) == 3
+
+
+def test_a_task_in_a_group_and_asked_for_by_name_runs_once(
+    pair_folders, tasks, tmp_path, monkeypatch
+):
+    shutil.copytree(tasks, tmp_path / "tasks")
+    group = {"group": "both", "task": ["choice", "generation"], "metadata": {"version": 1.0}}
+    group["aggregate_metric_list"] = [{"metric": "acc"}]
+    (tmp_path / "tasks" / "both.yaml").write_text(json.dumps(group))
+    ran = []
+    score = harness.evaluate
+
+    def remember(*args, **kwargs):
+        ran.append(sorted(kwargs["task_dict"]["tasks"]))
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(harness, "evaluate", remember)
+    settings = {"tasks": "choice,rolling,both", "include_path": tmp_path / "tasks"}
+    command = flags(pair_folders, tmp_path / "out", num_layers_to_patch=0, **settings)
+    main(command)
+    assert sorted(ran) == [["choice", "generation"], ["rolling"]]
+    result = read_results(tmp_path / "out")["family_k0"]
+    assert result.tasks.keys() == {"choice", "rolling", "both"}
+    assert result.tasks["both"].contains == ["choice", "generation", "both"]
+    assert result.tasks["both"].sources != result.tasks["choice"].sources
+    report = (tmp_path / "out" / "summary.md").read_text()
+    for task in ("choice", "both"):
+        assert f"\n| {task} | acc ↑ |" in report
+    main(command)
+    assert len(ran) == 2
+
+
+def test_a_task_with_other_settings_in_a_group_is_refused(tasks, tmp_path):
+    shutil.copytree(tasks, tmp_path / "tasks")
+    group = {"group": "both", "task": [{"task": "choice", "doc_to_text": "Q: {{question}}"}]}
+    (tmp_path / "tasks" / "both.yaml").write_text(json.dumps(group))
+    with pytest.raises(ValueError, match="choice has other settings in both than in choice"):
+        load_tasks(["choice", "both"], str(tmp_path / "tasks"))
 
 
 @pytest.mark.parametrize("num_fewshot", [None, 1])
@@ -405,6 +444,28 @@ def test_two_ranks_give_one_ranks_numbers(pair_folders, tasks, tmp_path):
         OMP_NUM_THREADS="1",
     )
     assert finished(tmp_path / "two") == before  # the failing tasks were tried again, no other
+
+
+@pytest.mark.slow
+def test_two_commands_write_into_one_folder(pair_folders, tasks, tmp_path):
+    settings = {"tasks": "choice,slow", "include_path": tasks}
+    words = [
+        flags(pair_folders, tmp_path, num_layers_to_patch=sizes, **settings)
+        for sizes in ("0-1", "1-2")
+    ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "evaluate.evaluate", *of_command],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for of_command in words
+    ]
+    assert [process.wait() for process in running] == [0, 0]
+    assert finished(tmp_path).keys() == {
+        (f"family_k{k}", task) for k in (0, 1, 2) for task in ("choice", "slow")
+    }
 
 
 @pytest.mark.slow
