@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evaluate.documents import read_documents
+from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.exports import csv_table, json_summary
 from evaluate.reporting.tables import markdown_report, page_name
 from evaluate.result import Result, read_results
@@ -30,8 +31,9 @@ def write_report(
     from evaluate.reporting.plot import plot  # matplotlib, which `--help` does not need
 
     results = sorted(results, key=_position)
-    pages = plot(results)
-    report = markdown_report(results, failures or {}, len(pages))
+    comparison = Comparison.of(results)
+    pages = plot(comparison)
+    report = markdown_report(comparison, failures or {}, len(pages))
     folder.mkdir(parents=True, exist_ok=True)
     for page, figure in enumerate(pages):
         for suffix in ("png", "svg"):
@@ -39,7 +41,7 @@ def write_report(
             figure.savefig(staged, format=suffix, dpi=150)
             staged.replace(folder / f"{page_name(page)}.{suffix}")
     write_text(folder / "summary.csv", csv_table(results))
-    write_json(folder / "summary.json", json_summary(results, failures or {}))
+    write_json(folder / "summary.json", json_summary(comparison, failures or {}))
     write_text(folder / "summary.md", report)
     return report
 

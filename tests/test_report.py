@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from evaluate.report import main, short_names, write_report
+from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.exports import csv_table
 from evaluate.reporting.plot import plot
 from evaluate.reporting.scores import averages, kind_of, main_scores, scores_of
@@ -137,7 +138,7 @@ def test_tasks_are_rows_and_sizes_columns():
     for row in rows:
         row.n_samples = {task: {"original": 2376, "effective": 100} for task in row.results}
         row.n_shot, row.versions = dict.fromkeys(row.results, 25), dict.fromkeys(row.results, 1.0)
-    report = markdown_report(rows, {}, num_pages=1)
+    report = markdown_report(Comparison.of(rows), {}, num_pages=1)
     assert "![Scores against parameters](summary.png)" in report
     scores = report.partition("## Scores")[2].partition("## Dips")[0]
     lines = scores.splitlines()
@@ -160,7 +161,7 @@ def test_tasks_are_rows_and_sizes_columns():
 
 def test_many_sizes_take_several_tables():
     rows = [replace(result(k, arc=ARC), max_layers_to_patch=17) for k in range(18)]
-    report = markdown_report(rows, {}, num_pages=2)
+    report = markdown_report(Comparison.of(rows), {}, num_pages=2)
     headers = [line for line in report.splitlines() if line.startswith("| task | metric")]
     assert [line.count("|") - 1 for line in headers] == [5 + 9, 5 + 9]
     assert "(summary.png)" in report and "(summary_2.png)" in report
@@ -169,8 +170,8 @@ def test_many_sizes_take_several_tables():
 SOURCES = {"task config": "c", "prompts": "p", "documents": "d", "lm_eval": "0.4.13"}
 
 
-def verified(k, sweep=None, limit=None, sources=SOURCES, **tasks):
-    found = replace(result(k, **tasks), sweep=sweep)
+def verified(k, series="family", sweep=None, limit=None, sources=SOURCES, **tasks):
+    found = replace(result(k, series, **tasks), sweep=sweep)
     run = Run({"limit": limit, "seed": [0, 1, 2, 3], "dtype": "float32"}, {}, {"torch": "2.13.0"})
     found.runs = {run.name: run}
     for task in tasks:
@@ -188,21 +189,21 @@ def verified(k, sweep=None, limit=None, sources=SOURCES, **tasks):
     ],
 )
 def test_scores_measured_under_other_conditions_are_marked(changes, words):
-    rows = [verified(k, "a", arc=ARC) for k in (0, 1, 2)]
-    rows.append(verified(1, "b", arc=ARC, **changes))
-    report = markdown_report(rows, {}, num_pages=1)
+    rows = [verified(k, sweep="a", arc=ARC) for k in (0, 1, 2)]
+    rows.append(verified(1, sweep="b", arc=ARC, **changes))
+    report = markdown_report(Comparison.of(rows), {}, num_pages=1)
     assert report.count("0.6000 ± 0.0400 † |") == 2  # its score and its average
     assert f"- b: k = 1 on arc: {words}" in report
     assert "Measured with limit none, dtype float32, seed 0,1,2,3, lm_eval 0.4.13" in report
     lines = [line for line in csv_table(rows).splitlines() if line.startswith("b,")]
     assert [",10 of 100," in line for line in lines] == ["limit" in words] * 2  # two metrics
-    unmarked = markdown_report(rows[:3], {}, num_pages=1)
+    unmarked = markdown_report(Comparison.of(rows[:3]), {}, num_pages=1)
     assert "†" not in unmarked and "‡" not in unmarked
 
 
 def test_every_table_of_scores_says_how_they_were_measured():
     rows = [verified(k, arc=choice(0.5 - k / 10)) for k in (0, 1, 2)]
-    report = markdown_report(rows, {}, num_pages=1)
+    report = markdown_report(Comparison.of(rows), {}, num_pages=1)
     sections = {part.splitlines()[0]: part for part in report.split("## ") if part.strip()}
     for name in ("Averages", "Scores"):
         assert "limit none" in sections[name] and "lm_eval 0.4.13" in sections[name]
@@ -214,12 +215,13 @@ def test_every_table_of_scores_says_how_they_were_measured():
 @pytest.mark.parametrize("num_tasks", [1, 4])
 def test_the_plot_has_a_panel_per_task_and_marks_the_ends(num_tasks):
     tasks = {f"task{i}": ARC for i in range(num_tasks)}
-    rows = [result(k, **tasks) for k in range(3)]
-    rows += [result(1, "naive", **tasks), result(None, "compare_small", **tasks)]
-    (figure,) = plot(rows)
+    rows = [verified(k, **tasks) for k in range(3)]
+    rows += [result(1, "naive", **tasks), verified(None, series="compare_small", **tasks)]
+    (figure,) = plot(Comparison.of(rows))
     panels = [axes for axes in figure.axes if axes.get_visible()]
     titles = [axes.get_title() for axes in panels]
-    assert titles == ["average of 4: classification", *tasks] if num_tasks > 1 else [*tasks]
+    averages_first = ["average of 4: classification ‡"] if num_tasks > 1 else []
+    assert titles == averages_first + [f"{task} ‡" for task in tasks]  # naive is unverified
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"interpolated", "naively pruned", "student", "teacher", "small"}
     assert panels[-1].get_xlabel() == "parameters (billions)"
@@ -227,7 +229,7 @@ def test_the_plot_has_a_panel_per_task_and_marks_the_ends(num_tasks):
 
 def test_many_tasks_take_several_pages_with_one_legend_each():
     rows = [result(k, **{f"task{i}": ARC for i in range(40)}) for k in range(2)]
-    pages = plot(rows)
+    pages = plot(Comparison.of(rows))
     assert [len(page.axes) for page in pages] == [30, 12]
     visible = [[axes for axes in page.axes if axes.get_visible()] for page in pages]
     assert [len(axes) for axes in visible] == [30, 11]  # with the average
@@ -236,15 +238,15 @@ def test_many_tasks_take_several_pages_with_one_legend_each():
 
 def test_perplexities_have_a_logarithmic_axis_and_bits_do_not():
     values = {"word_perplexity,none": 1e6, "word_perplexity_stderr,none": "N/A"}
-    rows = [result(k, a=values, wikitext=WIKITEXT, arc=ARC) for k in (0, 1)]
-    (figure,) = plot(rows)
+    rows = [verified(k, a=values, wikitext=WIKITEXT, arc=ARC) for k in (0, 1)]
+    (figure,) = plot(Comparison.of(rows))
     scales = {axes.get_title(): axes.get_yscale() for axes in figure.axes if axes.get_visible()}
     assert scales == {"a": "log", "wikitext": "linear", "arc": "linear"}
 
 
 def test_compared_models_differ_in_shape_and_color():
     rows = [result(None, f"compare_{i}", arc=ARC) for i in range(12)]
-    (figure,) = plot(rows)
+    (figure,) = plot(Comparison.of(rows))
     lines = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_marker(), line.get_color()) for line in lines}) == 12
 
@@ -256,7 +258,7 @@ def test_series_differ_without_colors():
         for series in ("family", "naive")
         for k in (0, 1)
     ]
-    containers = plot(rows)[0].axes[0].containers
+    containers = plot(Comparison.of(rows))[0].axes[0].containers
     looks = [
         (line.get_linestyle(), line.get_marker(), line.get_fillstyle())
         for line in (container.lines[0] for container in containers)

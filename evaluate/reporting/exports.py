@@ -5,9 +5,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.conditions import conditions_of
-from evaluate.reporting.dips import dips
-from evaluate.reporting.scores import averages, main_scores, scores_of
+from evaluate.reporting.scores import averages, scores_of
 from evaluate.result import Result
 
 
@@ -41,12 +41,12 @@ def csv_table(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def json_summary(results: Sequence[Result], failures: Mapping[str, str]) -> dict[str, Any]:
+def json_summary(comparison: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
     """What the tables show."""
-    columns = averages(results)
+    columns = averages(comparison.results)
     models = []
-    for i, result in enumerate(results):
-        shown = main_scores(result)
+    for i, result in enumerate(comparison.results):
+        shown = comparison.shown[i]
         models.append(
             {
                 "sweep": result.sweep,
@@ -60,7 +60,7 @@ def json_summary(results: Sequence[Result], failures: Mapping[str, str]) -> dict
                 "scores": {task: vars(score) for task, score in shown.items()},
                 "conditions": {
                     task: {"is_verified": not result.is_unverified(task)}
-                    | dict(conditions_of(result, task))
+                    | dict(comparison.conditions[i][task])
                     for task in shown
                 },
                 "averages": {
@@ -84,6 +84,6 @@ def json_summary(results: Sequence[Result], failures: Mapping[str, str]) -> dict
             "corrected_p": dip.corrected_p,
             "is_significant": dip.is_significant,
         }
-        for dip in dips(results)
+        for dip in comparison.dips
     ]
     return {"models": models, "dips": found, "failures": dict(failures)}

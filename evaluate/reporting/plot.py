@@ -9,11 +9,11 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
+from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.scores import (
     FAMILY_SERIES,
     Score,
     averages,
-    main_scores,
     tasks_of_averages,
 )
 from evaluate.result import Result
@@ -48,25 +48,26 @@ class Panel(NamedTuple):
         return any(score is not None and "perplexity" in score.metric for score in self.scores)
 
 
-def plot(results: Sequence[Result]) -> list[Figure]:
+def plot(comparison: Comparison) -> list[Figure]:
     """Pages of panels, with parameters counting embedding and head both."""
-    panels = list(panels_of(results))
-    styles = _styles(results)
+    panels = list(panels_of(comparison))
+    styles = _styles(comparison.results)
     return [
-        _page(results, panels[start : start + MAX_PANELS], styles)
+        _page(comparison.results, panels[start : start + MAX_PANELS], styles)
         for start in range(0, max(1, len(panels)), MAX_PANELS)
     ]
 
 
-def panels_of(results: Sequence[Result]) -> Iterator[Panel]:
-    """Averages of several tasks, then all tasks."""
-    tasks = tasks_of_averages(results)
-    for name, scores in averages(results).items():
+def panels_of(comparison: Comparison) -> Iterator[Panel]:
+    """Averages of several tasks, then all tasks. Titles have the marks of the tables."""
+    tasks = tasks_of_averages(comparison.results)
+    for name, scores in averages(comparison.results).items():
         if len(tasks[name]) > 1 and any(scores):
-            yield Panel(f"average of {len(tasks[name])}: {name}", scores)
-    shown = [main_scores(result) for result in results]
-    for task in dict.fromkeys(task for scores in shown for task in scores):
-        yield Panel(task, [scores.get(task) for scores in shown])
+            marks = comparison.marks_of(tasks[name])
+            yield Panel(f"average of {len(tasks[name])}: {name}{marks}", scores)
+    for task in comparison.usual:
+        scores = [of_model.get(task) for of_model in comparison.shown]
+        yield Panel(f"{task}{comparison.marks_of([task])}", scores)
 
 
 def _page(results: Sequence[Result], panels: Sequence[Panel], styles: dict[str, dict]) -> Figure:

@@ -2,85 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
+from evaluate.reporting.comparison import DIP_MARKS, Comparison
 from evaluate.reporting.conditions import (
     NOT_KNOWN,
     PACKAGES,
-    Conditions,
-    conditions_of,
-    differences,
     documents_text,
     few_shot_text,
     usual,
 )
-from evaluate.reporting.dips import LEVEL, Dip, dips
-from evaluate.reporting.scores import Score, averages, main_scores, tasks_of_averages
+from evaluate.reporting.dips import LEVEL, Dip
+from evaluate.reporting.scores import Score, averages, tasks_of_averages
 from evaluate.result import Result
 from patching.cli.units import bytes_text, count_text
 
 MODELS_PER_TABLE = 9
-DIP_MARKS = {True: " ▼", False: " ▽", None: " ▼"}
-"""Marks after a score, by whether the dip is significant. One that cannot be tested counts as
-significant."""
-UNVERIFIED, OTHER_CONDITIONS = " ‡", " †"
 
 
-class Report(NamedTuple):
-    """What the tables are made of, computed once for all of them."""
-
-    results: Sequence[Result]
-    """In the order of their rows and columns."""
-    shown: list[dict[str, Score]]
-    """Each result's score on each task."""
-    conditions: list[dict[str, Conditions]]
-    """Those of each of these scores."""
-    usual: dict[str, Conditions]
-    """By task, the most frequent conditions."""
-    dips: list[Dip]
-
-    @classmethod
-    def of(cls, results: Sequence[Result]) -> "Report":
-        shown = [main_scores(result) for result in results]
-        conditions = [
-            {task: conditions_of(result, task) for task in scores}
-            for result, scores in zip(results, shown)
-        ]
-        by_task: dict[str, list[Conditions]] = {}
-        for of_model in conditions:
-            for task, of_score in of_model.items():
-                by_task.setdefault(task, []).append(of_score)
-        usual_of_task = {task: usual(of_models) for task, of_models in by_task.items()}
-        return cls(results, shown, conditions, usual_of_task, dips(results))
-
-    def other_conditions(self, i: int, task: str) -> str:
-        """How those of a score differ from the usual ones of its task, in words."""
-        return differences(self.conditions[i][task], self.usual[task])
-
-    def mark(self, i: int, task: str) -> str:
-        """What to note at a score in the tables."""
-        result = self.results[i]
-        marks = [
-            DIP_MARKS[dip.is_significant]
-            for dip in self.dips
-            if dip.result is result and dip.score.task == task
-        ]
-        if result.is_unverified(task):
-            marks.append(UNVERIFIED)
-        if self.other_conditions(i, task):
-            marks.append(OTHER_CONDITIONS)
-        return "".join(marks)
-
-
-def markdown_report(results: Sequence[Result], failures: Mapping[str, str], num_pages: int) -> str:
-    """The whole report, with `results` in the order of their columns."""
-    report = Report.of(results)
+def markdown_report(report: Comparison, failures: Mapping[str, str], num_pages: int) -> str:
+    """The whole report in Markdown."""
     pictures = [f"![Scores against parameters]({page_name(i)}.png)" for i in range(num_pages)]
     parts = ["# Scores by size", *pictures]
     parts += ["## Averages", _averages_caption(report), _averages_table(report)]
     parts += ["## Scores", _conditions_line(report), *_score_tables(report), _notes(report)]
     parts += ["## Dips", _dip_list(report.dips)]
-    parts += ["## Sizes and costs", _costs_table(results), _how_measured(results)]
+    parts += ["## Sizes and costs", _costs_table(report.results), _how_measured(report.results)]
     if failures:
         lines = [f"- {task}: {reason}" for task, reason in failures.items()]
         parts += ["## Not evaluated", "\n".join(lines)]
@@ -111,7 +57,7 @@ def _score_text(score: Score | None) -> str:
     )
 
 
-def _score_tables(report: Report) -> list[str]:
+def _score_tables(report: Comparison) -> list[str]:
     """Tables of each series' main scores, with standard errors: one row per task, and the
     conditions that hold for the task.
     """
@@ -134,7 +80,7 @@ def _series_position(result: Result) -> tuple:
     return (result.sweep or "", False, result.series_position), result.series_label
 
 
-def _score_table(report: Report, columns: Sequence[tuple[int, Result]]) -> str:
+def _score_table(report: Comparison, columns: Sequence[tuple[int, Result]]) -> str:
     header = ["task", "metric", "few-shot", "documents", "version"]
     header += [result.label for _, result in columns]
     blank = [""] * 4
@@ -146,7 +92,7 @@ def _score_table(report: Report, columns: Sequence[tuple[int, Result]]) -> str:
         first = next(i for i, _ in columns if task in report.shown[i])
         score, of_task = report.shown[first][task], report.usual[task]
         cells = [
-            _score_text(report.shown[i][task]) + report.mark(i, task)
+            _score_text(report.shown[i][task]) + report.dip_mark(i, task) + report.mark(i, task)
             if task in report.shown[i]
             else "-"
             for i, _ in columns
@@ -156,7 +102,7 @@ def _score_table(report: Report, columns: Sequence[tuple[int, Result]]) -> str:
     return _table(header, rows, num_left=5)
 
 
-def _conditions_line(report: Report) -> str:
+def _conditions_line(report: Comparison) -> str:
     """What holds for all scores, or for most of them."""
     of_all = usual([c for of_model in report.conditions for c in of_model.values()] or [{}])
     parts = [f"limit {of_all.get('limit', NOT_KNOWN)}"]
@@ -164,7 +110,7 @@ def _conditions_line(report: Report) -> str:
     return f"Measured with {', '.join(parts)}."
 
 
-def _notes(report: Report) -> str:
+def _notes(report: Comparison) -> str:
     """What the marks in the tables mean, as far as there are any, and where conditions differ."""
     lines = []
     if any(dip.is_significant is not None for dip in report.dips) or report.dips:
@@ -188,7 +134,7 @@ def _notes(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _averages_caption(report: Report) -> str:
+def _averages_caption(report: Comparison) -> str:
     sentences = ["Each task counts once, and only metrics of one scale are averaged."]
     for name, tasks in tasks_of_averages(report.results).items():
         counts = {report.usual[task]["number of documents"] for task in tasks}
@@ -200,7 +146,7 @@ def _averages_caption(report: Report) -> str:
     return " ".join([*sentences, _conditions_line(report)])
 
 
-def _averages_table(report: Report) -> str:
+def _averages_table(report: Comparison) -> str:
     columns, tasks = averages(report.results), tasks_of_averages(report.results)
     header = ["model", "parameters"]
     for name, scores in columns.items():
@@ -208,16 +154,10 @@ def _averages_table(report: Report) -> str:
         header.append(f"{name} {_arrow(score)}" if score else name)
     rows = []
     for i, result in enumerate(report.results):
-        cells = []
-        for name, scores in columns.items():
-            marks = {
-                mark
-                for task in tasks[name]
-                if task in report.shown[i]
-                for mark in (UNVERIFIED, OTHER_CONDITIONS)
-                if mark in report.mark(i, task)
-            }
-            cells.append(_score_text(scores[i]) + ("".join(sorted(marks)) if scores[i] else ""))
+        cells = [
+            _score_text(scores[i]) + (report.marks_of(tasks[name], i) if scores[i] else "")
+            for name, scores in columns.items()
+        ]
         rows.append([result.label, count_text(result.parameters.both_counted), *cells])
     return _table(header, rows)
 
