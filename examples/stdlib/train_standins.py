@@ -40,7 +40,7 @@ from transformers import (
 
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.train_teacher import train_tokenizer
-from examples.stdlib.training import Batch, held_out_loss, save, train
+from examples.stdlib.training import Batch, held_out_loss, save, save_tokenizer, train
 from patching.architectures.distilbert import (
     CONFIG_FIELDS,
     TOKEN_TYPES,
@@ -310,7 +310,7 @@ def train_student(arguments: argparse.Namespace) -> None:
     if isinstance(student, BertForMaskedLM):
         student = as_distilbert(student)
     student.save_pretrained(arguments.save_directory)
-    tokenizer.save_pretrained(arguments.save_directory)
+    save_tokenizer(tokenizer, arguments.save_directory)
     record = {
         "arguments": {**DISTILLATION, **chosen},
         "held_out": run["held_out"],

@@ -121,7 +121,15 @@ def save(
 ) -> None:
     """Save the model, its tokenizer and training.json, which records settings, run and results."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     settings = {name: value for name, value in settings.items() if name != "save_directory"}
     record = {"arguments": settings, "torch": torch.__version__, **measured, **run._asdict()}
     (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer under a class name that transformers 4 knows too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(values, indent=2) + "\n")
