@@ -48,7 +48,7 @@ def read_order(
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"order={order}: the file is not JSON ({error})") from error
     settings = None
     if isinstance(values, dict):

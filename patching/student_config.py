@@ -77,6 +77,8 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         copied, pruned = values["copied_teacher_layers"], values["pruned_teacher_layers"]
+        if not all(type(layer) is int for layer in (*copied, *pruned)):
+            raise ValueError("the two lists must hold whole numbers")
         if sorted([*copied, *pruned]) != list(range(len(copied) + len(pruned))):
             raise ValueError("the two lists must name every teacher layer exactly once")
         layer_map = LayerMap(tuple(copied), len(copied) + len(pruned))
@@ -86,7 +88,7 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
             layer_map.sequence(order)
     except KeyError as error:
         raise ValueError(f"{where} lacks the list {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where} is not a valid student config: {_first_line(error)}") from error
     return StudentConfig(layer_map, order)
 

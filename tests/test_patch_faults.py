@@ -194,6 +194,102 @@ def test_the_same_faults_of_pickled_weights(tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
+PICKLE_DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut in the middle": (lambda data: data[: len(data) // 2], "is damaged: it is not a file of"),
+    "cut at the start": (lambda data: data[:10], "is damaged: it is not a file of"),
+    "empty": (lambda data: b"", "is damaged: it is not a file of"),
+    "zeros": (lambda data: bytes(len(data)), "is damaged: it is not a file of"),
+    "an error page": (lambda data: b"<html>502 Bad Gateway</html>" * 50, "is damaged: it is not"),
+    "a pointer": (lambda data: POINTER, "is a Git LFS pointer, not the file itself: run `git lfs"),
+}
+
+
+@pytest.mark.parametrize("names_dtype", [True, False])
+@pytest.mark.parametrize("damage", PICKLE_DAMAGES)
+def test_damaged_pickles(names_dtype, damage, pair, tmp_path, capsys):
+    teacher = pair / "teacher"
+    for path in teacher.glob("*.safetensors*"):
+        path.unlink()
+    change, message = PICKLE_DAMAGES[damage]
+    torch.save({"x": torch.ones(1000)}, teacher / "pytorch_model.bin")
+    data = (teacher / "pytorch_model.bin").read_bytes()
+    (teacher / "pytorch_model.bin").write_bytes(change(data))
+    if not names_dtype:  # then it is read from the weights, in another place
+        values = json.loads((teacher / "config.json").read_text())
+        del values["dtype"]
+        (teacher / "config.json").write_text(json.dumps(values))
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(pair, tmp_path / "out"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{teacher / 'pytorch_model.bin'} {message}" in error
+    assert "weights_only" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_in_place_of_a_file(name, pair, tmp_path, capsys):
+    path = shard(pair) if name.endswith("safetensors") else pair / "teacher" / name
+    path.write_bytes(POINTER)
+    error = refused(pair, tmp_path / "out", capsys)
+    assert f"error: {path} is a Git LFS pointer, not the file itself: run `git lfs pull`" in error
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"copied_teacher_layers": [0.0, 2.0, 3.0, 5.0], "pruned_teacher_layers": [1, 4]}',
+        '{"copied_teacher_layers": ["0", "2", "3", "5"], "pruned_teacher_layers": ["1", "4"]}',
+        '{"copied_teacher_layers": [false, 2, 3, 5], "pruned_teacher_layers": [true, 4]}',
+        '{"copied_teacher_layers": "0235", "pruned_teacher_layers": "14"}',
+        '{"copied_teacher_layers": {"0": 1}, "pruned_teacher_layers": {}}',
+        '{"copied_teacher_layers": null, "pruned_teacher_layers": 1}',
+        f'{{"copied_teacher_layers": {DEEP}, "pruned_teacher_layers": [1, 4]}}',
+        "[1, 2]",
+        DEEP,
+    ],
+    ids=lambda text: text[:60],
+)
+def test_student_configs_that_are_none(text, pair, tmp_path, capsys):
+    (pair / "student" / "student_config.json").write_text(text)
+    assert "student_config.json is not a valid student config" in refused(
+        pair, tmp_path / "out", capsys
+    )
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["auto", "float99", 16])
+def test_a_dtype_that_is_none(field, value, pair, tmp_path, capsys):
+    change_config(pair / "teacher", **{field: value})
+    error = refused(pair, tmp_path / "out", capsys)
+    assert f"{field} in its config.json is {value}, write a dtype such as bfloat16" in error
+
+
+def test_nested_too_deeply_for_json(pair, tmp_path, capsys):
+    (pair / "teacher" / "config.json").write_text(f'{{"model_type": "qwen3", "x": {DEEP}}}')
+    assert "config.json is not JSON" in refused(pair, tmp_path / "out", capsys)
+    order = tmp_path / "order.json"
+    order.write_text(DEEP)
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments(pair, tmp_path / "out"), "--order", str(order)])
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "F31"])
+def test_unused_tensors_of_exotic_dtypes_are_no_damage(dtype, pair, tmp_path):
+    path = shard(pair)
+    path.write_bytes(path.read_bytes() + bytes(8))
+
+    def add(header: dict) -> None:
+        stop = max(e["data_offsets"][1] for name, e in header.items() if name != "__metadata__")
+        header["unused"] = {"dtype": dtype, "shape": [4, 4], "data_offsets": [stop, stop + 8]}
+
+    with_header(path, add)
+    works(pair, tmp_path / "out")
+
+
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size"])
 def test_parents_of_different_sizes(field, pair, tmp_path, capsys):
     change_config(pair / "student", **{field: 64})
@@ -379,10 +475,10 @@ def test_a_parent_that_becomes_shorter_while_it_is_copied(pair, tmp_path, capsys
 
     write = Splice.write
 
-    def shorten_and_write(self, folder):
+    def shorten_and_write(self, folder, same_files):
         path = self.shards[0].sources[-1].path
         os.truncate(path, path.stat().st_size // 2)
-        write(self, folder)
+        write(self, folder, same_files)
 
     monkeypatch.setattr(Splice, "write", shorten_and_write)
     error = refused(pair, tmp_path / "out", capsys)

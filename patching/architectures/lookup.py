@@ -1,5 +1,6 @@
 """Find the architecture of a config: its row in the table, or one that transformers declares."""
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -7,7 +8,8 @@ from patching.architectures.config import config_for, depth_field
 from patching.architectures.distilbert import as_bert_config
 from patching.architectures.models import empty_model, predicts_masked_tokens
 from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Architecture
-from patching.recipe import LayerSource, Parent, Recipe, whole_model
+from patching.checkpoints.parent_files import read_json
+from patching.recipe import LayerSource, Parent, Recipe, Reference, whole_model
 
 _declared: dict[type[PreTrainedConfig], Architecture] = {}
 """Architectures outside the table, by config class."""
@@ -127,6 +129,12 @@ def first_position(config: PreTrainedConfig) -> int:
     return 0 if count is None else config.max_position_embeddings - count
 
 
+def _is_dtype(value: object) -> bool:
+    """Return whether a config's field for the dtype is one, or empty."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    return value is None or isinstance(getattr(torch, name, None), torch.dtype)
+
+
 def read_config(
     parent: Parent, name_or_path: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
@@ -134,15 +142,29 @@ def read_config(
 
     Raises ValueError if it cannot be read or its architecture is not supported.
     """
+
+    def unreadable(error: Exception) -> ValueError:
+        return ValueError(
+            f"{parent}_model_name_or_path={name_or_path}: this is neither a model folder nor a hub "
+            f"repository that can be read from here ({error})"
+        )
+
+    try:
+        values = read_json(Reference(name_or_path, revision), "config.json") or {}
+    except OSError as error:
+        raise unreadable(error) from error
+    for name in ("dtype", "torch_dtype"):
+        if name in values and not _is_dtype(values[name]):
+            raise ValueError(
+                f"{parent}_model_name_or_path={name_or_path}: {name} in its config.json is "
+                f"{values[name]}, write a dtype such as bfloat16 or leave the field out"
+            )
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{parent}_model_name_or_path={name_or_path}: this is neither a model folder nor a hub "
-            f"repository that can be read from here ({error})"
-        ) from error
+        raise unreadable(error) from error
     config = as_bert_config(config)
     architecture_of(config, trust_remote_code)
     return config

@@ -18,6 +18,7 @@ from transformers import (
 
 from patching.architectures.distilbert import as_bert
 from patching.architectures.table import ARCHITECTURES
+from patching.checkpoints.parent_files import fault_of_pickles, pickled_files
 from patching.recipe import Reference
 
 
@@ -43,6 +44,10 @@ def auto_class(
 ) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]:
     """Return transformers' class that builds and loads the config's language model."""
     return AutoModelForMaskedLM if predicts_masked_tokens(config) else AutoModelForCausalLM
+
+
+def _fault_of(reference: Reference) -> ValueError | None:
+    return fault_of_pickles(pickled_files(reference))
 
 
 def load_model(
@@ -75,10 +80,15 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{reference.name_or_path}: its weights cannot be read ({error}); download or save "
-            "them again"
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        fault = None if isinstance(error, SafetensorError) else _fault_of(reference)
+        if fault is None and isinstance(error, RuntimeError):  # memory ran out, for example
+            raise
+        reason = "a file holds more than tensors, which is never run"
+        raise fault or ValueError(
+            f"{reference.name_or_path}: its weights cannot be read "
+            f"({error if isinstance(error, SafetensorError) else reason}); download or save them "
+            "again"
         ) from error
     if found["mismatched_keys"]:
         name, stored, expected = sorted(found["mismatched_keys"])[0]

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from patching.files.lfs import check_not_a_pointer
+
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """Every reader of the format refuses longer headers."""
@@ -67,7 +69,7 @@ class TensorOnDisk(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
-    """Return the tensors of a file by name.
+    """Return the tensors of a file by name. Their dtypes may be unknown here.
 
     Raises ValueError if the file is damaged: its header is invalid, or offsets are outside the
     file, overlap, leave holes, or disagree with shape and dtype.
@@ -75,6 +77,7 @@ def read_header(path: Path) -> dict[str, TensorOnDisk]:
     try:
         return _read_header(path)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
+        check_not_a_pointer(path)
         raise ValueError(f"{path} is damaged: {error}; download or save it again") from error
 
 
@@ -96,12 +99,12 @@ def _read_header(path: Path) -> dict[str, TensorOnDisk]:
     tensors = {}
     for name, entry in header.items():
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in ITEM_BYTES:
+        if not isinstance(dtype, str):
             raise ValueError(f"{name} has the unknown dtype {dtype}")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
             raise ValueError(f"{name} has an invalid shape or invalid offsets")
         tensor = StoredTensor(name, dtype, tuple(shape))
-        if stop - start != tensor.num_bytes:
+        if dtype in ITEM_BYTES and stop - start != tensor.num_bytes:
             raise ValueError(
                 f"{name} takes {stop - start} bytes, but by its shape and dtype {tensor.num_bytes}"
             )

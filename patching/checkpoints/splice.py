@@ -221,6 +221,11 @@ def _tensors_on_disk(
                 raise OtherLayout(f"the {parent} stores {key} in another layout")
             if name in found:
                 raise OtherLayout(f"the {parent} stores {name} twice, once as {key}")
+            if on_disk.tensor.dtype not in ITEM_BYTES:
+                raise ValueError(
+                    f"{path} is damaged: {key} has the unknown dtype {on_disk.tensor.dtype}; "
+                    "download or save it again"
+                )
             found[name] = on_disk
     if layout.is_tied:
         for head, embedding in layout.tied_names.items():

@@ -7,10 +7,9 @@ import torch
 from huggingface_hub import constants, get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from patching.checkpoints.layout import DTYPE_NAMES
-from patching.checkpoints.parent_files import find_file, read_json
+from patching.checkpoints.parent_files import fault_of_pickles, pickled_files
 from patching.checkpoints.safetensors_files import read_header
 from patching.checkpoints.splice import TORCH_DTYPES, weights_files
 from patching.recipe import Reference
@@ -53,16 +52,15 @@ def _numbers_by_dtype(reference: Reference) -> Counter[str]:
 
 def _of_pickle(reference: Reference) -> Counter[str]:
     """Return the same for a model in `.bin` files, from the first of several."""
-    path = find_file(reference, WEIGHTS_NAME)
-    if path is None and (index := read_json(reference, WEIGHTS_INDEX_NAME)):
-        path = find_file(reference, min(index["weight_map"].values()))
-    if path is None:
+    paths = pickled_files(reference)[:1]
+    if not paths:
         return Counter()
     try:
-        tensors = load_state_dict(str(path), map_location="meta", weights_only=True)
+        tensors = load_state_dict(str(paths[0]), map_location="meta", weights_only=True)
     except Exception as error:  # torch's unpickler raises anything on a damaged file
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read ({first_line}): download it again") from error
+        raise fault_of_pickles(paths) or ValueError(
+            f"{paths[0]} cannot be read: it holds more than tensors, which is never run"
+        ) from error
     numbers: Counter[str] = Counter()
     for tensor in tensors.values():
         if isinstance(tensor, torch.Tensor) and tensor.dtype in DTYPE_NAMES:
