@@ -319,7 +319,8 @@ def test_the_published_patching_command_and_python_agree(teacher, student, patch
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/patching.md"])
-def test_python_in_the_documents_runs(document, teacher, student, patched):
+def test_python_in_the_documents_runs(document, teacher, student, patched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the documents' DIR appears
     text = (ROOT / document).read_text()
     for name, folder in (
         ("Qwen/Qwen3-4B-Base", teacher),
