@@ -4,7 +4,7 @@ Shapes: B rows, T positions.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,8 @@ from train.checkpoints import stream_file_name
 from train.data import DOCUMENTS_PER_BATCH, Share
 from train.loss import IGNORED_LABEL, NO_TARGET, count
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors by name, of shape (B, T), and `teacher_top`, a list of them, if there is a cache."""
 
 
 def collate(rows: list[dict[str, list[int]]]) -> Batch:
@@ -97,11 +98,14 @@ class StepPrefetcher:
 
     A thread fetches, and for a stream tokenizes, one step ahead of training. A checkpoint must
     record where the next step begins in the stream, and not how far the thread has read. `share`
-    says whose position it is.
+    says whose position it is. `complete` adds to each micro-batch, in the thread, what is read from
+    elsewhere.
     """
 
-    def __init__(self, share: Share) -> None:
-        self._share = share
+    def __init__(
+        self, share: Share, complete: Callable[[Batch], Batch] = lambda batch: batch
+    ) -> None:
+        self._share, self._complete = share, complete
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="micro-batches")
         self._stream: StreamBatches | None = None
         self._iterator: Iterator[Batch] | None = None
@@ -139,7 +143,9 @@ class StepPrefetcher:
     def _fetch(
         self, iterator: Iterator[Batch], num_batches: int
     ) -> tuple[list[Batch], dict[str, Any] | None]:
-        return list(islice(iterator, num_batches)), self._stream_position()
+        batches = list(islice(iterator, num_batches))
+        position = self._stream_position()
+        return [self._complete(batch) for batch in batches], position
 
     def _stream_position(self) -> dict[str, Any] | None:
         return None if self._stream is None else self._stream.state

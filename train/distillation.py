@@ -37,12 +37,13 @@ from train.loss import (
     distillation_loss,
     targets_at,
 )
-from train.sharding import gather, release
+from train.sharding import gather
+from train.vocabulary_loss import TopTokens
 
 
 def distillation_forward(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     student_indices: tuple[int, ...],
     weights: LossWeights,
     counts: StepCounts,
@@ -51,25 +52,29 @@ def distillation_forward(
     attention_mask_BT: Tensor | None,
     positions_BT: Tensor | None = None,
     change: LogitChange = UNCHANGED,
+    teacher_top: TopTokens | None = None,
 ) -> LossTerms:
     """Return a micro-batch's share of the loss of an optimizer step that has `counts` positions.
 
     `student_indices` are the student's hidden states to compare, in order. Calling `teacher`
     returns its states in the same order. Labels are those of `train.loss.targets_at`, with
-    IGNORED_LABEL at padding. With `positions_BT`, which start over at each document of a row,
+    IGNORED_LABEL at padding. `teacher_top` are the teacher's predictions from a cache, in place of
+    `teacher`. With `positions_BT`, which start over at each document of a row,
     documents do not see each other. `change` is what both models do to the output of their heads.
     """
     # 1. The teacher's hidden states.
     inputs = (input_ids_BT, attention_mask_BT, positions_BT)
-    with torch.no_grad():
-        teacher_states = dict(zip(student_indices, teacher(*inputs)))
+    teacher_states = {}
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_states = dict(zip(student_indices, teacher(*inputs)))
 
     # 2. The student's hidden states. Each teacher state is freed once it has been compared.
     is_real_BT = labels_BT != IGNORED_LABEL
     cosine_distances, last_pair = [], []
 
     def compare(j: int, student_BTD: Tensor) -> None:
-        teacher_BTD = teacher_states.pop(j)
+        teacher_BTD = teacher_states.pop(j, None)
         if weights.cosine:
             distance = cosine_distance(
                 student_BTD, teacher_BTD, is_real_BT, weights.compile_backend
@@ -81,25 +86,29 @@ def distillation_forward(
     visit_hidden_states(student, student_indices, compare, *inputs)
 
     # 3. What the output heads read at target positions. Logits are only computed inside the loss.
-    student_head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+    student_head = student.get_output_embeddings()
+    teacher_head = None if teacher is None else teacher.get_output_embeddings()
     student_ND, teacher_ND, targets_N = None, None, None
     if weights.needs_logits:
         is_masked_model = predicts_masked_tokens(student.config)
         if is_masked_model:  # a causal model's head is gathered along with its final norm
             gather(student_head)
-            gather(teacher_head)
+            gather(teacher_head)  # and stays so, because its weights never change
         student_BTD, teacher_BTD = last_pair
         targets_BT = targets_at(labels_BT, is_masked_model)
         is_target_BT = None
         if is_masked_model or attention_mask_BT is not None:
             is_target_BT = targets_BT >= 0  # the host waits for the device to count them
-        with torch.no_grad():
-            teacher_ND = before_output_embeddings(teacher, _at(is_target_BT, teacher_BTD))
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_ND = before_output_embeddings(teacher, _at(is_target_BT, teacher_BTD))
+        if teacher_top is not None:
+            teacher_top = TopTokens(*(_at(is_target_BT, values) for values in teacher_top))
         student_ND = before_output_embeddings(student, _at(is_target_BT, student_BTD))
         targets_N = _at(is_target_BT, targets_BT)
 
     # 4. The loss.
-    terms = distillation_loss(
+    return distillation_loss(
         student_ND,
         teacher_ND,
         student_head,
@@ -109,9 +118,8 @@ def distillation_forward(
         weights,
         counts,
         change,
+        teacher_top,
     )
-    release(teacher_head)  # without a backward pass nothing else does
-    return terms
 
 
 def _at(is_target_BT: Tensor | None, values: Tensor) -> Tensor:
@@ -122,18 +130,22 @@ def _at(is_target_BT: Tensor | None, values: Tensor) -> Tensor:
 
 
 def install_distillation_forward(
-    student: PreTrainedModel, teacher: PreTrainedModel, layer_map: LayerMap, weights: LossWeights
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    layer_map: LayerMap,
+    weights: LossWeights,
 ) -> None:
     """Make `student(...)` return the loss of a micro-batch, and `teacher(...)` its hidden states.
 
     Whatever wraps the student, such as autocast, DDP or FSDP, then wraps the whole computation. In
     eval mode, cross entropy and KL are always computed. The teacher is frozen. With the cosine term
-    alone no head runs, and an untied head of the student is frozen too.
+    alone no head runs, and an untied head of the student is frozen too. Without a teacher, batches
+    bring its predictions from a cache.
 
     Raises ValueError if it is not known how the student's logits follow from its head.
     """
     change = logit_change(student)
-    teacher.eval().requires_grad_(False)
+    assert teacher is not None or not weights.cosine
     pairs = layer_map.alignment_pairs if weights.cosine else layer_map.alignment_pairs[-1:]
     student_indices, teacher_indices = zip(*pairs)
     if not weights.needs_logits and not student.config.tie_word_embeddings:
@@ -149,11 +161,15 @@ def install_distillation_forward(
         counts: StepCounts,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        teacher_top: list[Tensor] | None = None,
     ) -> LossTerms:
         active = weights if self.training else weights.for_evaluation()
-        inputs = (input_ids, labels, attention_mask, position_ids, change)
+        top = None if teacher_top is None else TopTokens.unpacked(teacher_top)
+        inputs = (input_ids, labels, attention_mask, position_ids, change, top)
         return distillation_forward(self, teacher, student_indices, active, counts, *inputs)
 
     # Bound methods, which accelerate knows how to wrap.
-    teacher.forward = types.MethodType(teacher_forward, teacher)
+    if teacher is not None:
+        teacher.eval().requires_grad_(False)
+        teacher.forward = types.MethodType(teacher_forward, teacher)
     student.forward = types.MethodType(student_forward, student)

@@ -41,6 +41,9 @@ def plan(
         num_aligned_pairs=len(layer_map.alignment_pairs),
         is_cpu=not torch.accelerator.is_available(),
     )
+    if args.teacher_cache is not None:
+        parts = parts._replace(teacher=0)
+        flops = flops_per_token(student, None, args.loss_weights).at(batch.num_positions)
     lines = [
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers} "
         f"({teacher.model_type}): {as_layer_list(layer_map.kept)}",

@@ -37,13 +37,15 @@ class TokenFlops(NamedTuple):
 
 
 def flops_per_token(
-    student: PreTrainedConfig, teacher: PreTrainedConfig, weights: LossWeights
+    student: PreTrainedConfig, teacher: PreTrainedConfig | None, weights: LossWeights
 ) -> TokenFlops:
-    """Return the FLOPs of training on one token: student forward and backward, teacher forward.
+    """Return the FLOPs of training on one token: student forward and backward, teacher forward. The
+    teacher is None if its predictions come from a cache.
 
     What activation checkpointing recomputes is not counted.
     """
-    student_forward, teacher_forward = forward_flops(student), forward_flops(teacher)
+    student_forward = forward_flops(student)
+    teacher_forward = TokenFlops(0, 0, 0) if teacher is None else forward_flops(teacher)
     return TokenFlops(
         3 * student_forward.layers + teacher_forward.layers,
         3 * student_forward.attention_per_position + teacher_forward.attention_per_position,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from patching.running.logits import UNCHANGED, LogitChange
 from train.fused import fused
-from train.vocabulary_loss import vocabulary_loss
+from train.vocabulary_loss import TopTokens, vocabulary_loss
 
 IGNORED_LABEL = -100
 """Label of a padding position."""
@@ -91,19 +91,21 @@ def distillation_loss(
     student_ND: Tensor | None,
     teacher_ND: Tensor | None,
     student_head: nn.Linear,
-    teacher_head: nn.Linear,
+    teacher_head: nn.Linear | None,
     targets_N: Tensor | None,
     cosine_distances: list[Tensor],
     weights: LossWeights,
     counts: StepCounts,
     logit_change: LogitChange = UNCHANGED,
+    teacher_top: TopTokens | None = None,
 ) -> LossTerms:
     """Return a micro-batch's share of the loss; the shares of all micro-batches of a step add up.
 
     `student_ND` and `teacher_ND` are the states that the heads read at target positions, and
     `targets_N` the tokens to predict there. All three may be None if the weights need no logits.
     `cosine_distances` holds the `cosine_distance` of each aligned pair. `logit_change` is what both
-    models do to the output of their heads.
+    models do to the output of their heads. `teacher_top` are the teacher's predictions from a
+    cache, in place of its states and head.
     """
     zero = torch.zeros((), device=counts.positions.device)
     loss, cross_entropy, kl, cosine = zero, zero, zero, zero
@@ -114,6 +116,7 @@ def distillation_loss(
             targets_N,
             teacher_ND,
             teacher_head,
+            teacher_top,
             cross_entropy_weight=weights.cross_entropy,
             kl_weight=weights.kl * weights.temperature**2,
             temperature=weights.temperature,

@@ -44,6 +44,7 @@ from train.packing import check_separates_documents
 from train.sharding import reads_weights, without_weights
 from train.speed import check_liger_knows, reuse_freed_memory
 from train.student import cast_parameters, new_student, student_companions
+from train.teacher_cache import TeacherCache, settings_of
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
 
@@ -89,6 +90,7 @@ def run(
             model_args.trust_remote_code,
         )
         rows, checkpoint = read_rows(data_args, args, tokenizer)
+        cache = open_cache(model_args, args, teacher_config, tokenizer, rows)
     print_on_main_process(
         args,
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
@@ -96,18 +98,22 @@ def run(
     )
 
     set_seed(args.seed)
-    if args.device.type == "cpu":
-        reuse_freed_memory()
     with user_errors():
         teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)
-    cast_parameters(teacher, args.compute_dtype)
+    if cache is None:
+        cast_parameters(teacher, args.compute_dtype)
+    else:
+        teacher = None  # the student has copies of its layers
+    if args.device.type == "cpu":
+        reuse_freed_memory()
     trainer = DistillationTrainer(
         student,
         teacher,
         layer_map,
         args,
         masking,
+        cache,
         train_dataset=rows.train,
         eval_dataset=rows.held_out,
     )
@@ -177,6 +183,32 @@ def read_rows(
     if checkpoint is not None:
         check_resumable(checkpoint, share, is_stream, is_sharded=bool(args.fsdp))
     return rows, checkpoint
+
+
+def open_cache(
+    model_args: ModelArguments,
+    args: DistillationArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+) -> TeacherCache | None:
+    """Return the cache of the teacher's predictions, if this run reads one.
+
+    Raises ValueError unless it holds these rows, made by the same teacher at the same temperature.
+    A stream's rows are only known during training; their number is compared.
+    """
+    if args.teacher_cache is None:
+        return None
+    reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
+    cache = TeacherCache(args.teacher_cache)
+    cache.check(settings_of(reference, config, tokenizer, args.temperature))
+    cache.check_holds(rows.held_out or ())
+    if not isinstance(rows.train, IterableDataset):
+        cache.check_holds(rows.train)
+    else:
+        needed = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        cache.check_has_rows(needed * args.max_steps)
+    return cache
 
 
 def load_teacher(

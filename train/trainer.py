@@ -28,6 +28,7 @@ from train.masking import Masking
 from train.sharding import place_teacher, release
 from train.speed import speed_up
 from train.student import drop_second_names, save_student
+from train.teacher_cache import TeacherCache
 from train.training_args import DistillationArguments
 
 
@@ -40,15 +41,20 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         layer_map: LayerMap,
         args: DistillationArguments,
         masking: Masking | None = None,
+        cache: TeacherCache | None = None,
         **kwargs: Any,
     ) -> None:
-        """`masking` hides tokens for a masked language model; it is None for a causal model."""
+        """`masking` hides tokens for a masked language model; it is None for a causal model.
+        `cache` holds the predictions of the teacher, which is then None.
+        """
+        assert (teacher is None) == (cache is not None)
         assert predicts_masked_tokens(student.config) == (masking is not None)
-        for model in (student, teacher):
+        models = [student] if teacher is None else [student, teacher]
+        for model in models:
             speed_up(model, args)
             drop_second_names(model)
         args.use_liger_kernel = False  # applied above; Trainer would add Liger's own losses
@@ -57,9 +63,11 @@ class DistillationTrainer(Trainer):
             args.eval_strategy = IntervalStrategy.NO
         self._masking = masking
         self._share = Share(args.process_index, args.world_size)
-        self._flops = flops_per_token(student.config, teacher.config, args.loss_weights)
+        teacher_config = None if teacher is None else teacher.config
+        self._flops = flops_per_token(student.config, teacher_config, args.loss_weights)
         self._log_line = LogLine(args.loss_weights.active_terms, args.device)
-        self._prefetcher = StepPrefetcher(self._share)
+        self._complete = (lambda batch: batch) if cache is None else cache.add_to
+        self._prefetcher = StepPrefetcher(self._share, self._complete)
         self._checkpoint_folder = args.output_dir
         self._resume_from: str | None = None
         self.stop_on_sigterm = StopOnSigterm()
@@ -67,7 +75,8 @@ class DistillationTrainer(Trainer):
             student, args, data_collator=collate, callbacks=[self.stop_on_sigterm], **kwargs
         )
         self.model_accepts_loss_kwargs = False  # otherwise Trainer counts targets its own way
-        place_teacher(self.accelerator, teacher, args.compute_dtype)
+        if teacher is not None:
+            place_teacher(self.accelerator, teacher, args.compute_dtype)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # `speed_up` has compiled the layers, so accelerate must not compile the whole model.
@@ -134,7 +143,8 @@ class DistillationTrainer(Trainer):
 
         def forward(batch: Batch, counts: StepCounts) -> LossTerms:
             with self.compute_loss_context_manager():
-                return self.model_wrapped(**self._prepare_inputs(batch), counts=counts)
+                batch = self._prepare_inputs(self._complete(batch))
+                return self.model_wrapped(**batch, counts=counts)
 
         with self._log_line.paused(), eval_mode(self.model_wrapped):
             means = held_out_means(

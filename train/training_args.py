@@ -62,6 +62,14 @@ class DistillationArguments(TrainingArguments):
         default=1.0, metadata={"help": "temperature of the KL term", "aliases": ["--T"]}
     )
 
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of train.cache_teacher: train on the predictions in it, without the "
+            "teacher in memory. Needs --use_cosine_loss False"
+        },
+    )
+
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
     adam_beta2: float = field(default=0.95, metadata={"help": "beta2 of AdamW"})
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay of AdamW"})
@@ -148,6 +156,14 @@ class DistillationArguments(TrainingArguments):
             problems.append(f"temperature={self.temperature}: choose a number above 0")
         if not self.loss_weights.active_terms:
             problems.append("every loss term is off: leave at least one on, with a weight above 0")
+        if self.teacher_cache is not None:
+            if self.loss_weights.cosine:
+                problems.append(
+                    "teacher_cache: it has no hidden states, which the cosine term compares; add "
+                    "--use_cosine_loss False, or leave --teacher_cache out"
+                )
+            if not self.loss_weights.kl:
+                problems.append("teacher_cache: only the KL term reads it, and that is off")
         if self.use_liger_kernel and not torch.cuda.is_available():
             problems.append("use_liger_kernel: its kernels need a CUDA GPU, leave it out")
         elif self.use_liger_kernel and not is_liger_kernel_available():

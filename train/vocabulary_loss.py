@@ -31,12 +31,36 @@ class VocabularyLoss(NamedTuple):
     """Sum over tokens of KL(teacher || student) at the temperature, in nats; detached."""
 
 
+class TopTokens(NamedTuple):
+    """A teacher's prediction as its most probable tokens, and all others together."""
+
+    ids: Tensor
+    """(..., K) token ids, different for each K."""
+    log_q: Tensor
+    """(..., K) their log-probabilities at the temperature."""
+    log_rest: Tensor
+    """(...) the logarithm of the probability of all other tokens."""
+
+    def packed(self) -> list[Tensor]:
+        """Return tensors of integers with the same bits, which no mixed precision rounds."""
+        return [self.ids, self.log_q.view(torch.int16), self.log_rest.view(torch.int32)]
+
+    @classmethod
+    def unpacked(cls, packed: list[Tensor]) -> "TopTokens":
+        ids, log_q, log_rest = packed
+        return cls(ids, log_q.view(torch.float16), log_rest.view(torch.float32))
+
+    def at(self, index: slice) -> "TopTokens":
+        return TopTokens(*(values[index] for values in self))
+
+
 def vocabulary_loss(
     student_hidden_ND: Tensor,
     student_head: nn.Linear,
     targets_N: Tensor,
     teacher_hidden_ND: Tensor | None = None,
     teacher_head: nn.Linear | None = None,
+    teacher_top: TopTokens | None = None,
     *,
     cross_entropy_weight: float,
     kl_weight: float,
@@ -50,12 +74,14 @@ def vocabulary_loss(
     al. (arXiv 1503.02531) belongs in `kl_weight`. A term of weight 0 is not computed and its sum is
     0. Gradients reach `student_hidden_ND` and the parameters of `student_head`, never the teacher.
     Softmaxes are computed in fp32. `logit_change` is what both models do to the output of their
-    heads. Tokens with a negative target count for nothing. With `compile_backend`, the elementwise
+    heads. With `teacher_top` in place of the teacher's states and head, the KL is between its K + 1
+    events. Tokens with a negative target count for nothing. With `compile_backend`, the elementwise
     passes over logits are compiled. The loss can be differentiated only once.
 
     Raises ValueError if `kl_weight` is not 0 and the teacher's states or head are missing.
     """
-    if kl_weight and (teacher_hidden_ND is None or teacher_head is None):
+    has_states = teacher_hidden_ND is not None and teacher_head is not None
+    if kl_weight and teacher_top is None and not has_states:
         raise ValueError("the KL term needs the teacher's hidden states and head")
     return VocabularyLoss(
         *_ChunkedLoss.apply(
@@ -65,6 +91,7 @@ def vocabulary_loss(
             targets_N,
             teacher_hidden_ND,
             teacher_head if kl_weight else None,
+            teacher_top if kl_weight else None,
             student_hidden_ND,
             student_head.weight,
             student_head.bias,
@@ -74,7 +101,7 @@ def vocabulary_loss(
 
 def _replace_by_gradient_(
     logits_NV: Tensor,
-    teacher_logits_NV: Tensor | None,
+    teacher: Tensor | TopTokens | None,
     targets_N: Tensor,
     weights_and_temperature: tuple[float, float, float],
     logit_change: LogitChange = UNCHANGED,
@@ -82,15 +109,19 @@ def _replace_by_gradient_(
     """Return both sums over some tokens, and overwrite the student's logits by the gradient of
     their weighted sum. Rows with a negative target count for nothing.
 
-    The teacher's logits are overwritten too. Each logit is exponentiated once: the probabilities
-    are the exponentials over their sum, and log p = z - log-sum-exp(z).
+    `teacher` is its logits, which are overwritten too, or its most probable tokens. Each logit is
+    exponentiated once: p is the exponentials over their sum, and log p = z - log-sum-exp(z).
     """
     cross_entropy_weight, kl_weight, temperature = weights_and_temperature
     is_target_N1, targets_N1 = (targets_N >= 0)[:, None], targets_N.clamp_min(0)[:, None]
     z_NV = logits_NV.to(torch.float32, copy=True)
     z_target_N1 = z_NV.gather(-1, targets_N1)
-    if kl_weight:
-        teacher_z_NV = teacher_logits_NV.float()
+    if isinstance(teacher, TopTokens):
+        tempered_z_NV = z_NV / temperature
+        kl_N1, kl_gradient_NV = _kl_from_top(tempered_z_NV, teacher)
+        kl = (kl_N1 * is_target_N1).sum()
+    elif kl_weight:
+        teacher_z_NV = teacher.float()
         tempered_z_NV = z_NV
         if temperature != 1:
             teacher_z_NV, tempered_z_NV = teacher_z_NV.div_(temperature), z_NV / temperature
@@ -103,6 +134,9 @@ def _replace_by_gradient_(
     if not kl_weight:
         kl = torch.zeros_like(cross_entropy)
         gradient_NV = p_NV.mul_(scale_N1 * cross_entropy_weight)
+    elif isinstance(teacher, TopTokens):
+        gradient_NV = p_NV.mul_(scale_N1 * cross_entropy_weight)
+        gradient_NV.addcmul_(kl_gradient_NV, is_target_N1 * (kl_weight / temperature))
     else:
         weight = kl_weight / temperature
         if temperature == 1:
@@ -118,6 +152,25 @@ def _replace_by_gradient_(
     gradient_NV.scatter_add_(-1, targets_N1, -cross_entropy_weight * is_target_N1.float())
     logits_NV.copy_(logit_change.backward_(gradient_NV, logits_NV))
     return torch.stack((cross_entropy * bool(cross_entropy_weight), kl))
+
+
+def _kl_from_top(z_NV: Tensor, teacher: TopTokens) -> tuple[Tensor, Tensor]:
+    """Return the KL (N, 1) between the events "token k" for each of the teacher's top tokens and
+    "any other token", and its gradient with respect to z. Overwrites z.
+    """
+    ids_NK, log_q_NK = teacher.ids.long(), teacher.log_q.float()
+    q_NK, log_rest_q_N1 = log_q_NK.exp(), teacher.log_rest[:, None]
+    z_NK = z_NV.gather(-1, ids_NK)
+    exp_NV, sum_N1, log_sum_N1 = _exponentials_(z_NV)
+    log_p_NK = z_NK - log_sum_N1
+    exp_NV.scatter_(-1, ids_NK, 0.0)
+    rest_N1 = exp_NV.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    log_rest_p_N1, rest_q_N1 = (rest_N1 / sum_N1).log(), log_rest_q_N1.exp()
+    kl_N1 = (q_NK * (log_q_NK - log_p_NK)).sum(-1, keepdim=True)
+    kl_N1 += rest_q_N1 * (log_rest_q_N1 - log_rest_p_N1)
+    # dKL/dz is p - q at the top tokens, and p (1 - q(rest) / p(rest)) elsewhere.
+    exp_NV.mul_(1 / sum_N1 - rest_q_N1 / rest_N1)
+    return kl_N1, exp_NV.scatter_(-1, ids_NK, log_p_NK.exp() - q_NK)
 
 
 def _exponentials_(z_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +197,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets_N: Tensor,
         teacher_hidden_ND: Tensor | None,
         teacher_head: nn.Linear | None,
+        teacher_top: TopTokens | None,
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
@@ -176,9 +230,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 if teacher is not None:
                     teacher_logits_NV = logit_change.apply_(teacher.logits(chunk))
                 for rows in slices(len(logits_NV), softmax_logits // len(weight_VD)):
+                    of_teacher = None
+                    if teacher_top is not None:
+                        of_teacher = teacher_top.at(chunk).at(rows)
+                    elif teacher_logits_NV is not None:
+                        of_teacher = teacher_logits_NV[rows]
                     sums += replace_by_gradient_(
                         logits_NV[rows],
-                        None if teacher_logits_NV is None else teacher_logits_NV[rows],
+                        of_teacher,
                         chunk_targets_N[rows],
                         weights_and_temperature,
                         logit_change,
@@ -199,7 +258,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled in place and released, so that the gradient of a large head is never copied.
         gradients, ctx.gradients = ctx.gradients, None
-        return (None,) * 6 + tuple(
+        return (None,) * 7 + tuple(
             None if gradient is None else gradient.mul_(loss_gradient) for gradient in gradients
         )
 

@@ -1,0 +1,242 @@
+"""Training from a teacher's predictions on disk: the loss, the files, and whole runs."""
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from conftest import tiny_model
+from datasets import Dataset
+from masked_models import encoder_config, word_tokenizer
+from torch import nn
+
+import train.run
+import train.train
+from train import cache_teacher, teacher_cache
+from train.batches import collate
+from train.teacher_cache import CacheWriter, TeacherCache, key_of_row, keys_of_batch, top_tokens
+from train.trainer import DistillationTrainer
+from train.vocabulary_loss import UNCHANGED, vocabulary_loss
+
+N, V, D = 23, 50, 8
+
+
+def heads_and_states():
+    torch.manual_seed(0)
+    student_head, teacher_head = nn.Linear(D, V, bias=False), nn.Linear(D, V, bias=False)
+    with torch.no_grad():
+        teacher_head.weight.mul_(6)
+    hidden_ND = torch.randn(N, D, requires_grad=True)
+    return hidden_ND, student_head, torch.randint(0, V, (N,)), torch.randn(N, D), teacher_head
+
+
+@pytest.mark.parametrize("top_k", [1, 7, V])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("compile_backend", [None, "aot_eager"])
+def test_loss_is_between_the_top_tokens_and_all_others(top_k, temperature, compile_backend):
+    hidden_ND, head, targets_N, teacher_ND, teacher_head = heads_and_states()
+    top = top_tokens(teacher_ND, teacher_head, UNCHANGED, top_k, temperature)
+    terms = vocabulary_loss(
+        hidden_ND,
+        head,
+        targets_N,
+        teacher_top=top,
+        cross_entropy_weight=0.3,
+        kl_weight=0.7,
+        temperature=temperature,
+        compile_backend=compile_backend,
+    )
+    gradients = torch.autograd.grad(terms.loss, [hidden_ND, head.weight])
+
+    z_NV = hidden_ND.double() @ head.weight.double().T
+    q_NV = (teacher_ND.double() @ teacher_head.weight.double().T / temperature).softmax(-1)
+    p_NV = (z_NV / temperature).softmax(-1)
+    kl = 0.0
+    for q_V, p_V in zip(q_NV, p_NV):
+        order = q_V.argsort(descending=True)
+        events = [q_V[order[:top_k]], p_V[order[:top_k]]]
+        if top_k < V:
+            rest = (values[order[top_k:]].sum()[None] for values in (q_V, p_V))
+            events = [torch.cat(parts) for parts in zip(events, rest)]
+        kl = kl + (events[0] * (events[0] / events[1]).log()).sum()
+    cross_entropy = nn.functional.cross_entropy(z_NV, targets_N, reduction="sum")
+    expected = torch.autograd.grad(0.3 * cross_entropy + 0.7 * kl, [hidden_ND, head.weight])
+    torch.testing.assert_close(terms.kl.double(), kl.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_and_its_batch_have_the_same_key():
+    rows = [
+        {"input_ids": [3, 1, 4, 1, 5], "document_lengths": [2, 3]},
+        {"input_ids": [3, 1, 4], "document_lengths": [3]},
+        {"input_ids": [3, 1, 4], "document_lengths": [1, 2]},
+    ]
+    keys = [key for key, _ in keys_of_batch(collate(rows))]
+    assert keys == [key_of_row(row) for row in rows]
+    assert len({*keys}) == 3
+    padded = [{"input_ids": [3, 1, 4, 1, 5]}, {"input_ids": [3, 1]}]
+    assert [key for key, _ in keys_of_batch(collate(padded))] == [*map(key_of_row, padded)]
+    assert key_of_row({"input_ids": [3, 1, 4]}) not in keys
+
+
+def test_predictions_come_back_at_their_positions(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "TOKENS_PER_FILE", 4)
+    _, _, _, teacher_ND, teacher_head = heads_and_states()
+    top = top_tokens(teacher_ND, teacher_head, UNCHANGED, 5, 1.0)
+    writer = CacheWriter(tmp_path, {"top_k": 5, "vocab_size": V})
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}, {"input_ids": [7, 8]}]
+    for row, part in zip(rows, (slice(0, 3), slice(3, 6), slice(6, 8))):
+        writer.add(key_of_row(row), top.at(part))
+    writer.finish(is_whole_text=True)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    batch = TeacherCache(tmp_path).add_to(collate([rows[2], rows[0]]))
+    ids, log_q, log_rest = teacher_cache.TopTokens.unpacked(batch["teacher_top"])
+    assert torch.equal(ids[0, :2], top.ids[6:8].int())
+    assert torch.equal(log_q[1], top.log_q[:3].half())
+    assert torch.equal(log_rest[1], top.log_rest[:3])
+    with pytest.raises(ValueError, match="a row of the text is not in it"):
+        TeacherCache(tmp_path).add_to(collate([{"input_ids": [1, 2]}]))
+    TeacherCache(tmp_path).check_holds(Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="1 of 2 rows are not in it"):
+        TeacherCache(tmp_path).check_holds(Dataset.from_list([rows[0], {"input_ids": [1, 2]}]))
+
+
+def text_flags(teacher, text):
+    return ["--teacher_model_name_or_path", str(teacher), "--dataset", str(text),
+            "--max_length", "32", "--heldout_documents", "4", "--bf16", "False"]  # fmt: skip
+
+
+def cache_flags(teacher, text, folder, *more):
+    return [*text_flags(teacher, text), "--teacher_cache", str(folder), *more]
+
+
+def train_flags(teacher, text, folder, *more):
+    return [
+        *text_flags(teacher, text), "--save_directory", str(folder), "--max_steps", "3",
+        "--gradient_accumulation_steps", "2", "--kl_loss_weight", "0.5", "--use_cosine_loss",
+        "False", "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "True", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_cache(pair_folders, text_file, tmp_path_factory):
+    """A cache of every token of the vocabulary, so nothing is lost but fp16 rounding."""
+    folder = tmp_path_factory.mktemp("cache") / "whole"
+    cache_teacher.main(cache_flags(pair_folders[0], text_file, folder, "--top_k", "257"))
+    return folder
+
+
+def test_a_run_from_the_cache_is_the_run_with_the_teacher(
+    pair_folders, text_file, whole_cache, tmp_path, monkeypatch
+):
+    teachers, alive = [], []
+
+    def load(*args):
+        teacher = load_teacher(*args)
+        teachers.append(weakref.ref(next(teacher.parameters())))
+        return teacher
+
+    def compute_loss(self, *args, **kwargs):
+        alive.append(teachers[-1]() is not None)
+        return of_trainer(self, *args, **kwargs)
+
+    load_teacher, of_trainer = train.run.load_teacher, DistillationTrainer.compute_loss
+    monkeypatch.setattr(train.run, "load_teacher", load)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss)
+    flags = (pair_folders[0], text_file)
+    train.train.main(train_flags(*flags, tmp_path / "with"))
+    assert all(alive)
+    alive.clear()
+    cache = ["--teacher_cache", str(whole_cache)]
+    train.train.main(train_flags(*flags, tmp_path / "from_cache", *cache))
+    assert alive
+    assert not any(alive)
+    runs = [
+        json.loads((tmp_path / name / "run.json").read_text()) for name in ("with", "from_cache")
+    ]
+    for name, value in runs[0]["held_out"].items():
+        assert runs[1]["held_out"][name] == pytest.approx(value, rel=2e-3), name
+    for expected, line in zip(runs[0]["log"][:3], runs[1]["log"]):
+        for name in ("loss", "kl", "cross_entropy", "grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=2e-3), name
+
+
+def test_a_stopped_command_continues(pair_folders, text_file, tmp_path, monkeypatch, capsys):
+    flags = cache_flags(pair_folders[0], text_file, tmp_path / "c", "--top_k", "3")
+    flags += ["--batch_size", "2"]
+    monkeypatch.setattr(teacher_cache, "TOKENS_PER_FILE", 128)
+    add, num_added = CacheWriter.add, []
+
+    def stop_at_the_tenth(self, key, top):
+        num_added.append(key)
+        if len(num_added) == 10:
+            raise KeyboardInterrupt
+        add(self, key, top)
+
+    monkeypatch.setattr(CacheWriter, "add", stop_at_the_tenth)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher.main(flags)
+    files = {path: path.read_bytes() for path in (tmp_path / "c").glob("*.safetensors")}
+    num_kept = len(TeacherCache(tmp_path / "c").rows)
+    assert 0 < num_kept < 10
+    monkeypatch.setattr(CacheWriter, "add", add)
+    cache_teacher.main(flags)
+    assert all(path.read_bytes() == content for path, content in files.items())
+    cache = TeacherCache(tmp_path / "c")
+    assert f"{len(cache.rows) - num_kept} of them new" in capsys.readouterr().out
+    assert cache.made_by["complete"]
+    cache_teacher.main(flags)
+    assert " 0 of them new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--use_cosine_loss", "True"], "no hidden states, which the cosine term compares"),
+        (["--use_kl_loss", "False"], "only the KL term reads it"),
+        (["--temperature", "2"], "its temperature is 1.0, not 2.0"),
+        (["--max_length", "16"], "rows are not in it"),
+        (["--packing", "cross"], "rows are not in it"),
+        (["--teacher_cache", "nowhere"], "no cache.json there"),
+    ],
+)
+def test_what_does_not_fit_the_cache_is_refused(
+    change, message, pair_folders, text_file, whole_cache, tmp_path, capsys
+):
+    flags = train_flags(pair_folders[0], text_file, tmp_path / "s")
+    with pytest.raises(SystemExit) as raised:
+        train.train.main([*flags, "--teacher_cache", str(whole_cache), *change])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_another_teacher_is_refused(pair_folders, text_file, whole_cache, tmp_path, capsys):
+    shutil.copytree(pair_folders[0], tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    flags = train_flags(tmp_path / "other", text_file, tmp_path / "s")
+    with pytest.raises(SystemExit):
+        train.train.main([*flags, "--teacher_cache", str(whole_cache)])
+    assert "its teacher is" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cache_teacher.main(cache_flags(tmp_path / "other", text_file, whole_cache))
+    assert "its teacher is" in capsys.readouterr().err
+
+
+def test_what_cannot_be_cached_is_refused(pair_folders, text_file, tmp_path, capsys):
+    tiny_model(encoder_config("bert", 3)).save_pretrained(tmp_path / "encoder")
+    word_tokenizer().save_pretrained(tmp_path / "encoder")
+    for teacher, more, message in (
+        (tmp_path / "encoder", [], "hides other tokens at every step"),
+        (pair_folders[0], ["--top_k", "258"], "the vocabulary has 257 tokens"),
+    ):
+        flags = cache_flags(teacher, text_file, tmp_path / "c", *more, "--max_length", "8")
+        with pytest.raises(SystemExit) as raised:
+            cache_teacher.main(flags)
+        assert raised.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()

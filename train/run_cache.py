@@ -1,0 +1,103 @@
+"""Run a teacher over a text and keep its predictions."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import chain, islice
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.cli.command_line import user_errors
+from patching.recipe import Reference
+from patching.running.hidden_states import hidden_states_at
+from patching.running.logits import logit_change
+from train.batches import collate
+from train.cache_teacher import CacheArguments
+from train.data import Rows, load_rows
+from train.data_args import DataArguments
+from train.loss import IGNORED_LABEL
+from train.run import read_teacher_config
+from train.speed import reuse_freed_memory
+from train.student import cast_parameters
+from train.teacher_cache import CacheWriter, key_of_row, settings_of, top_tokens
+
+
+def run(arguments: CacheArguments, data_args: DataArguments) -> None:
+    """Write the cache. What a user can get wrong ends the process before weights load."""
+    reference = Reference(arguments.teacher_model_name_or_path, arguments.revision)
+    with user_errors():
+        config = read_teacher_config(arguments, data_args.max_length)
+        check_can_be_cached(config, arguments.top_k)
+        tokenizer = AutoTokenizer.from_pretrained(
+            reference.name_or_path,
+            revision=reference.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        made_by = settings_of(reference, config, tokenizer, arguments.temperature)
+        made_by["top_k"] = arguments.top_k
+        writer = CacheWriter(arguments.teacher_cache, made_by)
+        rows = load_rows(data_args, tokenizer, arguments.seed)
+        teacher = load_model(
+            reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
+        )
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type == "cpu":
+        reuse_freed_memory()
+    if arguments.bf16:
+        cast_parameters(teacher, torch.bfloat16)
+    num_before = len(writer.rows)
+    teacher.to(device).eval()
+    missing = missing_rows(rows, writer, arguments.max_rows)
+    with tqdm(unit=" rows") as progress:
+        while batch := list(islice(missing, arguments.batch_size)):
+            add_rows(writer, teacher, batch, arguments)
+            progress.update(len(batch))
+    writer.finish(is_whole_text=arguments.max_rows is None)
+    num_rows = len(writer.rows)
+    print(f"{num_rows:,} rows in {arguments.teacher_cache}, {num_rows - num_before:,} of them new")
+
+
+def check_can_be_cached(config: PreTrainedConfig, top_k: int) -> None:
+    """Raise ValueError for a masked language model, or for more tokens than there are."""
+    if predicts_masked_tokens(config):
+        raise ValueError(
+            f"teacher_cache: a {config.model_type} model hides other tokens at every step, so its "
+            "predictions cannot be kept"
+        )
+    if top_k > config.vocab_size:
+        raise ValueError(f"top_k={top_k}: the vocabulary has {config.vocab_size} tokens")
+
+
+def missing_rows(
+    rows: Rows, writer: CacheWriter, max_rows: int | None
+) -> Iterator[dict[str, list[int]]]:
+    """Yield the held-out rows, and up to `max_rows` to train on, that are not in the cache."""
+    for row in chain(rows.held_out or (), islice(rows.train, max_rows)):
+        if key_of_row(row) not in writer.rows:
+            yield row
+
+
+def add_rows(
+    writer: CacheWriter,
+    teacher: PreTrainedModel,
+    rows: list[dict[str, list[int]]],
+    arguments: CacheArguments,
+) -> None:
+    """Run the teacher on some rows and add its predictions."""
+    batch = {name: tensor.to(teacher.device) for name, tensor in collate(rows).items()}
+    autocast = torch.autocast(teacher.device.type, torch.bfloat16) if arguments.bf16 else None
+    with torch.no_grad(), autocast or nullcontext():
+        (hidden_BTD,) = hidden_states_at(
+            teacher,
+            [teacher.config.num_hidden_layers],
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            batch.get("position_ids"),
+        )
+        head, change = teacher.get_output_embeddings(), logit_change(teacher)
+        for row, labels_T, hidden_TD in zip(rows, batch["labels"], hidden_BTD):
+            hidden_ND = hidden_TD[labels_T != IGNORED_LABEL]
+            top = top_tokens(hidden_ND, head, change, arguments.top_k, arguments.temperature)
+            writer.add(key_of_row(row), top)

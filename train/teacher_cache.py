@@ -1,0 +1,242 @@
+"""A teacher's predictions on disk: the most probable next tokens after each token, and the
+probability of all others together.
+
+A cache is a folder of safetensors files and a `cache.json` that says what made it. Rows are found
+by their content, a hash of their tokens and of where their documents begin. So the order of rows,
+ranks, epochs and restarts do not matter, and a row of other text is never taken for one of these.
+
+Shapes: B rows, T positions, N tokens, K tokens per prediction, V vocabulary, D hidden size.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from patching.checkpoints.fingerprint import fingerprint
+from patching.files.outputs import write_json
+from patching.recipe import Reference
+from patching.running.chunks import CHUNK_LOGITS, slices
+from patching.running.logits import LogitChange
+from train.batches import Batch
+from train.loss import IGNORED_LABEL
+from train.vocabulary_loss import TopTokens
+
+CACHE_FILE_NAME = "cache.json"
+TOKENS_PER_FILE = 2**18
+LEAST_LOG = -80.0
+"""Logarithm of a mass too small to matter, where there are no other tokens."""
+
+
+@torch.no_grad()
+def top_tokens(
+    hidden_ND: Tensor, head: nn.Linear, change: LogitChange, top_k: int, temperature: float
+) -> TopTokens:
+    """Return a teacher's `top_k` most probable tokens at a temperature, for each state its head
+    reads. `change` is what the teacher does to the output of its head.
+    """
+    parts = []
+    for chunk in slices(len(hidden_ND), CHUNK_LOGITS // len(head.weight)):
+        logits_NV = change.apply_(head(hidden_ND[chunk])).float() / temperature
+        log_sum_N1 = logits_NV.logsumexp(-1, keepdim=True)
+        top_NK, ids_NK = logits_NV.topk(top_k)
+        rest_N = logits_NV.scatter_(-1, ids_NK, -torch.inf).logsumexp(-1)
+        log_rest_N = (rest_N - log_sum_N1[:, 0]).clamp_min(LEAST_LOG)
+        parts.append((ids_NK, top_NK - log_sum_N1, log_rest_N))
+    return TopTokens(*map(torch.cat, zip(*parts)))
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a text that differs for tokenizers that cut or number text differently."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab()))
+    return hashlib.sha256(f"{text} {tokenizer.eos_token_id}".encode()).hexdigest()[:16]
+
+
+def settings_of(
+    reference: Reference,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
+) -> dict[str, Any]:
+    """Return what must agree between a cache and the run that reads it, apart from its rows."""
+    return {
+        "teacher": fingerprint(reference.name_or_path, config),
+        "tokenizer": tokenizer_key(tokenizer),
+        "temperature": temperature,
+        "vocab_size": config.vocab_size,
+    }
+
+
+class CachedRow(NamedTuple):
+    """Where a row's tokens are."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def row_key(ids: Iterable[int], document_starts: Iterable[int]) -> bytes:
+    """Return the hash that a row is found by, of 16 bytes."""
+    digest = hashlib.sha256(numpy.asarray(ids, dtype=numpy.int32).tobytes())
+    digest.update(b"starts" + numpy.asarray(document_starts, dtype=numpy.int32).tobytes())
+    return digest.digest()[:16]
+
+
+def key_of_row(row: dict[str, list[int]]) -> bytes:
+    """Return the key of a row as `train.data` makes it."""
+    starts = numpy.cumsum([0, *row.get("document_lengths", [])[:-1]])
+    return row_key(row["input_ids"], starts if "document_lengths" in row else [])
+
+
+def keys_of_batch(batch: Batch) -> list[tuple[bytes, int]]:
+    """Return the key and length of each row of a batch. A row of padding has length 0."""
+    keys = []
+    ids_BT, positions_BT = batch["input_ids"].cpu(), batch.get("position_ids")
+    lengths = (batch["labels"] != IGNORED_LABEL).sum(1).tolist()
+    for i, length in enumerate(lengths):
+        starts = []
+        if positions_BT is not None:
+            starts = (positions_BT[i, :length] == 0).nonzero()[:, 0].cpu()
+        keys.append((row_key(ids_BT[i, :length], starts), length))
+    return keys
+
+
+class TeacherCache:
+    """The predictions of a teacher in a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read what the folder holds. Raises ValueError if it holds no cache."""
+        self.folder = Path(folder)
+        if not (self.folder / CACHE_FILE_NAME).is_file():
+            raise ValueError(
+                f"teacher_cache={folder}: no {CACHE_FILE_NAME} there, write one with "
+                "python -m train.cache_teacher"
+            )
+        self.made_by: dict[str, Any] = json.loads((self.folder / CACHE_FILE_NAME).read_text())
+        self.rows: dict[bytes, CachedRow] = {}
+        self._opened: dict[Path, Any] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                keys, stops = file.get_tensor("keys"), file.get_tensor("stops").tolist()
+            for key, start, stop in zip(keys, [0, *stops], stops):
+                self.rows[key.numpy().tobytes()] = CachedRow(path, start, stop)
+
+    def check(self, expected: dict[str, Any]) -> None:
+        """Raise ValueError, naming every difference, if the cache was made by something else."""
+        problems = [
+            f"its {name} is {self.made_by.get(name)}, not {value}"
+            for name, value in expected.items()
+            if self.made_by.get(name) != value
+        ]
+        if problems:
+            raise ValueError(
+                f"teacher_cache={self.folder}: {'; '.join(problems)}: use the flags it was made "
+                "with, or make another"
+            )
+
+    def check_holds(self, rows: Iterable[dict[str, list[int]]]) -> None:
+        """Raise ValueError unless all these rows are in the cache."""
+        num_rows = num_missing = 0
+        for row in rows.with_format("numpy") if isinstance(rows, Dataset) else rows:
+            num_rows += 1
+            num_missing += key_of_row(row) not in self.rows
+        if num_missing:
+            raise ValueError(
+                f"teacher_cache={self.folder}: {num_missing} of {num_rows} rows are not in it; run "
+                "train.cache_teacher with the same --dataset, --max_length, --packing and --seed"
+            )
+
+    def check_has_rows(self, num_rows: int) -> None:
+        """Raise ValueError if the cache stopped before the end of its text, with fewer rows."""
+        if not self.made_by["complete"] and len(self.rows) < num_rows:
+            raise ValueError(
+                f"teacher_cache={self.folder}: it has {len(self.rows)} rows and this run reads "
+                f"{num_rows}; run train.cache_teacher again with more --max_rows"
+            )
+
+    def add_to(self, batch: Batch) -> Batch:
+        """Return the batch with `teacher_top`, the packed predictions at each of its positions.
+
+        Raises ValueError for a row that is not in the cache.
+        """
+        (num_rows, num_positions), top_k = batch["input_ids"].shape, self.made_by["top_k"]
+        ids_BTK = torch.zeros(num_rows, num_positions, top_k, dtype=torch.int32)
+        log_q_BTK = torch.zeros(num_rows, num_positions, top_k, dtype=torch.float16)
+        log_rest_BT = torch.zeros(num_rows, num_positions)
+        for i, (key, length) in enumerate(keys_of_batch(batch)):
+            if not length:
+                continue
+            if key not in self.rows:
+                raise ValueError(f"teacher_cache={self.folder}: a row of the text is not in it")
+            path, start, stop = self.rows[key]
+            file = self._file(path)
+            ids_BTK[i, :length] = file.get_slice("ids")[start:stop].to(torch.int32)
+            log_q_BTK[i, :length] = file.get_slice("log_q")[start:stop]
+            log_rest_BT[i, :length] = file.get_slice("log_rest")[start:stop]
+        return batch | {"teacher_top": TopTokens(ids_BTK, log_q_BTK, log_rest_BT).packed()}
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, framework="pt").__enter__()
+        return self._opened[path]
+
+
+class CacheWriter:
+    """Writes rows into a folder, in files that appear when they are complete.
+
+    A folder that was begun with the same settings is continued: `rows` holds what it has.
+    """
+
+    def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
+        """Raises ValueError if the folder holds a cache that was made by something else."""
+        self.folder, self.made_by = folder, made_by
+        if not (folder / CACHE_FILE_NAME).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / CACHE_FILE_NAME, made_by | {"complete": False})
+        begun = TeacherCache(folder)
+        begun.check(made_by)
+        self.rows = set(begun.rows)
+        self._num_files = len(list(folder.glob("*.safetensors")))
+        self._keys: list[bytes] = []
+        self._parts: list[TopTokens] = []
+
+    def add(self, key: bytes, top: TopTokens) -> None:
+        """Add a row's predictions, one for each of its tokens."""
+        self.rows.add(key)
+        self._keys.append(key)
+        self._parts.append(top)
+        if sum(len(part.log_rest) for part in self._parts) >= TOKENS_PER_FILE:
+            self._write()
+
+    def finish(self, is_whole_text: bool) -> None:
+        self._write()
+        write_json(self.folder / CACHE_FILE_NAME, self.made_by | {"complete": is_whole_text})
+
+    def _write(self) -> None:
+        if not self._keys:
+            return
+        ids, log_q, log_rest = (torch.cat(parts).cpu() for parts in zip(*self._parts))
+        is_small = self.made_by["vocab_size"] <= 2**16
+        tensors = {
+            "keys": torch.tensor([list(key) for key in self._keys], dtype=torch.uint8),
+            "stops": torch.tensor([len(part.log_rest) for part in self._parts]).cumsum(0),
+            "ids": ids.to(torch.uint16 if is_small else torch.int32),
+            "log_q": log_q.to(torch.float16),
+            "log_rest": log_rest,
+        }
+        path = self.folder / f"rows-{self._num_files:05}.safetensors"
+        incomplete = path.with_suffix(".incomplete")
+        save_file(tensors, incomplete)
+        incomplete.rename(path)
+        self._num_files += 1
+        self._keys, self._parts = [], []
