@@ -4,11 +4,11 @@ Shapes: B rows, T positions.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import IterableDataset
@@ -93,19 +93,24 @@ class StreamBatches:
         self.state = state
 
 
+class Cache(Protocol):
+    """What `train.teacher_cache.TeacherCache` does here."""
+
+    def add_to(self, batch: Batch) -> Batch: ...
+
+
 class StepPrefetcher:
     """The micro-batches of each optimizer step, fetched while the step before is computed.
 
     A thread fetches, and for a stream tokenizes, one step ahead of training. A checkpoint must
     record where the next step begins in the stream, and not how far the thread has read. `share`
-    says whose position it is. `complete` adds to each micro-batch, in the thread, what is read from
-    elsewhere.
+    says whose position it is. The thread also adds the teacher's predictions from a cache, if any.
     """
 
-    def __init__(
-        self, share: Share, complete: Callable[[Batch], Batch] = lambda batch: batch
-    ) -> None:
-        self._share, self._complete = share, complete
+    def __init__(self, share: Share, cache: Cache | None = None) -> None:
+        self._share = share
+        self.complete = (lambda batch: batch) if cache is None else cache.add_to
+        """Adds the teacher's predictions to a micro-batch."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="micro-batches")
         self._stream: StreamBatches | None = None
         self._iterator: Iterator[Batch] | None = None
@@ -145,7 +150,7 @@ class StepPrefetcher:
     ) -> tuple[list[Batch], dict[str, Any] | None]:
         batches = list(islice(iterator, num_batches))
         position = self._stream_position()
-        return [self._complete(batch) for batch in batches], position
+        return [self.complete(batch) for batch in batches], position
 
     def _stream_position(self) -> dict[str, Any] | None:
         return None if self._stream is None else self._stream.state

@@ -17,8 +17,9 @@ def plan(
     layer_map: LayerMap,
     data_args: DataArguments,
     args: DistillationArguments,
+    has_cache: bool = False,
 ) -> str:
-    """Return the plan of a run as text."""
+    """Return the plan of a run as text. With a cache no teacher is in memory."""
     student = student_config(teacher, layer_map)
     order = recommended_order(teacher.model_type)
     num_ranks = args.dry_run_ranks or args.world_size
@@ -41,7 +42,7 @@ def plan(
         num_aligned_pairs=len(layer_map.alignment_pairs),
         is_cpu=not torch.accelerator.is_available(),
     )
-    if args.teacher_cache is not None:
+    if has_cache:
         parts = parts._replace(teacher=0)
         flops = flops_per_token(student, None, args.loss_weights).at(batch.num_positions)
     lines = [

@@ -32,6 +32,13 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run modeling code that comes with the teacher"}
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of train.cache_teacher: train on the predictions in it, without the "
+            "teacher in memory. Needs --use_cosine_loss False"
+        },
+    )
     alternate_every_n_layers: int | None = field(
         default=None, metadata={"help": "keep every n-th teacher layer (default: every 2nd)"}
     )

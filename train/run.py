@@ -72,7 +72,12 @@ def run(
             layer_map, reasons = choose_layers(model_args, text, args, teacher_config)
             print_on_main_process(args, reasons)
         if args.dry_run:
-            print_on_main_process(args, plan(teacher_config, layer_map, data_args, args))
+            print_on_main_process(
+                args,
+                plan(
+                    teacher_config, layer_map, data_args, args, model_args.teacher_cache is not None
+                ),
+            )
             return
         check_acceleration(args, teacher_config)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -194,13 +199,21 @@ def open_cache(
 ) -> TeacherCache | None:
     """Return the cache of the teacher's predictions, if this run reads one.
 
-    Raises ValueError unless it holds these rows, made by the same teacher at the same temperature.
-    A stream's rows are only known during training; their number is compared.
+    Raises ValueError unless the loss needs nothing else, and the cache holds these rows, made by
+    the same teacher at the same temperature. A stream's rows are only known during training; their
+    number is compared.
     """
-    if args.teacher_cache is None:
+    if model_args.teacher_cache is None:
         return None
+    if args.loss_weights.cosine:
+        raise ValueError(
+            "teacher_cache: it has no hidden states, which the cosine term compares; add "
+            "--use_cosine_loss False, or leave --teacher_cache out"
+        )
+    if not args.loss_weights.kl:
+        raise ValueError("teacher_cache: only the KL term reads it, and that is off")
     reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
-    cache = TeacherCache(args.teacher_cache)
+    cache = TeacherCache(model_args.teacher_cache)
     cache.check(settings_of(reference, config, tokenizer, args.temperature))
     cache.check_holds(rows.held_out or ())
     if not isinstance(rows.train, IterableDataset):

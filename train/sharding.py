@@ -51,20 +51,25 @@ def with_room_for_weights(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def place_teacher(accelerator: Accelerator, teacher: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Shard the teacher if the student will be sharded, else move it to the accelerator's device.
+def place_teacher(
+    accelerator: Accelerator, teacher: PreTrainedModel | None, dtype: torch.dtype
+) -> None:
+    """Shard the teacher, if there is one and the student will be sharded, else move it to the
+    accelerator's device.
 
     Sharded models gather weights and run layers in `dtype`, and sum gradients in fp32.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
-        teacher.to(accelerator.device)
+        if teacher is not None:
+            teacher.to(accelerator.device)
         return
     if dtype != torch.float32:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32
         )
-    fsdp2_prepare_model(accelerator, teacher)
+    if teacher is not None:
+        fsdp2_prepare_model(accelerator, teacher)
 
 
 def gather(head: nn.Module) -> None:

@@ -48,40 +48,32 @@ class DistillationTrainer(Trainer):
         cache: TeacherCache | None = None,
         **kwargs: Any,
     ) -> None:
-        """`masking` hides tokens for a masked language model; it is None for a causal model.
-        `cache` holds the predictions of the teacher, which is then None.
-        """
-        assert (teacher is None) == (cache is not None)
+        """`masking` is for masked language models. With `cache`, `teacher` is None."""
         assert predicts_masked_tokens(student.config) == (masking is not None)
-        models = [student] if teacher is None else [student, teacher]
-        for model in models:
+        for model in filter(None, (student, teacher)):
             speed_up(model, args)
             drop_second_names(model)
         args.use_liger_kernel = False  # applied above; Trainer would add Liger's own losses
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         if kwargs.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
-        self._masking = masking
-        self._share = Share(args.process_index, args.world_size)
-        teacher_config = None if teacher is None else teacher.config
-        self._flops = flops_per_token(student.config, teacher_config, args.loss_weights)
+        self._masking, self._share = masking, Share(args.process_index, args.world_size)
+        self._flops = flops_per_token(student.config, teacher and teacher.config, args.loss_weights)
         self._log_line = LogLine(args.loss_weights.active_terms, args.device)
-        self._complete = (lambda batch: batch) if cache is None else cache.add_to
-        self._prefetcher = StepPrefetcher(self._share, self._complete)
-        self._checkpoint_folder = args.output_dir
-        self._resume_from: str | None = None
+        self._prefetcher = StepPrefetcher(self._share, cache)
+        self._checkpoint_folder, self._resume_from = args.output_dir, None
         self.stop_on_sigterm = StopOnSigterm()
         super().__init__(
             student, args, data_collator=collate, callbacks=[self.stop_on_sigterm], **kwargs
         )
         self.model_accepts_loss_kwargs = False  # otherwise Trainer counts targets its own way
-        if teacher is not None:
-            place_teacher(self.accelerator, teacher, args.compute_dtype)
+        place_teacher(self.accelerator, teacher, args.compute_dtype)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # `speed_up` has compiled the layers, so accelerate must not compile the whole model.
-        no_compilation = {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
-        return super()._build_accelerator_args(**kwargs) | no_compilation
+        return super()._build_accelerator_args(**kwargs) | {
+            "dynamo_plugin": TorchDynamoPlugin("no")
+        }
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
@@ -143,7 +135,7 @@ class DistillationTrainer(Trainer):
 
         def forward(batch: Batch, counts: StepCounts) -> LossTerms:
             with self.compute_loss_context_manager():
-                batch = self._prepare_inputs(self._complete(batch))
+                batch = self._prepare_inputs(self._prefetcher.complete(batch))
                 return self.model_wrapped(**batch, counts=counts)
 
         with self._log_line.paused(), eval_mode(self.model_wrapped):

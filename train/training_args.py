@@ -11,6 +11,8 @@ from transformers.utils import is_liger_kernel_available
 
 from train.loss import LossWeights
 
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
 FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_STATE_DICT"}
 """One rank reads the weights, and each rank writes its own share of a checkpoint."""
 
@@ -19,9 +21,7 @@ FSDP_DEFAULTS = {"cpu_ram_efficient_loading": True, "state_dict_type": "SHARDED_
 class DistillationArguments(TrainingArguments):
     """Flags of training. The defaults are those of arXiv 2510.05064, which trained on 4 ranks."""
 
-    _argument_group_name = (
-        "training: flags of transformers, then those of saving, --dry_run and the loss"
-    )
+    _argument_group_name = "training: flags of transformers, of saving, --dry_run and the loss"
 
     save_directory: str | None = field(
         default=None, metadata={"help": "folder for the trained student (required)"}
@@ -32,10 +32,7 @@ class DistillationArguments(TrainingArguments):
     )
     save_dtype: str = field(
         default="float32",
-        metadata={
-            "help": "dtype of the saved student",
-            "choices": ("float32", "bfloat16", "float16"),
-        },
+        metadata={"help": "dtype of the saved student", "choices": SAVE_DTYPES},
     )
 
     dry_run: bool = field(
@@ -60,14 +57,6 @@ class DistillationArguments(TrainingArguments):
     cosine_loss_weight: float = field(default=2.0, metadata={"help": "weight of the cosine term"})
     temperature: float = field(
         default=1.0, metadata={"help": "temperature of the KL term", "aliases": ["--T"]}
-    )
-
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of train.cache_teacher: train on the predictions in it, without the "
-            "teacher in memory. Needs --use_cosine_loss False"
-        },
     )
 
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
@@ -99,10 +88,7 @@ class DistillationArguments(TrainingArguments):
         default=False, metadata={"help": "search for parameters without gradients (there are none)"}
     )
     torch_compile: bool | None = field(
-        default=None,
-        metadata={
-            "help": "compile layers and the elementwise passes of the loss (default: on CUDA GPUs)"
-        },
+        default=None, metadata={"help": "compile layers and loss (default: on CUDA GPUs)"}
     )
     fsdp_config: dict | str | None = field(
         default=None,
@@ -134,9 +120,10 @@ class DistillationArguments(TrainingArguments):
         super().__post_init__()
         if self.fsdp:
             # Accumulate gradients in shards. Otherwise every rank holds whole ones during a step.
-            given = self.accelerator_config.gradient_accumulation_kwargs or {}
-            kwargs = {"sync_each_batch": True} | given
-            self.accelerator_config.gradient_accumulation_kwargs = kwargs
+            kwargs = self.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator_config.gradient_accumulation_kwargs = {
+                "sync_each_batch": True
+            } | kwargs
 
     def _check(self) -> None:
         """Raise ValueError with all problems of these flags."""
@@ -156,14 +143,6 @@ class DistillationArguments(TrainingArguments):
             problems.append(f"temperature={self.temperature}: choose a number above 0")
         if not self.loss_weights.active_terms:
             problems.append("every loss term is off: leave at least one on, with a weight above 0")
-        if self.teacher_cache is not None:
-            if self.loss_weights.cosine:
-                problems.append(
-                    "teacher_cache: it has no hidden states, which the cosine term compares; add "
-                    "--use_cosine_loss False, or leave --teacher_cache out"
-                )
-            if not self.loss_weights.kl:
-                problems.append("teacher_cache: only the KL term reads it, and that is off")
         if self.use_liger_kernel and not torch.cuda.is_available():
             problems.append("use_liger_kernel: its kernels need a CUDA GPU, leave it out")
         elif self.use_liger_kernel and not is_liger_kernel_available():
