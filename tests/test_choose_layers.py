@@ -150,3 +150,11 @@ def test_the_largest_student_that_fits():
                 )
                 found = choose_layers.fitting_map(arguments, similarity, config, 5)
                 assert len(found.kept) == expected
+
+
+def test_states_that_overflow_choose_nothing(teacher_folder):
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float16).eval()
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.mul_(1e6)
+    with pytest.raises(FloatingPointError, match="not numbers in float16, .* use --dtype float32"):
+        similarity_by_depth(model, padded_batches(ROWS))

@@ -39,7 +39,8 @@ def push(folder: Path, repository: str, public: bool) -> str:
     except (OSError, ValueError) as error:
         raise OSError(
             f"the model is complete in {folder}, but its upload failed ({error}); {there}; try "
-            f"again with `hf upload {repository} {folder} --exclude {PROVENANCE_FILE_NAME}`"
+            f"again with `hf upload {repository} {folder} --exclude {PROVENANCE_FILE_NAME}"
+            f"{'' if public else ' --private'}`"
         ) from error
     return str(address)
 

@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArgumentParser
 from patching.blocks import as_layer_list
 from patching.files.outputs import num_ranks
 
-USER_ERRORS = (ValueError, OSError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -87,8 +87,7 @@ class Measurements:
             )
             self.kl |= {patched: found[name] for patched, name in names.items()}
             self._write()
-        any_finite = any(map(math.isfinite, self.kl.values()))
-        self._check_finite([self.kl[patched] for patched in missing], "KL of models", any_finite)
+        self._check_finite([self.kl[patched] for patched in missing])
         return self.kl
 
     @property
@@ -97,22 +96,23 @@ class Measurements:
         if self._influences is None:
             teacher = self.family.parents.load(["teacher"])["teacher"]
             self._influences = block_influence(teacher, self.batches)
-            self._check_finite(self._influences, "influences of the teacher's layers")
             self._write()
         return self._influences
 
-    def _check_finite(self, values: Collection[float], what: str, any_finite: bool = False) -> None:
-        """Warn if some of these are not numbers. Raise FloatingPointError if none is, unless
-        `any_finite` says that others were.
+    def _check_finite(self, new: Collection[float]) -> None:
+        """Warn if some of the KL just measured are infinite. Raise FloatingPointError if all are
+        that were measured so far.
         """
-        num_lost = sum(not math.isfinite(value) for value in values)
+        num_lost = sum(map(math.isinf, new))
         if not num_lost:
             return
         remedy = "check the models' weights"
         if self.family.dtype != torch.float32:
             remedy = "they overflow in this dtype: use --dtype float32"
-        found = f"{what} in {self.settings['dtype']}: {num_lost} of {len(values)} are not numbers"
-        if num_lost == len(values) and not any_finite:
+        found = (
+            f"KL of models in {self.settings['dtype']}: {num_lost} of {len(new)} are not numbers"
+        )
+        if all(map(math.isinf, self.kl.values())):
             raise FloatingPointError(f"{found} ({remedy})")
         warnings.warn(f"{found} and rank last ({remedy})", stacklevel=3)
 

@@ -97,7 +97,7 @@ def similarity_by_depth(model: PreTrainedModel, batches: Iterable[Mapping[str, T
     float64 tensor of shape (J, J) with J = number of layers + 1.
 
     Runs the model once per batch. Here the last hidden state is taken before the final norm. Raises
-    ValueError if the batches contain no token.
+    ValueError if the batches contain no token, and FloatingPointError if hidden states overflow.
     """
     layers = model.get_submodule(architecture_of(model.config).layers)
     num_depths = len(layers) + 1
@@ -132,4 +132,9 @@ def similarity_by_depth(model: PreTrainedModel, batches: Iterable[Mapping[str, T
             handle.remove()
     if num_tokens == 0:
         raise ValueError(NO_TEXT)
+    if not totals_JJ.isfinite().all():  # nothing can be chosen by comparing with NaN
+        raise FloatingPointError(
+            f"hidden states are not numbers in {str(model.dtype).removeprefix('torch.')}, in which "
+            "they overflow: use --dtype float32, or a model stored in it"
+        )
     return totals_JJ / num_tokens
