@@ -7,8 +7,12 @@ from patching_models import BASE, GATED, LAYER_MAP, SETTINGS, family_config, fam
 from transformers import CONFIG_MAPPING
 
 from patching.architectures.models import empty_model
+from patching.assemble import assemble
+from patching.blocks import LayerMap
+from patching.recipe import patched_model
 from patching.running.hidden_states import before_output_embeddings
 from patching.running.logits import UNCHANGED, LogitChange, logit_change
+from patching.running.teacher_kl import TeacherKL
 from train.distillation import install_distillation_forward
 from train.loss import LossWeights, count
 
@@ -103,3 +107,20 @@ def test_distillation_uses_the_models_own_logits(model_type):
         torch.testing.assert_close(
             parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["cohere", "falcon_h1", "recurrent_gemma"])
+def test_kl_from_the_teacher_is_that_of_the_models_own_logits(model_type):
+    settings, _ = OUTSIDE[model_type]
+    layer_map = LayerMap((0, 1, 2, 3), 6)  # recurrent_gemma repeats three kinds of layers
+    teacher = tiny_model(CONFIG_MAPPING[model_type](num_hidden_layers=6, **settings))
+    student = trained_student(teacher, layer_map)
+    recipe = patched_model(layer_map, frozenset({3}))
+    batches = [{"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}]
+    measure = TeacherKL(teacher=teacher, student=student, batches=batches)
+    model = assemble(recipe, teacher=teacher, student=student)
+    p, q = (m(TOKENS, use_cache=False).logits[0].double().log_softmax(-1) for m in (model, teacher))
+    expected = (q.exp() * (q - p)).sum(-1).mean().item()
+    assert measure.of({"it": recipe})["it"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert expected > 1e-3
