@@ -26,6 +26,8 @@ from patching.family import Family
 from patching.patch_order import NAMED_ORDERS
 from patching.running.calibration import Calibration
 
+MODELS = ("teacher", "student", "model")
+"""Settings that identify models."""
 SHARED_SETTINGS = ("teacher", "dtype", "limit", "num_fewshot", "seed")
 """Settings that all results in a folder must agree on."""
 
@@ -133,16 +135,17 @@ class Plan:
     def check_settings(self) -> None:
         """Raise ValueError if scores in the folder were made with other settings than these.
 
-        Scores of a series that this plan does not have must agree on the shared settings. Those of
-        earlier versions, which are computed again anyway, need not agree.
+        Scores of a series that this plan does not have must agree on the shared settings. Scores
+        of earlier versions, which identified models in another way, need not agree on these.
         """
         folder = self.arguments.save_directory
         now = json.loads(json.dumps(self.settings))
         for name, result in read_results(folder).items():
             wanted = now.get(result.series) or {key: now["family"][key] for key in SHARED_SETTINGS}
             for task in result.tasks:
-                before = {} if result.is_unverified(task) else result.settings_of(task)
-                for key in wanted.keys() & before.keys():
+                before = result.settings_of(task)
+                not_comparable = MODELS if result.is_unverified(task) else ()
+                for key in wanted.keys() & before.keys() - {*not_comparable}:
                     if before[key] != wanted[key]:
                         raise ValueError(
                             f"{folder / name}.json was made with {key}={before[key]} and "

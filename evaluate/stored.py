@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 Sources = Mapping[str, Mapping[str, str]]
 """By task, what its scores come from."""
-MODELS = ("teacher", "student", "model")
-"""Settings that identify models."""
 
 
 @dataclass
@@ -48,9 +46,9 @@ class Store:
         """Change what is stored of a member by now."""
         if member.name not in self.facts:
             self.facts[member.name] = series.facts(member)
-        facts, run = self.facts[member.name], self.runs[member.series]
+        facts = self.facts[member.name]
         self.results[member.name] = update_result(
-            self.folder, member.name, lambda stored: change(with_facts(stored, facts, run))
+            self.folder, member.name, lambda stored: change(with_facts(stored, facts))
         )
 
     def add_scores(
@@ -111,26 +109,16 @@ def difference(stored: FinishedTask, wanted: Mapping[str, str]) -> str:
     return "; ".join(changed)
 
 
-def with_facts(stored: Result | None, facts: Mapping[str, Any], run: Run) -> Result:
-    """A stored result with what is known of its model now. Scores of earlier versions are dropped
-    if they are known to be those of another recipe, or of other settings.
+def with_facts(stored: Result | None, facts: Mapping[str, Any]) -> Result:
+    """A stored result with what is known of its model now. Scores that an earlier version stored
+    for another recipe are dropped.
     """
     new = Result(**facts)
     if stored is None:
         return new
-    if all(stored.is_unverified(task) for task in stored.tasks) and not fits(stored, new, run):
+    is_other = as_json(stored.recipe) != as_json(new.recipe)
+    if is_other and all(map(stored.is_unverified, stored.tasks)):
         return new
     for name in facts:
         setattr(stored, name, getattr(new, name))
     return stored
-
-
-def fits(stored: Result, new: Result, run: Run) -> bool:
-    if as_json(stored.recipe) != as_json(new.recipe):
-        return False
-    return all(
-        before[key] == value
-        for before in map(stored.settings_of, stored.tasks)
-        for key, value in as_json(run.settings).items()
-        if key in before and key not in MODELS
-    )

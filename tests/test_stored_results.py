@@ -112,14 +112,22 @@ def test_a_score_is_computed_again_when_what_it_comes_from_changes(
     assert all(f"{name}: " in line for name in named)
 
 
-def test_scores_of_earlier_versions_are_unverified_and_computed_again(changeable, caplog):
-    path = changeable / "out" / "family_k0.json"
+def as_of_an_earlier_version(path: Path) -> str:
+    """Store a result in the way of versions that did not store sources. Return the text."""
     values = json.loads(path.read_text())
     (run,) = values.pop("runs").values()
     task = values["tasks"]["choice"]
     values["tasks"]["choice"] = {"seconds": task["seconds"], "has_samples": False}
+    del run["settings"]["seed"]
     settings = run["settings"] | {"teacher": "teacher 0123456789abcdef"}
-    path.write_text(json.dumps(values | run | {"settings": settings}))
+    text = json.dumps(values | run | {"settings": settings})
+    path.write_text(text)
+    return text
+
+
+def test_scores_of_earlier_versions_are_unverified_and_computed_again(changeable, caplog):
+    path = changeable / "out" / "family_k0.json"
+    as_of_an_earlier_version(path)
     old = read_results(path.parent)["family_k0"]
     assert old.is_unverified("choice") and old.settings_of("choice")["dtype"] == "float32"
     main(command(changeable))
@@ -128,24 +136,32 @@ def test_scores_of_earlier_versions_are_unverified_and_computed_again(changeable
     assert "an earlier version, which did not store" in caplog.text
 
 
+def test_scores_of_earlier_versions_with_another_limit_are_not_replaced(changeable, capsys):
+    path = changeable / "out" / "family_k0.json"
+    old = as_of_an_earlier_version(path)
+    with pytest.raises(SystemExit) as ended:
+        main(command(changeable, limit=2))
+    assert ended.value.code == 2
+    assert "limit=None and 2.0 is asked for now" in capsys.readouterr().err
+    assert path.read_text() == old
+
+
 def result(k: int = 0, **changes) -> Result:
     return Result("family", k, 4, Parameters(1, 1), recipe={"layers": [f"student {k}"]}, **changes)
 
 
 RUN = Run({"teacher": "t 1", "limit": None}, {}, {"torch": "2"})
-OTHER_RUN = Run({"teacher": "t 1", "limit": 2}, {}, {"torch": "2"})
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_unverified_scores_of_another_recipe_or_limit_are_dropped(same):
-    facts = {name: getattr(result(), name) for name in ("series", "num_layers_to_patch", "depth",
-                                                        "parameters", "recipe")}  # fmt: skip
-    for run in (RUN, OTHER_RUN):
-        old = result(0 if same else 1)
-        old.add_scores({"choice": FinishedTask(1.0, False)}, RUN, {"results": {"choice": {}}})
-        new = with_facts(old, facts, run)
-        assert new.recipe == {"layers": ["student 0"]}
-        assert bool(new.tasks) == bool(new.results) == (same and run == RUN)
+def test_unverified_scores_of_another_recipe_are_dropped(same):
+    names = ("series", "num_layers_to_patch", "depth", "parameters", "recipe")
+    facts = {name: getattr(result(), name) for name in names}
+    old = result(0 if same else 1)
+    old.add_scores({"choice": FinishedTask(1.0, False)}, RUN, {"results": {"choice": {}}})
+    new = with_facts(old, facts)
+    assert new.recipe == {"layers": ["student 0"]}
+    assert bool(new.tasks) == bool(new.results) == same
 
 
 def test_two_runs_into_one_folder_lose_nothing(tmp_path):

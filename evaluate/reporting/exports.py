@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluate.reporting.comparison import Comparison
-from evaluate.reporting.conditions import conditions_of
+from evaluate.reporting.conditions import ASKED_FOR, conditions_of
 from evaluate.reporting.scores import averages, scores_of
 from evaluate.result import Result
 
@@ -31,7 +31,11 @@ def csv_table(results: Sequence[Result]) -> str:
                     "value": score.value,
                     "stderr": "" if score.stderr is None else score.stderr,
                     "is_verified": not result.is_unverified(score.task),
-                    **{name.replace(" ", "_"): value for name, value in conditions.items()},
+                    **{
+                        name.replace(" ", "_"): value
+                        for name, value in conditions.items()
+                        if name != ASKED_FOR
+                    },
                 }
             )
     text = io.StringIO()
