@@ -5,14 +5,15 @@ A model's are in one NumPy archive, `documents/NAME.npz`, in arrays named `TASK/
 one row per document.
 """
 
-import os
-import tempfile
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
+
+from patching.files.outputs import write_bytes
 
 Documents = dict[str, NDArray[numpy.float64]]
 FOLDER = "documents"
@@ -52,6 +53,6 @@ def add_documents(folder: Path, name: str, found: Documents) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     path = folder / FOLDER / f"{name}.npz"
     kept = read_documents(folder, name)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", delete=False) as file:
-        numpy.savez_compressed(file, **kept | found)
-    os.replace(file.name, path)
+    archive = io.BytesIO()
+    numpy.savez_compressed(archive, **kept | found)
+    write_bytes(path, archive.getvalue())

@@ -8,6 +8,7 @@ were measured under other conditions than the others of their task are marked.
 """
 
 import dataclasses
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from evaluate.reporting.exports import csv_table, json_summary
 from evaluate.reporting.tables import markdown_report, page_name
 from evaluate.result import Result, read_results
 from patching.cli.command_line import CommandLineParser, user_errors
-from patching.files.outputs import check_writable, write_json, write_text
+from patching.files.outputs import check_writable, write_bytes, write_json, write_text
 
 
 def write_report(
@@ -37,9 +38,9 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for page, figure in enumerate(pages):
         for suffix in ("png", "svg"):
-            staged = folder / f".{page_name(page)}.{suffix}"
-            figure.savefig(staged, format=suffix, dpi=150)
-            staged.replace(folder / f"{page_name(page)}.{suffix}")
+            picture = io.BytesIO()
+            figure.savefig(picture, format=suffix, dpi=150)
+            write_bytes(folder / f"{page_name(page)}.{suffix}", picture.getvalue())
     write_text(folder / "summary.csv", csv_table(results))
     write_json(folder / "summary.json", json_summary(comparison, failures or {}))
     write_text(folder / "summary.md", report)

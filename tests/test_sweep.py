@@ -458,11 +458,13 @@ def test_two_commands_write_into_one_folder(pair_folders, tasks, tmp_path):
             [sys.executable, "-m", "evaluate.evaluate", *of_command],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for of_command in words
     ]
-    assert [process.wait() for process in running] == [0, 0]
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
     assert finished(tmp_path).keys() == {
         (f"family_k{k}", task) for k in (0, 1, 2) for task in ("choice", "slow")
     }

@@ -21,13 +21,18 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "safet
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a temporary file next to `path` and rename it, so that a reader finds the old text or
-    the new one, never half of it.
+    """Write a text so that a reader finds the old one or the new one, never half of it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a temporary file next to `path` and rename it, so that a reader finds the old content
+    or the new one, never half of it.
     """
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
-        file.write(text)
+        file.write(content)
     os.chmod(file.name, 0o666 & ~_umask())
     os.replace(file.name, path)
 
