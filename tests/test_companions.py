@@ -12,6 +12,7 @@ from patching_models import LAYER_MAP, family_config, family_pair, save_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from patching.architectures.older_spellings import older_rotary_fields
+from patching.assemble import assemble
 from patching.checkpoints.companions import plan_companions
 from patching.checkpoints.save import plan_save
 from patching.checkpoints.saved_config import changed, saved_config
@@ -57,6 +58,7 @@ TOKENIZER = {
     "additional_chat_templates/tools.jinja": "{{ tools }}",
     "chat_template.jinja": "{{ messages }}",
     "merges.txt": "#version: 0.2\n",
+    "spiece.model": "\x0a\x0e SentencePiece",
     "special_tokens_map.json": '{"eos_token": "<eos>"}',
     "tokenizer.model": "\x0a\x0e SentencePiece",
     "tokenizer_config.json": '{"padding_side": "right", "eos_token":   "<eos>", '
@@ -273,6 +275,25 @@ def test_models_in_memory_are_written_as_published(tmp_path):
     assert torch.equal(saved(tokens).logits, family.model(1)(tokens).logits)
 
 
+def test_a_model_from_a_folder_without_config_json(tmp_path):
+    """As of a GGUF file: the folder has a tokenizer at most."""
+    rotary = {"rope_type": "default", "rope_theta": 1e6}
+    names = save_models(tmp_path, *family_pair("qwen3", rope_parameters=rotary))
+    parents = [AutoModelForCausalLM.from_pretrained(name) for name in names]
+    for file in ("config.json", "generation_config.json", "model.safetensors"):
+        Path(names[0], file).unlink()
+    family = Family.from_pretrained(*parents, kept_layers=LAYER_MAP.kept)
+    plan = plan_save(family, family.patched_layers(1), tmp_path / "out")
+    assert plan.reason_to_load == "the student is a model in memory"
+    plan.save(tmp_path / "out", "title", {})
+    assert read(tmp_path / "out")["rope_theta"] == 1e6
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == Path(names[0], name).read_bytes()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(9)[None]
+    assert torch.equal(saved(tokens).logits, family.model(1)(tokens).logits)
+
+
 def test_a_model_changed_in_memory_is_not_written_as_its_file_says(published, tmp_path):
     teacher, student = (AutoModelForCausalLM.from_pretrained(name) for name in published)
     rotary = {"rope_type": "default", "rope_theta": 7.0}
@@ -294,8 +315,7 @@ GENERATION = {
 }
 
 
-@pytest.mark.parametrize("way", ["copied", "loaded"])
-@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize(("way", "order"), [("copied", "last"), ("loaded", "first")])
 def test_generation_settings_are_the_teachers(way, order, published, tmp_path, monkeypatch):
     if way == "loaded":
         as_if_loaded(monkeypatch)
@@ -308,6 +328,9 @@ def test_generation_settings_are_the_teachers(way, order, published, tmp_path, m
     for k in range(3):
         in_memory = Family.from_pretrained(*names, order).model(k).generation_config
         assert in_memory.eos_token_id == [255, 256], k
+    family = Family.from_pretrained(*names, order)
+    parents = family.parents.load(["teacher", "student"])
+    assert assemble(family.recipe(1), **parents).generation_config.eos_token_id == [255, 256]
     student = {"eos_token_id": 3, "top_p": 0.5, "transformers_version": "5.0.0"}
     settings[1].write_text(json.dumps(student))
     run_main(names, tmp_path / "filled", "--order", order)

@@ -137,6 +137,7 @@ def test_a_student_takes_the_code_along(random, own_code, tmp_path):
     assert torch.equal(saved(TOKENS).logits, student(TOKENS).logits)
 
 
+@pytest.mark.slow
 def test_a_list_of_sizes_in_a_fresh_process(own_code, tmp_path):
     """No class is known from an earlier call here."""
     names, _ = own_code

@@ -60,7 +60,7 @@ def test_without_any_weights_it_is_unknown(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert stored_dtype(Reference(str(tmp_path))) is None
     (tmp_path / "pytorch_model.bin").write_bytes(b"an error page")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
         stored_dtype(Reference(str(tmp_path)))
 
 
@@ -75,8 +75,7 @@ def test_of_a_repository_only_headers_are_read(monkeypatch):
 
     monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(module, "get_safetensors_metadata", metadata)
-    monkeypatch.setattr(module, "find_file", lambda *_: None)
-    monkeypatch.setattr(module, "read_json", lambda *_: None)
+    monkeypatch.setattr(module, "pickled_files", lambda *_: [])
     assert stored_dtype(Reference("org/teacher", "v1")) == torch.bfloat16
     assert stored_dtype(Reference("org/pickled")) is None
     assert asked == [("org/teacher", "v1"), ("org/pickled", None)]
