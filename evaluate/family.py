@@ -1,5 +1,5 @@
 """A whole family as one lm-eval model. Log-likelihoods of all members come from one pass over their
-tree of layers, generations from one member at a time.
+tree of layers, and so do the prompts of what they generate.
 
 Requests are tokenized, sorted and batched once for all members.
 
@@ -17,8 +17,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from evaluate.generation import answers_of_members, can_share, key_of
 from evaluate.ranks import Ranks
 from evaluate.request_rows import Row, batch_of, rows_of, take_batch
 from patching.architectures.lookup import architecture_of
@@ -55,6 +62,15 @@ class SingleModel:
             with returning(base, replace(output, last_hidden_state=selected_BTD)):
                 yield name, chunk, model(ids_N[chunk].view(shape)).logits.flatten(0, 1)
 
+    @torch.no_grad()
+    def prefill(self, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Cache]]:
+        """The logits after each row's last token and the cache, as `PrefixTree.prefill` does."""
+        ((name, model),) = self.models.items()
+        cache = DynamicCache(config=model.config)
+        keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        returned = model(**inputs, past_key_values=cache, use_cache=True, **keep)
+        yield name, returned.logits[:, -1], cache
+
 
 class ContinuationScore(NamedTuple):
     """The score of one continuation."""
@@ -68,9 +84,10 @@ class ContinuationScore(NamedTuple):
 class FamilyLM(HFLM):
     """The members of a tree as one lm-eval model, which answers for the active member.
 
-    Log-likelihoods of all members are computed when the first of them is asked, and kept until
-    `forget`. `batch_size` counts rows as long as the longest request. Softmaxes are in fp32. With
-    several `ranks`, the first one's requests are dealt to all of them.
+    Log-likelihoods and greedy answers of all members are computed when the first of them is asked,
+    and kept until `forget`. `batch_size` counts rows as long as the longest request, and
+    `generation_batch_size` prompts, by default as many as fit. Softmaxes are in fp32. With several
+    `ranks`, the first one's requests are dealt to all of them.
     """
 
     def __init__(
@@ -79,13 +96,16 @@ class FamilyLM(HFLM):
         *,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = 1,
+        generation_batch_size: int | None = None,
         max_length: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         first, model = next(iter(tree.models.items()))
         self.tree = tree
         self._scores: dict[tuple[str, ...], dict[str, ContinuationScore]] = {}
+        self._answers: dict[tuple[str, str], dict[str, str]] = {}
         self._detected_batch_size: int | None = None
+        self.generation_batch_size = generation_batch_size
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -102,8 +122,9 @@ class FamilyLM(HFLM):
         self._config = self._model.config
 
     def forget(self) -> None:
-        """Drop the log-likelihoods computed so far."""
+        """Drop what was computed so far."""
         self._scores.clear()
+        self._answers.clear()
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -118,7 +139,19 @@ class FamilyLM(HFLM):
         return [self._scores[request.args][self.name].log_likelihood for request in requests]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return self.ranks.share(self, "generate_texts", requests)
+        members = self.tree.models.values()
+        shared = [r for r in requests if can_share(self, members, r.args[1])]
+        missing = {key: r for r in shared if (key := key_of(r)) not in self._answers}
+        if missing:
+            answers = self.ranks.share(self, "answer_for_members", list(missing.values()))
+            self._answers.update(zip(missing, answers))
+        is_shared = set(map(id, shared))
+        alone = [r for r in requests if id(r) not in is_shared]
+        of_one = iter(self.ranks.share(self, "answer_alone", alone) if alone else [])
+        return [
+            self._answers[key_of(r)][self.name] if id(r) in is_shared else next(of_one)
+            for r in requests
+        ]
 
     def _share(self, method: str, requests: Sequence[Instance]) -> None:
         """Let the ranks compute all members' scores of the requests that have none yet."""
@@ -126,9 +159,17 @@ class FamilyLM(HFLM):
         scores = self.ranks.share(self, method, list(missing.values())) if missing else []
         self._scores.update(zip(missing, scores))
 
-    def generate_texts(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def answer_alone(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The active member's answer to each request."""
         return super().generate_until(requests, disable_tqdm)
+
+    def answer_for_members(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[dict[str, str]]:
+        """Every member's answer to each request, by its name."""
+        return answers_of_members(
+            self, self.tree, requests, self.generation_batch_size, disable_tqdm
+        )
 
     def score_continuations(
         self, requests: list[Instance], disable_tqdm: bool = False

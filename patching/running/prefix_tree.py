@@ -11,11 +11,13 @@ Shapes: B rows, T positions, N selected positions, D hidden size, V vocabulary.
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from patching.architectures.lookup import architecture_of
 from patching.assemble import assemble
@@ -80,9 +82,10 @@ class PrefixTree:
         """
         for name, states, resume_at, keep in self._walk():
             model = self.models[name]
-            output = _run_layers(model, self._layers[name], inputs, states, resume_at, keep)
+            layers = self._layers[name]
+            output = _run_layers(model, layers, inputs, states, resume_at, keep)
             step = max(1, CHUNK_LOGITS // model.config.vocab_size)
-            for chunk, logits_NV in self._after_layers(name, inputs, output, positions_N, step):
+            for chunk, logits_NV in _after_layers(model, layers, inputs, output, positions_N, step):
                 yield name, chunk, logits_NV
 
     @torch.no_grad()
@@ -100,42 +103,39 @@ class PrefixTree:
         """
         for name, states, resume_at, keep in self._walk(known):
             model = self.models[name]
-            output = _run_layers(model, self._layers[name], inputs, states, resume_at, keep)
+            layers = self._layers[name]
+            output = _run_layers(model, layers, inputs, states, resume_at, keep)
             head, head_inputs = model.get_output_embeddings(), []
             head.forward = lambda hidden, seen=head_inputs: seen.append(hidden) or hidden
             try:
-                for _ in self._after_layers(name, inputs, output, positions_N, len(positions_N)):
+                for _ in _after_layers(
+                    model, layers, inputs, output, positions_N, len(positions_N)
+                ):
                     pass
             finally:
                 del head.forward
             yield name, torch.cat([hidden_BTD.flatten(0, 1) for hidden_BTD in head_inputs])
 
-    def _after_layers(
-        self,
-        name: str,
-        inputs: Mapping[str, Tensor],
-        output: Any,
-        positions_N: Tensor,
-        step: int,
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield what the model returns at some positions, given its last layer's output, in chunks
-        of at most `step` positions.
+    @torch.no_grad()
+    def prefill(self, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Cache]]:
+        """Yield each member's name, its logits after the last token of each row, of shape (B, V),
+        and a cache of the keys and values of all tokens.
 
-        The model runs on the chunk's positions alone, as rows no longer than those of `inputs`, and
-        its layers return their output there.
+        Members share the tensors of their common layers. Appending to a cache leaves those as they
+        are. `inputs` are those of `logits`, with rows padded on the left.
         """
-        ids_N = inputs["input_ids"].flatten()[positions_N]
-        row_length = inputs["input_ids"].shape[1]
-        state_BTD = output if isinstance(output, Tensor) else output[0]
-        for chunk in whole_rows(len(positions_N), step, row_length):
-            shape = (-1, min(row_length, chunk.stop - chunk.start))
-            selected_BTD = state_BTD.flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)
-            with ExitStack() as undo:
-                for layer in self._layers[name]:
-                    like = selected_BTD if isinstance(output, Tensor) else (selected_BTD,)
-                    undo.enter_context(returning(layer, like))
-                returned = self.models[name](ids_N[chunk].view(shape), use_cache=False)
-            yield chunk, returned.logits.flatten(0, 1)
+        num_rows, row_length = inputs["input_ids"].shape
+        last_B = torch.arange(1, num_rows + 1, device=inputs["input_ids"].device) * row_length - 1
+        shared: list[CacheLayerMixin] = []
+        for name, states, resume_at, keep in self._walk():
+            model, layers = self.models[name], self._layers[name]
+            cache = DynamicCache(config=model.config)
+            caching = {**inputs, "past_key_values": cache, "use_cache": True}
+            output = _run_layers(model, layers, caching, states, resume_at, keep)
+            cache.layers[:resume_at] = [copy(layer) for layer in shared[:resume_at]]
+            shared = [copy(layer) for layer in cache.layers]
+            parts = _after_layers(model, layers, inputs, output, last_B, num_rows)
+            yield name, torch.cat([logits_BV for _, logits_BV in parts]), cache
 
     def _walk(
         self, known: MutableMapping[LayerPath, Any] | None = None
@@ -222,9 +222,37 @@ def _run_layers(
                 )
                 undo.callback(hook.remove)
         with suppress(_LayersDone):
-            model(**inputs, use_cache=False)
+            model(**{"use_cache": False} | dict(inputs))
     states |= {depth: output for depth, output in outputs.items() if depth in keep}
     return outputs[end]
+
+
+def _after_layers(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    inputs: Mapping[str, Tensor],
+    output: Any,
+    positions_N: Tensor,
+    step: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield what the model returns at some positions, given its last layer's output, in chunks
+    of at most `step` positions.
+
+    The model runs on the chunk's positions alone, as rows no longer than those of `inputs`, and
+    its layers return their output there.
+    """
+    ids_N = inputs["input_ids"].flatten()[positions_N]
+    row_length = inputs["input_ids"].shape[1]
+    state_BTD = output if isinstance(output, Tensor) else output[0]
+    for chunk in whole_rows(len(positions_N), step, row_length):
+        shape = (-1, min(row_length, chunk.stop - chunk.start))
+        selected_BTD = state_BTD.flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)
+        with ExitStack() as undo:
+            for layer in layers:
+                like = selected_BTD if isinstance(output, Tensor) else (selected_BTD,)
+                undo.enter_context(returning(layer, like))
+            returned = model(ids_N[chunk].view(shape), use_cache=False)
+        yield chunk, returned.logits.flatten(0, 1)
 
 
 @contextmanager

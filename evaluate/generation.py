@@ -1,0 +1,264 @@
+"""Greedy generation by all members of a family.
+
+Prompts are sorted by length and run in batches. A batch's prompts run once through the tree of
+layers, and members keep one copy of the keys and values of the layers that they share. Each member
+then decodes from there, and rows leave the batch when they stop. Text is the same as
+`model.generate` gives for each prompt, because stopping and the processing of logits are prepared
+by transformers' own `generate`.
+
+Shapes: B rows, T positions, V vocabulary.
+"""
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
+
+CPU_TOKENS_PER_BATCH = 2**14
+TOKENS_PER_BATCH = 2**16
+"""Prompts and new tokens in one batch, including padding, if no number of rows is given."""
+
+
+class Settings(NamedTuple):
+    """How to answer some requests, read from lm-eval's generation arguments."""
+
+    until: list[str]
+    """Texts that end an answer and are not part of it, end-of-text among them."""
+    max_new_tokens: int
+    others: dict[str, Any]
+    """Arguments for `model.generate`."""
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], end_of_text: str, default_length: int) -> "Settings":
+        """Arguments are read as lm-eval's own models read them."""
+        kwargs = dict(normalize_gen_kwargs(dict(arguments), default_length))
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=end_of_text)
+        max_new_tokens = kwargs.pop("max_gen_toks")
+        if not kwargs.get("do_sample") and kwargs.get("temperature") == 0:
+            del kwargs["temperature"]  # transformers warns of one that has no effect
+        return cls(until, max_new_tokens, kwargs | {"do_sample": bool(kwargs.get("do_sample"))})
+
+    def is_greedy(self, model: PreTrainedModel) -> bool:
+        """Whether this model then takes the most likely token each time."""
+        config = GenerationConfig(**model.generation_config.to_dict() | self.others)
+        return config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+
+
+def key_of(request: Instance) -> tuple[str, str]:
+    """A request's context and generation arguments as a key."""
+    context, arguments = request.args
+    return context, json.dumps(arguments, sort_keys=True, default=str)
+
+
+def can_share(lm: HFLM, models: Iterable[PreTrainedModel], arguments: Mapping[str, Any]) -> bool:
+    """Whether all of these models generate greedily and have caches that they can share."""
+    how = Settings.of(arguments, "", lm.max_gen_toks)
+    return all(has_plain_cache(model) and how.is_greedy(model) for model in models)
+
+
+def answers_of_members(
+    lm: HFLM,
+    tree: Any,
+    requests: Sequence[Instance],
+    num_rows: int | None = None,
+    disable_tqdm: bool = False,
+) -> list[dict[str, str]]:
+    """Every member's answer to each request, by its name.
+
+    `lm` tokenizes. `tree` is a `PrefixTree`, or a single model with its interface. `num_rows` are
+    the prompts in one batch, as many as fit if it is None. Raises ValueError if the models cannot
+    read a prompt and write that many tokens.
+    """
+    end_of_text = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
+    answers: list[dict[str, str]] = [{} for _ in requests]
+    by_arguments: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        by_arguments.setdefault(key_of(request)[1], []).append(i)
+    with tqdm(
+        total=len(requests) * len(tree.names), desc="generating", disable=disable_tqdm
+    ) as progress:
+        for indices in by_arguments.values():
+            how = Settings.of(requests[indices[0]].args[1], end_of_text, lm.max_gen_toks)
+            room = lm.max_length - how.max_new_tokens
+            if room <= 0:
+                raise ValueError(
+                    f"max_gen_toks={how.max_new_tokens}: the model reads {lm.max_length} tokens at "
+                    "once, choose fewer with --gen_kwargs max_gen_toks=N"
+                )
+            lengths = [min(room, len(lm.tok_encode(requests[i].args[0]))) for i in indices]
+            waiting = [*batches_of(lengths, how.max_new_tokens, num_rows, lm.device)][::-1]
+            while waiting:
+                numbers = waiting.pop()
+                batch = [indices[i] for i in numbers]
+                contexts = [requests[i].args[0] for i in batch]
+                ids_BT, mask_BT = lm.tok_batch_encode(contexts, left_truncate_len=room)
+                inputs = ids_BT.to(lm.device), mask_BT.to(lm.device)
+                try:
+                    found = dict(greedy_answers(tree, lm.tokenizer, *inputs, how))
+                except Exception as error:
+                    if not should_reduce_batch_size(error) or len(batch) == 1:
+                        raise
+                    half = len(numbers) // 2
+                    waiting += [numbers[half:], numbers[:half]]
+                    clear_device_cache(garbage_collection=True)
+                    continue
+                for name, texts in found.items():
+                    for i, text in zip(batch, texts):
+                        answers[i][name] = text
+                progress.update(len(batch) * len(found))
+    return answers
+
+
+def has_plain_cache(model: PreTrainedModel) -> bool:
+    """Whether a model's cache holds nothing but keys and values, so that members can share it."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return model._supports_default_dynamic_cache() and all(
+        type(layer) in plain for layer in DynamicCache(config=model.config).layers
+    )
+
+
+def batches_of(
+    lengths: Sequence[int], max_new_tokens: int, num_rows: int | None, device: torch.device
+) -> Iterator[list[int]]:
+    """Indices of prompts, longest first, in batches of `num_rows`. Without a number, a batch has as
+    many rows as the tokens allow.
+    """
+    waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    budget = CPU_TOKENS_PER_BATCH if device.type == "cpu" else TOKENS_PER_BATCH
+    while waiting:
+        rows = num_rows or max(1, budget // (lengths[waiting[0]] + max_new_tokens))
+        yield waiting[:rows]
+        del waiting[:rows]
+
+
+class StopStrings(StoppingCriteria):
+    """Ends each row whose last tokens contain one of some texts.
+
+    As many tokens are looked at as the text has, and two more, because a model may write it in
+    other tokens. lm-eval does the same, but ends a batch only as a whole.
+    """
+
+    def __init__(
+        self, until: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int
+    ) -> None:
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.by_length: dict[int, list[str]] = {}
+        for text in until:
+            length = len(tokenizer.encode(text, add_special_tokens=False)) + 2
+            self.by_length.setdefault(length, []).append(text)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        new_BT = input_ids[:, self.prompt_length :]
+        done_B = torch.zeros(len(new_BT), dtype=torch.bool, device=new_BT.device)
+        for length, texts in self.by_length.items():
+            for row, end in enumerate(self.tokenizer.batch_decode(new_BT[:, -length:])):
+                if any(text in end for text in texts):
+                    done_B[row] = True
+        return done_B
+
+
+class GreedyDecoding:
+    """A decoding method for `model.generate` that begins after a prompt that was run before.
+
+    `cache` holds the prompt's keys and values and `logits_BV` those after its last token. After
+    `generate`, `answers` has each row's new tokens.
+    """
+
+    def __init__(self, cache: Cache, logits_BV: Tensor, mask_BT: Tensor) -> None:
+        self.cache, self.logits_BV, self.mask_BT = cache, logits_BV, mask_BT
+        self.answers: list[list[int]] = [[] for _ in mask_BT]
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        **_: Any,
+    ) -> Tensor:
+        ids_BT, mask_BT, logits_BV = input_ids, self.mask_BT, self.logits_BV
+        takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
+        done_B = torch.zeros_like(rows_B, dtype=torch.bool)
+        while True:
+            scores_BV = logits_processor(ids_BT, logits_BV.to(ids_BT.device, torch.float32))
+            ids_BT = torch.cat([ids_BT, scores_BV.argmax(-1)[:, None]], dim=-1)
+            done_B = stopping_criteria(ids_BT, None) | done_B
+            if done_B.any():
+                finished = ids_BT[done_B, input_ids.shape[1] :].tolist()
+                for row, answer in zip(rows_B[done_B].tolist(), finished):
+                    self.answers[row] = self.answers[row] or answer
+                if done_B.all():
+                    return input_ids
+            if done_B.any() and not logits_processor:  # processors may know the rows
+                kept = (~done_B).nonzero()[:, 0]
+                rows_B, ids_BT, mask_BT = rows_B[kept], ids_BT[kept], mask_BT[kept]
+                done_B = done_B[kept]
+                self.cache.batch_select_indices(kept)
+            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            positions_B1 = {"position_ids": mask_BT.sum(-1, keepdim=True) - 1}
+            logits_BV = model(
+                input_ids=ids_BT[:, -1:],
+                attention_mask=None if mask_BT.all() else mask_BT,
+                past_key_values=self.cache,
+                use_cache=True,
+                **(positions_B1 if takes_positions else {}),
+            ).logits[:, -1]
+
+
+def prompt_inputs(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+    """The arguments with which a model reads prompts that are padded on the left."""
+    inputs = {"input_ids": ids_BT}
+    if not mask_BT.all():
+        inputs["attention_mask"] = mask_BT
+    if "position_ids" in inspect.signature(type(model).forward).parameters:
+        inputs["position_ids"] = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+@torch.no_grad()
+def greedy_answers(
+    tree: Any, tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor, mask_BT: Tensor, how: Settings
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each member's name and its answers to a batch of prompts, padded on the left.
+
+    `tree` is a `PrefixTree`, or a single model with its interface.
+    """
+    any_model = tree.models[tree.names[0]]
+    inputs = prompt_inputs(any_model, ids_BT, mask_BT)
+    for name, logits_BV, cache in tree.prefill(inputs):
+        decode = GreedyDecoding(cache, logits_BV, mask_BT)
+        length = ids_BT.shape[1]
+        tree.models[name].generate(
+            ids_BT,
+            attention_mask=mask_BT,
+            custom_generate=decode,
+            stopping_criteria=StoppingCriteriaList([StopStrings(how.until, tokenizer, length)]),
+            pad_token_id=tokenizer.pad_token_id,
+            **{"max_length": length + how.max_new_tokens} | how.others,
+        )
+        texts = tokenizer.batch_decode(decode.answers, skip_special_tokens=True)
+        yield name, [postprocess_generated_text(text, how.until, None) for text in texts]

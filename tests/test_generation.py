@@ -1,0 +1,151 @@
+"""What members generate: the text of the stock harness, from prompts that are run once."""
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair
+from transformers import BloomConfig
+
+from evaluate import generation
+from evaluate.family import FamilyLM, SingleModel
+from patching.recipe import intermediate_model
+from patching.running.prefix_tree import PrefixTree
+
+RECIPES = {f"family_k{k}": intermediate_model(LAYER_MAP, k, "last") for k in range(3)}
+PROMPTS = ["a prompt", "b", "a longer prompt, of many characters", "much " * 20, "Q: 1+1\nA:"]
+UNTIL = {"until": ["\n", "e"], "max_gen_toks": 9}
+LONG = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 20}
+
+
+def instances(*arguments: dict, prompts=PROMPTS) -> list[Instance]:
+    asked = [(prompt, kwargs) for kwargs in arguments for prompt in prompts]
+    return [Instance("generate_until", {}, args, i) for i, args in enumerate(asked)]
+
+
+def lm_of(tree: PrefixTree | SingleModel, **options) -> FamilyLM:
+    return FamilyLM(tree, tokenizer=byte_tokenizer(), max_length=60, **options)
+
+
+def stock_answers(model, requests: list[Instance], batch_size: int = 1) -> list[str]:
+    lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), max_length=60, batch_size=batch_size)
+    return lm.generate_until(requests, True)
+
+
+def tree_of(model_type: str, **changes) -> PrefixTree:
+    teacher, student = family_pair(model_type, **changes)
+    return PrefixTree(RECIPES, teacher=teacher, student=student)
+
+
+@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - ENCODERS))
+def test_answers_are_those_of_the_stock_harness(model_type):
+    tree = tree_of(model_type)
+    requests = instances(UNTIL, LONG | {"max_gen_toks": 5}, prompts=PROMPTS[1:4])
+    lms = lm_of(tree), lm_of(tree, generation_batch_size=2)
+    for name in RECIPES:
+        expected = stock_answers(tree.models[name], requests)
+        assert len(set(expected)) > 3
+        for lm in lms:
+            lm.activate(name)
+            assert lm.generate_until(requests, True) == expected
+
+
+def test_answers_follow_the_models_generation_config():
+    tree = tree_of("qwen3")
+    requests = instances(LONG)
+    plain = lm_of(tree).generate_until(requests, True)
+    for model in tree.models.values():
+        model.generation_config.repetition_penalty = 1.5
+        model.generation_config.eos_token_id = [256, 101, 120]
+    lm = lm_of(tree)
+    answers = lm.generate_until(requests, True)
+    assert answers == stock_answers(lm.model, requests) != plain
+
+
+def test_prompts_run_once_through_the_tree_and_rows_leave_when_they_stop():
+    tree = tree_of("llama")
+    lm = lm_of(tree)
+    rows = {"prompts": [], "steps": []}
+
+    def count(_layer, args, kwargs, name):
+        num_rows, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+        rows["prompts" if length > 1 else "steps"].append((name, num_rows))
+
+    for name, model in tree.models.items():
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda layer, args, kwargs, name=name: count(layer, args, kwargs, name),
+                with_kwargs=True,
+            )
+    written = {}
+    for name in RECIPES:
+        lm.activate(name)
+        written[name] = lm.generate_until(instances(LONG), True)
+    until = [
+        next(c for text in texts for c in text[1:] if c.isascii() and c.isprintable())
+        for texts in written.values()
+    ]
+    lm.forget()
+    rows["prompts"].clear()
+    rows["steps"].clear()
+    requests = instances(LONG | {"until": until})
+    for name in RECIPES:
+        lm.activate(name)
+        for whole, answer in zip(written[name], lm.generate_until(requests, True)):
+            assert answer == min((whole.split(text)[0] for text in until), key=len)
+    assert (
+        len(rows["prompts"])
+        == tree.num_layer_forwards
+        < sum(recipe.depth for recipe in RECIPES.values())
+    )
+    for name in RECIPES:
+        steps = [count for of_member, count in rows["steps"] if of_member == name]
+        assert steps == sorted(steps, reverse=True)
+    assert len({count for _, count in rows["steps"]}) > 1
+    lm.forget()
+    lm.generate_until(requests, True)
+    assert len(rows["prompts"]) == 2 * tree.num_layer_forwards
+
+
+def test_sampling_and_beams_are_left_to_each_member(monkeypatch):
+    tree = tree_of("llama")
+    monkeypatch.setattr(generation, "greedy_answers", None)
+    lm = lm_of(tree, batch_size=2)
+    for kwargs in ({"do_sample": True, "temperature": 0.7}, {"num_beams": 2}):
+        requests = instances(UNTIL | kwargs, prompts=PROMPTS[:2])
+        torch.manual_seed(0)
+        found = lm.generate_until(requests, True)
+        torch.manual_seed(0)
+        assert found == stock_answers(lm.model, requests, batch_size=2)
+
+
+def test_a_single_model_of_any_architecture():
+    config = BloomConfig(vocab_size=257, hidden_size=32, n_layer=2, n_head=4, eos_token_id=256)
+    model = tiny_model(config)
+    requests = instances(UNTIL, LONG)
+    lm = lm_of(SingleModel("bloom", model))
+    assert lm.generate_until(requests, True) == stock_answers(model, requests)
+
+
+def test_batches_are_halved_when_memory_runs_out(monkeypatch):
+    tree = tree_of("llama")
+    requests = instances(LONG)
+    expected = lm_of(tree).generate_until(requests, True)
+    prefill, sizes = PrefixTree.prefill, []
+
+    def scarce(self, inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return prefill(self, inputs)
+
+    monkeypatch.setattr(PrefixTree, "prefill", scarce)
+    assert lm_of(tree).generate_until(requests, True) == expected
+    assert sizes == [5, 2, 3, 1, 2]
+
+
+def test_more_new_tokens_than_the_model_reads():
+    lm = lm_of(tree_of("llama"))
+    with pytest.raises(ValueError, match="max_gen_toks=60: the model reads 60 tokens at once"):
+        lm.generate_until(instances(UNTIL | {"max_gen_toks": 60}), True)
