@@ -219,7 +219,7 @@ class FamilyLM(HFLM):
             while waiting:
                 batch = take_batch(waiting, budget)
                 try:
-                    self._score(batch, scores)
+                    add_scores(self.tree, batch, scores)
                 except Exception as error:
                     if not should_reduce_batch_size(error) or len(batch) == 1:
                         raise
@@ -229,32 +229,6 @@ class FamilyLM(HFLM):
                     continue
                 progress.update(sum(row.num_requests for row in batch))
         return scores
-
-    def _score(self, rows: Sequence[Row], scores: list[dict[str, ContinuationScore]]) -> None:
-        """Add every member's scores of the rows' requests."""
-        batch = batch_of(rows, self.device, self.model.dtype)
-        requests, owners_P = batch.owners_P.unique(return_inverse=True)
-        log_likelihoods = {
-            name: torch.zeros(len(requests), dtype=torch.float64) for name in self.tree.names
-        }
-        num_misses = {name: torch.zeros(len(requests)) for name in self.tree.names}
-        for name, chunk, logits_NV in self.tree.logits(batch.inputs, batch.positions_N):
-            is_here_P = (batch.places_P >= chunk.start) & (batch.places_P < chunk.stop)
-            places, tokens = batch.places_P[is_here_P] - chunk.start, batch.tokens_P[is_here_P]
-            log_sum_N, greatest_N = log_normalizers(logits_NV)
-            logits_P = logits_NV[places, tokens].float()
-            log_p = logits_P - log_sum_N[places]
-            is_miss = logits_P < greatest_N[places]
-            hits = (~is_miss).nonzero()[:, 0]  # of equal logits the first one is the greedy choice
-            is_miss[hits] = logits_NV[places[hits]].argmax(-1) != tokens[hits]
-            owners = owners_P[is_here_P.cpu()]
-            log_likelihoods[name].index_add_(0, owners, log_p.cpu().double())
-            num_misses[name].index_add_(0, owners, is_miss.cpu().float())
-        for name in self.tree.names:
-            for request, log_likelihood, misses in zip(
-                requests.tolist(), log_likelihoods[name].tolist(), num_misses[name].tolist()
-            ):
-                scores[request][name] = ContinuationScore(log_likelihood, not misses)
 
 
 def rolling_windows(
@@ -295,3 +269,31 @@ def takes_packed_rows(config: PreTrainedConfig) -> bool:
         return architecture_of(config).takes_packed_rows
     except ValueError:
         return False
+
+
+def add_scores(
+    tree: PrefixTree | SingleModel, rows: Sequence[Row], scores: list[dict[str, ContinuationScore]]
+) -> None:
+    """Add every member's scores of the rows' requests."""
+    model = tree.models[tree.names[0]]
+    batch = batch_of(rows, model.device, model.dtype)
+    requests, owners_P = batch.owners_P.unique(return_inverse=True)
+    log_likelihoods = {name: torch.zeros(len(requests), dtype=torch.float64) for name in tree.names}
+    num_misses = {name: torch.zeros(len(requests)) for name in tree.names}
+    for name, chunk, logits_NV in tree.logits(batch.inputs, batch.positions_N):
+        is_here_P = (batch.places_P >= chunk.start) & (batch.places_P < chunk.stop)
+        places, tokens = batch.places_P[is_here_P] - chunk.start, batch.tokens_P[is_here_P]
+        log_sum_N, greatest_N = log_normalizers(logits_NV)
+        logits_P = logits_NV[places, tokens].float()
+        log_p = logits_P - log_sum_N[places]
+        is_miss = logits_P < greatest_N[places]
+        hits = (~is_miss).nonzero()[:, 0]  # of equal logits the first one is the greedy choice
+        is_miss[hits] = logits_NV[places[hits]].argmax(-1) != tokens[hits]
+        owners = owners_P[is_here_P.cpu()]
+        log_likelihoods[name].index_add_(0, owners, log_p.cpu().double())
+        num_misses[name].index_add_(0, owners, is_miss.cpu().float())
+    for name in tree.names:
+        for request, log_likelihood, misses in zip(
+            requests.tolist(), log_likelihoods[name].tolist(), num_misses[name].tolist()
+        ):
+            scores[request][name] = ContinuationScore(log_likelihood, not misses)
