@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from evaluate.baselines import BASELINES
+from evaluate.harness_arguments import HarnessArguments
 from patching.arguments import DTYPES, CalibrationArguments, MeasuringArguments
 
 PAPER_SUITE = (
@@ -74,7 +75,9 @@ class TextArguments:
 
 
 @dataclass
-class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArguments):
+class EvaluationArguments(
+    TextArguments, HarnessArguments, CalibrationArguments, MeasuringArguments
+):
     """Flags of `evaluate.evaluate`. Raises ValueError naming every flag with an unusable value."""
 
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for results"})
@@ -95,42 +98,24 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
             "weights, whose family is evaluated too"
         },
     )
+    random_student_revision: str | None = field(
+        default=None, metadata={"help": "that student's branch, tag or commit"}
+    )
     compare: list[str] = field(
         default_factory=list,
         metadata={
             "help": "another model, or a folder of models, to evaluate alongside the family; "
-            "repeatable",
+            "MODEL@REVISION for a branch, tag or commit; repeatable",
             "action": "extend",
         },
     )
-    tasks: str | None = field(
+    generation_batch_size: int | None = field(
         default=None,
-        metadata={
-            "help": "lm-eval tasks, separated by commas (by default the paper's suite, or none "
-            "with --dataset)"
-        },
+        metadata={"help": "prompts in a batch of generation (by default as many as fit)"},
     )
-    include_path: str | None = field(
-        default=None, metadata={"help": "folder with your own task files"}
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention of transformers, such as sdpa or eager"}
     )
-    limit: float | None = field(
-        default=None, metadata={"help": "documents per task; below 1, the share of each task"}
-    )
-    num_fewshot: int | None = field(
-        default=None,
-        metadata={"help": "examples in the prompt (by default each task's own number)"},
-    )
-    seed: str = field(
-        default="0,1234,1234,1234",
-        metadata={
-            "help": "seeds of Python, NumPy, torch and the choice of examples in prompts: one for "
-            "all or four, separated by commas, None to leave one out"
-        },
-    )
-    log_samples: bool = field(
-        default=False, metadata={"help": "also write each document with its answers and scores"}
-    )
-    eval_batch_size: str = field(default="4", metadata={"help": "rows per forward pass, or auto"})
     dtype: str = field(
         default="bfloat16", metadata={"help": "dtype of the weights", "choices": DTYPES}
     )
@@ -141,17 +126,9 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
         if self.searches_order:
             reasons.append(f"--order {self.order} is measured on text")
         problems = self.check_calibration(next(filter(None, reasons), None))
-        if self.limit is not None and self.limit <= 0:
-            problems.append(f"limit={self.limit}: choose a number above 0")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            problems.append(f"num_fewshot={self.num_fewshot}: choose 0 or more")
-        batch_size = self.eval_batch_size
-        if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-            problems.append(f"eval_batch_size={batch_size}: choose 1 or more, or auto")
-        try:
-            _ = self.seeds
-        except ValueError:
-            problems.append(f"seed={self.seed}: choose one number or four, such as 0,None,8,52")
+        problems += self.check_harness()
+        if self.generation_batch_size is not None and self.generation_batch_size < 1:
+            problems.append(f"generation_batch_size={self.generation_batch_size}: choose 1 or more")
         if set(self.baseline_names) - set(BASELINES):
             problems.append(f"baselines={self.baselines}: choose from {', '.join(BASELINES)}")
         if problems:
@@ -166,18 +143,6 @@ class EvaluationArguments(TextArguments, CalibrationArguments, MeasuringArgument
         if self.tasks is None:
             return [] if self.dataset else list(PAPER_SUITE)
         return split_names(self.tasks)
-
-    @property
-    def seeds(self) -> list[int | None]:
-        """Four seeds, as lm-eval reads them. Raises ValueError for another number of them."""
-        values = [None if part.strip() == "None" else int(part) for part in self.seed.split(",")]
-        if len(values) not in (1, 4):
-            raise ValueError(f"seed={self.seed}")
-        return values * (4 // len(values))
-
-    @property
-    def batch_size(self) -> int | str:
-        return self.eval_batch_size if self.eval_batch_size == "auto" else int(self.eval_batch_size)
 
 
 def split_names(text: str) -> list[str]:

@@ -84,7 +84,6 @@ def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -
     """What a plan asks for, with tasks that could be loaded and those that could not."""
     from evaluate.harness import Harness
     from evaluate.result import Run
-    from evaluate.seeds import Seeds
     from evaluate.stored import Store
     from evaluate.sweep import Sweep
     from evaluate.tasks import text_of_tasks
@@ -94,9 +93,7 @@ def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -
     # Only the first rank stores anything, and settings are hashes of all weights.
     settings = plan.settings if ranks.is_first else {}
     return Sweep(
-        Harness(
-            arguments.num_fewshot, arguments.limit, arguments.log_samples, Seeds(*arguments.seeds)
-        ),
+        Harness.of(arguments),
         tasks,
         plan.calibration or text_of_tasks(tasks),
         Store(
@@ -105,6 +102,7 @@ def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -
         ),
         ranks,
         failures,
+        write_out=arguments.write_out,
     )
 
 

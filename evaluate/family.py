@@ -85,8 +85,8 @@ class FamilyLM(HFLM):
     """The members of a tree as one lm-eval model, which answers for the active member.
 
     Log-likelihoods and greedy answers of all members are computed when the first of them is asked,
-    and kept until `forget`. `batch_size` counts rows as long as the longest request, and
-    `generation_batch_size` prompts, by default as many as fit. Softmaxes are in fp32. With several
+    and kept until `forget`. `batch_size` counts rows as long as the longest request (`auto`
+    takes as many as fit, up to `max_batch_size`), and `generation_batch_size` prompts, by default as many as fit. Softmaxes are in fp32. With several
     `ranks`, the first one's requests are dealt to all of them.
     """
 
@@ -96,6 +96,7 @@ class FamilyLM(HFLM):
         *,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = 1,
+        max_batch_size: int | None = None,
         generation_batch_size: int | None = None,
         max_length: int | None = None,
         ranks: Ranks | None = None,
@@ -104,8 +105,7 @@ class FamilyLM(HFLM):
         self.tree = tree
         self._scores: dict[tuple[str, ...], dict[str, ContinuationScore]] = {}
         self._answers: dict[tuple[str, str], dict[str, str]] = {}
-        self._detected_batch_size: int | None = None
-        self.generation_batch_size = generation_batch_size
+        self.generation_batch_size, self.most_rows = generation_batch_size, max_batch_size
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -193,12 +193,6 @@ class FamilyLM(HFLM):
             for by_name in totals
         ]
 
-    def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
-        """The batch size that lm-eval detects, once for all members."""
-        if self._detected_batch_size is None:
-            self._detected_batch_size = super()._detect_batch_size(requests, pos)
-        return self._detected_batch_size
-
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
@@ -209,7 +203,8 @@ class FamilyLM(HFLM):
         rows = rows_of(requests, self.max_length, longest_to_share(self.config, self.max_length))
         scores: list[dict[str, ContinuationScore]] = [{} for _ in requests]
         longest = max((len(row) for row in rows), default=0)
-        budget = AUTO_TOKENS if self.batch_size == "auto" else int(self.batch_size) * longest
+        is_auto, section, num_done = self.batch_size == "auto", 0, 0
+        budget = AUTO_TOKENS if is_auto else int(self.batch_size) * longest
         with tqdm(
             total=len(requests), desc="log-likelihoods", disable=disable_tqdm or self.rank != 0
         ) as progress:
@@ -217,7 +212,7 @@ class FamilyLM(HFLM):
             # once. Rows that are not shared need no mask and get batches of their own.
             waiting = sorted(rows, key=lambda row: (row.is_shared, len(row)))
             while waiting:
-                batch = take_batch(waiting, budget)
+                batch = take_batch(waiting, budget, self.most_rows if is_auto else None)
                 try:
                     add_scores(self.tree, batch, scores)
                 except Exception as error:
@@ -227,7 +222,10 @@ class FamilyLM(HFLM):
                     budget //= 2
                     clear_device_cache(garbage_collection=True)
                     continue
-                progress.update(sum(row.num_requests for row in batch))
+                num_done += (num_new := sum(row.num_requests for row in batch))
+                progress.update(num_new)
+                if is_auto and num_done * self.batch_schedule // len(requests) > section:
+                    section, budget = section + 1, 2 * budget  # as lm-eval's auto:N tries for more
         return scores
 
 

@@ -24,6 +24,7 @@ from patching.checkpoints.fingerprint import fingerprint
 from patching.cli.units import parse_sizes
 from patching.family import Family
 from patching.patch_order import NAMED_ORDERS
+from patching.recipe import Reference
 from patching.running.calibration import Calibration
 
 MODELS = ("teacher", "student", "model")
@@ -35,7 +36,7 @@ SHARED_SETTINGS = ("teacher", "dtype", "limit", "num_fewshot", "seed")
 class Compared(NamedTuple):
     """A model to evaluate alongside the family."""
 
-    name_or_path: str
+    reference: Reference
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
@@ -56,7 +57,11 @@ class Plan:
     @classmethod
     def of(cls, arguments: EvaluationArguments, device: torch.device) -> "Plan":
         """Raises ValueError or OSError if something is missing or does not fit together."""
-        family = arguments.open_family(dtype=arguments.dtype, device=device)
+        family = arguments.open_family(
+            dtype=arguments.dtype,
+            device=device,
+            attn_implementation=arguments.attn_implementation,
+        )
         _ = family.tokenizer  # a missing one is noticed here
         model_type = family.configs["teacher"].model_type
         if predicts_masked_tokens(family.configs["teacher"]) and not (
@@ -96,6 +101,7 @@ class Plan:
                 arguments.include_path,
                 arguments.trust_remote_code,
                 Seeds(*arguments.seeds),
+                arguments.values_of("metadata"),
             )
         if self.texts:
             name, config = arguments.text_name, self.family.configs["teacher"]
@@ -129,7 +135,8 @@ class Plan:
                 calibration = {"calibration": self.calibration.sha256}
                 settings[name] = settings["family"] | calibration
         for series, model in self.compared.items():
-            settings[series] = shared | {"model": fingerprint(model.name_or_path, model.config)}
+            name_or_path = model.reference.name_or_path
+            settings[series] = shared | {"model": fingerprint(name_or_path, model.config)}
         return settings
 
     def check_settings(self) -> None:
@@ -163,9 +170,13 @@ def second_family(family: Family, arguments: EvaluationArguments) -> Family:
     other = dataclasses.replace(
         arguments,
         student_model_name_or_path=arguments.random_student,
-        student_revision=None,
+        student_revision=arguments.random_student_revision,
         order=arguments.order if arguments.order in NAMED_ORDERS else None,
-    ).open_family(dtype=family.dtype, device=family.parents.device)
+    ).open_family(
+        dtype=family.dtype,
+        device=family.parents.device,
+        attn_implementation=arguments.attn_implementation,
+    )
     return other.with_order(family.order) if other.layer_map == family.layer_map else other
 
 
@@ -189,11 +200,13 @@ def compared_models(arguments: EvaluationArguments, family: Family) -> dict[str,
     trust = arguments.trust_remote_code
     compared = {}
     for short, name in zip(short_names(names), names):
+        reference = reference_of(name)
+        how = {"revision": reference.revision, "trust_remote_code": trust}
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+            config = AutoConfig.from_pretrained(reference.name_or_path, **how)
             # Batched generation needs padding on the left.
             tokenizer = AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust, padding_side="left"
+                reference.name_or_path, padding_side="left", **how
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"compare={name}: the model cannot be read ({error})") from error
@@ -202,5 +215,13 @@ def compared_models(arguments: EvaluationArguments, family: Family) -> dict[str,
                 f"compare={name}: its tokens differ from the teacher's, so its perplexity cannot "
                 "be compared with the family's: leave out --dataset, or this model"
             )
-        compared[f"compare_{short}"] = Compared(name, as_bert_config(config), tokenizer)
+        compared[f"compare_{short}"] = Compared(reference, as_bert_config(config), tokenizer)
     return compared
+
+
+def reference_of(name: str) -> Reference:
+    """A model's name, with its revision if it is written MODEL@REVISION."""
+    name_or_path, at, revision = name.rpartition("@")
+    if not at or Path(name).exists():
+        return Reference(name)
+    return Reference(name_or_path, revision)

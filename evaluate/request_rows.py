@@ -105,12 +105,12 @@ def _share(context: Tokens, continuations: Mapping[Tokens, list[Owner]], longest
     return rows
 
 
-def take_batch(waiting: list[Row], budget: int) -> list[Row]:
+def take_batch(waiting: list[Row], budget: int, most_rows: int | None = None) -> list[Row]:
     """Remove the next batch from the end: rows that are all shared or all not, with at most
-    `budget` tokens when padded, but at least one row.
+    `budget` tokens when padded and at most `most_rows`, but at least one row.
     """
     batch = [waiting.pop()]
-    most = max(1, budget // len(batch[0]))
+    most = max(1, min(budget // len(batch[0]), most_rows or budget))
     while waiting and len(batch) < most and waiting[-1].is_shared == batch[0].is_shared:
         batch.append(waiting.pop())
     return batch

@@ -25,7 +25,7 @@ from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.assemble import count_parameters
 from patching.checkpoints.fingerprint import GENERATION, TOKENIZER, fingerprint
 from patching.family import Family
-from patching.recipe import Recipe, Reference
+from patching.recipe import Recipe
 from patching.running.prefix_tree import PrefixTree
 
 
@@ -82,6 +82,7 @@ class FamilySeries:
         return {
             "tokenizer": parents.fingerprint("teacher", TOKENIZER),
             "generation_config": " ".join(configs),
+            **how_models_run(self.plan),
         }
 
     @property
@@ -128,10 +129,11 @@ class ComparedSeries:
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        name_or_path, config, _ = self.plan.compared[self.name]
+        reference, config, _ = self.plan.compared[self.name]
         return {
-            "tokenizer": fingerprint(name_or_path, config, TOKENIZER),
-            "generation_config": fingerprint(name_or_path, config, GENERATION),
+            "tokenizer": fingerprint(reference.name_or_path, config, TOKENIZER),
+            "generation_config": fingerprint(reference.name_or_path, config, GENERATION),
+            **how_models_run(self.plan),
         }
 
     def facts(self, member: SeriesMember) -> dict[str, Any]:
@@ -144,10 +146,15 @@ class ComparedSeries:
         }
 
     def load(self, members: Sequence[SeriesMember]) -> MemberLM:
-        name_or_path, _, tokenizer = self.plan.compared[self.name]
+        reference, _, tokenizer = self.plan.compared[self.name]
         parents = self.plan.family.parents
-        model = load_model(Reference(name_or_path), parents.dtype, parents.trust_remote_code)
-        model = model.to(parents.device).eval()
+        model = load_model(
+            reference,
+            parents.dtype,
+            parents.trust_remote_code,
+            parents.attn_implementation,
+            parents.placement,
+        ).eval()
         tree = SingleModel(self.name, model)
         return lm_of(tree, model.config, tokenizer, self.plan, self.ranks)
 
@@ -171,8 +178,23 @@ def lm_of(
     """A tree's members as one lm-eval model."""
     if predicts_masked_tokens(config):
         return MaskedFamilyLM(tree, tokenizer=tokenizer, ranks=ranks)
-    batch_size = plan.arguments.batch_size
-    return FamilyLM(tree, tokenizer=tokenizer, batch_size=batch_size, ranks=ranks)
+    arguments = plan.arguments
+    return FamilyLM(
+        tree,
+        tokenizer=tokenizer,
+        batch_size=arguments.batch_size,
+        max_batch_size=arguments.max_batch_size,
+        generation_batch_size=arguments.generation_batch_size,
+        max_length=arguments.max_length,
+        ranks=ranks,
+    )
+
+
+def how_models_run(plan: Plan) -> dict[str, str]:
+    """Flags that change scores in the way models run, as far as they are given."""
+    names = ("max_length", "attn_implementation")
+    values = {name: getattr(plan.arguments, name) for name in names}
+    return {name: str(value) for name, value in values.items() if value is not None}
 
 
 def parameters_of(plan: Plan, config: PreTrainedConfig) -> Parameters:

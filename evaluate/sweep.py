@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from evaluate.cost import cost_of
-from evaluate.harness import Harness
+from evaluate.harness import Harness, first_prompts
 from evaluate.ranks import Ranks
 from evaluate.result import FinishedTask, Similarity
 from evaluate.series import MemberLM, Series, SeriesMember
@@ -37,6 +37,8 @@ class Sweep:
     ranks: Ranks
     failures: dict[str, str] = field(default_factory=dict)
     """Tasks that could not be evaluated, and why."""
+    write_out: bool = False
+    """Whether to show the first prompt of each task."""
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
     """By task, what its scores come from, as far as that is the same for all series."""
 
@@ -97,6 +99,8 @@ class Sweep:
         for task, loaded in list(self.tasks.items()):
             try:
                 self.sources[task] = self.harness.sources(loaded) | of_libraries
+                if self.write_out:
+                    logger.warning("\n".join(first_prompts(loaded)))
             except Exception as error:  # tasks are code
                 logger.error("%s: its prompts cannot be built", task, exc_info=True)
                 self.failures[task] = reason(error)

@@ -3,14 +3,17 @@
 import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from glob import glob
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 from torch.utils._pytree import tree_leaves
+from yaml import YAMLError
 
 from evaluate.seeds import DEFAULT_SEEDS, Seeds
 from evaluate.sources import config_hash
@@ -38,8 +41,10 @@ def load_tasks(
     include_path: str | None = None,
     trust_remote_code: bool = False,
     seeds: Seeds = DEFAULT_SEEDS,
+    metadata: Mapping[str, Any] | None = None,
 ) -> LoadedTasks:
     """The named tasks, groups and tags with their data. Those without data do not stop the others.
+    A name may be a pattern such as `arc_*`, a task file, or a pattern of files.
     A task that several of them contain is one object in all of them.
 
     Each name is loaded as if it were the only one, with the seeds set before: some tasks shuffle
@@ -60,19 +65,12 @@ def load_tasks(
         refuse_metric_downloads()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it applies
     logging.getLogger("lm_eval.api.registry").setLevel(logging.CRITICAL)  # reported below
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if any(name not in manager.task_index for name in names):
-        manager = TaskManager(include_path=include_path)  # indexing lm-eval's own takes seconds
-    unknown = [name for name in names if name not in manager.task_index]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], manager.task_index, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
-        raise ValueError(f"tasks={','.join(unknown)}: lm-eval has no such task, {hint}")
+    specs, manager = specs_of(names, include_path, metadata)
     loaded, failures = {}, {}
-    for name in names:
+    for name, spec in specs.items():
         try:
             seeds.set()
-            loaded[name] = manager.load([name])
+            loaded[name] = manager.load([spec])
         except Exception as error:  # tasks are code, data sets and a network: anything may happen
             failures[name] = reason(error)
     for task in all_tasks(loaded):
@@ -87,6 +85,44 @@ def load_tasks(
                 )
     merge_repeated(loaded)
     return LoadedTasks(loaded, failures)
+
+
+def specs_of(
+    names: Sequence[str], include_path: str | None, metadata: Mapping[str, Any] | None
+) -> tuple[dict[str, str | dict[str, Any]], TaskManager]:
+    """By name, what a task manager loads: a name that it knows, or the config in a task file.
+
+    Raises ValueError for a name that is neither, and for a file that cannot be read.
+    """
+    specs: dict[str, str | dict[str, Any]] = {}
+    manager = TaskManager(
+        include_path=include_path, include_defaults=False, metadata=dict(metadata or {})
+    )
+    known = [name for name in names if not name.endswith(".yaml")]
+    if any(not manager.match_tasks([name]) for name in known):
+        # Indexing lm-eval's own takes seconds.
+        manager = TaskManager(include_path=include_path, metadata=dict(metadata or {}))
+    unknown = []
+    for name in names:
+        files = sorted(glob(name)) if name.endswith(".yaml") else []
+        for file in files:
+            try:
+                config = load_yaml(Path(file).absolute(), resolve_func=True)
+            except (OSError, ValueError, YAMLError) as error:
+                raise ValueError(f"tasks={file}: this is not a task file ({error})") from error
+            of_name = config.get("group", config.get("task"))
+            if not isinstance(of_name, str):
+                raise ValueError(f"tasks={file}: this file names no task")
+            specs[of_name] = config
+        matches = [] if files else manager.match_tasks([name])
+        specs |= {match: match for match in matches}
+        if not files and not matches:
+            unknown.append(name)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], manager.task_index, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them"
+        raise ValueError(f"tasks={','.join(unknown)}: lm-eval has no such task, {hint}")
+    return specs, manager
 
 
 def merge_repeated(loaded: Tasks) -> None:

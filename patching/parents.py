@@ -75,6 +75,11 @@ class Parents:
             frozenset(models),
         )
 
+    @property
+    def placement(self) -> str | Mapping[str, Any]:
+        """Where weights go as they are read: what the caller said, else all to one device."""
+        return self.device_map or {"": self.device}
+
     def load(self, parents: Collection[Parent]) -> dict[Parent, PreTrainedModel]:
         """The named parents, all in one dtype. Each is read once and kept.
 
@@ -83,14 +88,13 @@ class Parents:
         """
         for parent in sorted(parents):
             if parent not in self.models:
-                model = load_model(
+                self.models[parent] = load_model(
                     self.references[parent],
                     self.dtype,
                     self.trust_remote_code,
                     self.attn_implementation,
-                    self.device_map,
+                    self.placement,
                 )
-                self.models[parent] = model if self.device_map else model.to(self.device)
             elif self.models[parent].dtype != self.dtype:
                 raise ValueError(
                     f"the {parent} is in memory in {self.models[parent].dtype}, and {self.dtype} "

@@ -22,6 +22,12 @@ def dispatch(model: PreTrainedModel) -> PreTrainedModel:
     return model if len(devices) == 1 else dispatch_model(model, device_map_of(model))
 
 
+def over_devices(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is if all of it is on one device, else with the hooks of `dispatch`."""
+    is_spread = len({parameter.device for parameter in model.parameters()}) > 1
+    return dispatch(model) if is_spread else model
+
+
 def device_map_of(model: PreTrainedModel) -> dict[str, torch.device]:
     """The device of each layer, and of each module outside the layers that has parameters."""
     architecture = architecture_of(model.config)

@@ -23,6 +23,7 @@ from patching.architectures.lookup import architecture_of
 from patching.assemble import assemble
 from patching.recipe import Recipe
 from patching.running.chunks import CHUNK_LOGITS, slices
+from patching.running.placement import over_devices
 
 LayerPath = tuple[Any, ...]
 """The embedding's parent and the sources of some first layers. Equal paths have equal states."""
@@ -39,7 +40,7 @@ class PrefixTree:
         student: PreTrainedModel | None = None,
     ) -> None:
         self.models = {
-            name: assemble(recipe, teacher=teacher, student=student)
+            name: over_devices(assemble(recipe, teacher=teacher, student=student))
             for name, recipe in recipes.items()
         }
         self._layers = {
@@ -244,9 +245,10 @@ def _after_layers(
     ids_N = inputs["input_ids"].flatten()[positions_N]
     row_length = inputs["input_ids"].shape[1]
     state_BTD = output if isinstance(output, Tensor) else output[0]
+    places_N = positions_N.to(state_BTD.device)  # where the last layer is
     for chunk in whole_rows(len(positions_N), step, row_length):
         shape = (-1, min(row_length, chunk.stop - chunk.start))
-        selected_BTD = state_BTD.flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)
+        selected_BTD = state_BTD.flatten(0, 1)[places_N[chunk]].unflatten(0, shape)
         with ExitStack() as undo:
             for layer in layers:
                 like = selected_BTD if isinstance(output, Tensor) else (selected_BTD,)
