@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # torch, transformers and lm-eval take seconds to import, and `--help` does not need them.
     from evaluate.devices import device_of_rank
+    from evaluate.lm_eval_files import write_files
     from evaluate.plan import Plan
     from evaluate.ranks import Ranks
     from evaluate.report import read_sweeps, write_report
@@ -71,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     if not ranks.is_first:
         return
     folder = arguments.save_directory
-    if read_results(folder):
+    if results := read_results(folder):
+        write_files(folder, results, sweep.store.changed, arguments)
         print(write_report([*read_sweeps([folder])], folder, failures))
         print(f"report: {folder / 'summary.md'}")
     for task, reason in failures.items():

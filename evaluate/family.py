@@ -85,9 +85,10 @@ class FamilyLM(HFLM):
     """The members of a tree as one lm-eval model, which answers for the active member.
 
     Log-likelihoods and greedy answers of all members are computed when the first of them is asked,
-    and kept until `forget`. `batch_size` counts rows as long as the longest request (`auto`
-    takes as many as fit, up to `max_batch_size`), and `generation_batch_size` prompts, by default as many as fit. Softmaxes are in fp32. With several
-    `ranks`, the first one's requests are dealt to all of them.
+    and kept until `forget`. `batch_size` counts rows as long as the longest request; `auto` takes
+    as many as fit, up to `max_batch_size`. `generation_batch_size` counts prompts, by default as
+    many as fit. Softmaxes are in fp32. With several `ranks`, the first one's requests are dealt to
+    all of them.
     """
 
     def __init__(

@@ -98,7 +98,10 @@ class Harness:
             task.build_all_requests(
                 limit=get_sample_size(task, self.limit),
                 samples=None if self.documents is None else self.documents.get(name),
-                fewshot_as_multiturn=True,
+                # A chat template comes with a model.
+                **{
+                    name: of for name, of in self.prompting.items() if name != "apply_chat_template"
+                },
                 **self.caching,
             )
         others = {name: value for name, value in self.prompting.items() if name in CHANGE_PROMPTS}

@@ -14,8 +14,8 @@ KEYS_AND_VALUES = "key=value, several separated by commas or spaces, or a JSON o
 
 
 @dataclass
-class HarnessArguments:
-    """Flags that lm-eval has too."""
+class TaskArguments:
+    """Flags that name tasks and their documents."""
 
     tasks: str | None = field(
         default=None,
@@ -42,6 +42,49 @@ class HarnessArguments:
             "'{\"arc_easy\": [0, 3, 6]}'"
         },
     )
+    confirm_run_unsafe_code: bool = field(
+        default=False, metadata={"help": "run tasks that execute code which a model has written"}
+    )
+
+    def check_tasks(self) -> list[str]:
+        """Problems with these flags, one line each. Joins tasks that are separated by spaces."""
+        if isinstance(self.tasks, list):
+            self.tasks = ",".join(self.tasks)
+        problems = []
+        if self.limit is not None and self.limit <= 0:
+            problems.append(f"limit={self.limit}: choose a number above 0")
+        if self.limit is not None and self.samples is not None:
+            problems.append("--limit and --samples both choose documents: give one of them")
+        try:
+            _ = self.documents
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        return problems
+
+    @property
+    def documents(self) -> dict[str, list[int]] | None:
+        """The documents of `--samples` by task. Raises ValueError or OSError for unusable ones."""
+        if self.samples is None:
+            return None
+        text = self.samples
+        if not text.lstrip().startswith("{"):
+            text = Path(text).read_text(encoding="utf-8")
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"samples={self.samples}: this is not JSON ({error})") from error
+        if not all(
+            isinstance(of, list) and all(isinstance(i, int) and i >= 0 for i in of) and of
+            for of in found.values()
+        ):
+            raise ValueError(f"samples={self.samples}: write a list of numbers for each task")
+        return found
+
+
+@dataclass
+class PromptArguments:
+    """Flags that say how prompts are built."""
+
     num_fewshot: int | None = field(
         default=None,
         metadata={"help": "examples in the prompt (by default each task's own number)"},
@@ -66,6 +109,54 @@ class HarnessArguments:
             "const": "true",
         },
     )
+    cache_requests: str | None = field(
+        default=None,
+        metadata={
+            "help": "keep prompts for further runs; refresh builds them again, delete forgets them",
+            "nargs": "?",
+            "const": "true",
+            "choices": ["true", "refresh", "delete"],
+        },
+    )
+    write_out: bool = field(default=False, metadata={"help": "show the first prompt of each task"})
+    cache_requests: str | None = field(
+        default=None,
+        metadata={
+            "help": "keep prompts for further runs; refresh builds them again, delete forgets them",
+            "nargs": "?",
+            "const": "true",
+            "choices": ["true", "refresh", "delete"],
+        },
+    )
+
+    def check_prompts(self) -> list[str]:
+        """Problems with these flags, one line each."""
+        problems = []
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            problems.append(f"num_fewshot={self.num_fewshot}: choose 0 or more")
+        if self.fewshot_as_multiturn not in (None, "true", "false"):
+            problems.append(f"fewshot_as_multiturn={self.fewshot_as_multiturn}: true or false")
+        if self.fewshot_as_multiturn == "true" and self.apply_chat_template is None:
+            problems.append("--fewshot_as_multiturn needs --apply_chat_template")
+        return problems
+
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """How prompts are built, as arguments of lm-eval's `evaluate`."""
+        chat = self.apply_chat_template
+        chat = {None: False, "true": True}.get(chat, chat)
+        multiturn = self.fewshot_as_multiturn
+        return {
+            "apply_chat_template": chat,
+            "fewshot_as_multiturn": bool(chat) if multiturn is None else multiturn == "true",
+            "system_instruction": self.system_instruction,
+        }
+
+
+@dataclass
+class HarnessArguments(TaskArguments, PromptArguments):
+    """Flags that lm-eval has too."""
+
     gen_kwargs: list[str] | None = field(
         default=None,
         metadata={"help": f"changes of each task's generation arguments: {KEYS_AND_VALUES}"},
@@ -77,7 +168,7 @@ class HarnessArguments:
     eval_batch_size: str = field(
         default="4",
         metadata={
-            "help": "rows per forward pass; auto for as many as fit, auto:N to try N times for more",
+            "help": "rows per forward pass; auto for as many as fit, auto:N to try for more",
             "aliases": ["--batch_size"],
         },
     )
@@ -101,19 +192,6 @@ class HarnessArguments:
     predict_only: bool = field(
         default=False, metadata={"help": "write the answers without computing metrics"}
     )
-    write_out: bool = field(default=False, metadata={"help": "show the first prompt of each task"})
-    cache_requests: str | None = field(
-        default=None,
-        metadata={
-            "help": "keep prompts for further runs; refresh builds them again, delete forgets them",
-            "nargs": "?",
-            "const": "true",
-            "choices": ["true", "refresh", "delete"],
-        },
-    )
-    confirm_run_unsafe_code: bool = field(
-        default=False, metadata={"help": "run tasks that execute code which a model has written"}
-    )
     wandb_args: list[str] | None = field(
         default=None,
         metadata={"help": f"log each model to Weights & Biases; wandb.init's {KEYS_AND_VALUES}"},
@@ -124,48 +202,32 @@ class HarnessArguments:
     )
 
     def check_harness(self) -> list[str]:
-        """Problems with these flags, one line each. Puts flags that lm-eval derives from others in
-        place.
-        """
-        if isinstance(self.tasks, list):
-            self.tasks = ",".join(self.tasks)
+        """Problems with these flags, one line each. Sets those that lm-eval derives from others."""
         self.log_samples = self.log_samples or self.predict_only
-        problems = [
+        problems = self.check_tasks() + self.check_prompts()
+        problems += [
             f"{name}={value}: choose {least} or more"
             for name, value, least in (
-                ("num_fewshot", self.num_fewshot, 0),
                 ("max_length", self.max_length, 2),
                 ("max_batch_size", self.max_batch_size, 1),
                 ("bootstrap_iters", self.bootstrap_iters, 0),
             )
             if value is not None and value < least
         ]
-        if self.limit is not None and self.limit <= 0:
-            problems.append(f"limit={self.limit}: choose a number above 0")
-        if self.limit is not None and self.samples is not None:
-            problems.append("--limit and --samples both choose documents: give one of them")
         size, _, times = self.eval_batch_size.partition(":")
         if not (_is_count(size) and not times) and not (size == "auto" and _is_count(times or "1")):
             problems.append(
                 f"eval_batch_size={self.eval_batch_size}: choose 1 or more, or auto, or auto:N"
             )
-        if self.fewshot_as_multiturn not in (None, "true", "false"):
-            problems.append(f"fewshot_as_multiturn={self.fewshot_as_multiturn}: true or false")
-        if self.fewshot_as_multiturn == "true" and self.apply_chat_template is None:
-            problems.append("--fewshot_as_multiturn needs --apply_chat_template")
         for name in ("wandb", "trackio"):
             if getattr(self, f"{name}_args") is not None and not importlib.util.find_spec(name):
                 problems.append(f"--{name}_args needs {name}, which is not installed")
-        for check in ("seeds", "documents"):
-            try:
-                getattr(self, check)
-            except (ValueError, OSError) as error:
-                problems.append(str(error))
-        for name in ("gen_kwargs", "metadata", "wandb_args", "trackio_args"):
-            try:
+        try:
+            _ = self.seeds
+            for name in ("gen_kwargs", "metadata", "wandb_args", "trackio_args"):
                 self.values_of(name)
-            except ValueError as error:
-                problems.append(str(error))
+        except ValueError as error:
+            problems.append(str(error))
         return problems
 
     def values_of(self, name: str) -> dict[str, Any]:
@@ -187,25 +249,6 @@ class HarnessArguments:
             raise ValueError(f"{name}={text}: write {KEYS_AND_VALUES} ({error})") from error
 
     @property
-    def documents(self) -> dict[str, list[int]] | None:
-        """The documents of `--samples` by task. Raises ValueError or OSError for unusable ones."""
-        if self.samples is None:
-            return None
-        text = self.samples
-        if not text.lstrip().startswith("{"):
-            text = Path(text).read_text(encoding="utf-8")
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"samples={self.samples}: this is not JSON ({error})") from error
-        if not all(
-            isinstance(of, list) and all(isinstance(i, int) and i >= 0 for i in of) and of
-            for of in found.values()
-        ):
-            raise ValueError(f"samples={self.samples}: write a list of numbers for each task")
-        return found
-
-    @property
     def seeds(self) -> list[int | None]:
         """Four seeds, as lm-eval reads them. Raises ValueError for another number of them."""
         parts = [part.strip().lower() for part in self.seed.split(",")]
@@ -223,18 +266,6 @@ class HarnessArguments:
     def batch_size(self) -> int | str:
         size = self.eval_batch_size
         return int(size) if size.isdecimal() else size
-
-    @property
-    def prompting(self) -> dict[str, Any]:
-        """How prompts are built, as arguments of lm-eval's `evaluate`."""
-        chat = self.apply_chat_template
-        chat = {None: False, "true": True}.get(chat, chat)
-        multiturn = self.fewshot_as_multiturn
-        return {
-            "apply_chat_template": chat,
-            "fewshot_as_multiturn": bool(chat) if multiturn is None else multiturn == "true",
-            "system_instruction": self.system_instruction,
-        }
 
 
 def _is_count(text: str) -> bool:

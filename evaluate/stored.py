@@ -36,6 +36,8 @@ class Store:
     """By member, what is stored, as far as it has been read."""
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By member, fields of its result that are known before it runs."""
+    changed: set[str] = field(default_factory=set)
+    """Members with new scores."""
 
     def read(self) -> None:
         self.results = read_results(self.folder)
@@ -70,6 +72,7 @@ class Store:
             return result
 
         self.update(series, member, add)
+        self.changed.add(member.name)
 
 
 def missing_tasks(stored: Result | None, wanted: Sources, with_samples: bool = False) -> list[str]:

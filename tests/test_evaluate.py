@@ -121,7 +121,7 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
-        ".lock", "documents",
+        ".lock", "documents", "lm_eval",
         *(f"family_k{k}.json" for k in (0, 1, 2)), "naive_k0.json", "naive_k1.json",
         *(f"summary.{suffix}" for suffix in ("md", "csv", "json", "png", "svg")),
     }  # fmt: skip

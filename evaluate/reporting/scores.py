@@ -50,6 +50,8 @@ def scores_of(result: Result) -> list[Score]:
     for task, values in result.results.items():
         for key, value in values.items():
             metric, comma, filter_name = key.partition(",")
+            if metric == "bypass":  # lm-eval's number where no metric is computed
+                continue
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{filter_name}")
