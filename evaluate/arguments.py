@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from evaluate.baselines import BASELINES
-from evaluate.harness_arguments import HarnessArguments
+from evaluate.harness_arguments import KEYS_AND_VALUES, HarnessArguments
 from patching.arguments import DTYPES, CalibrationArguments, MeasuringArguments
 
 PAPER_SUITE = (
@@ -113,6 +114,20 @@ class EvaluationArguments(
         default=None,
         metadata={"help": "prompts in a batch of generation (by default as many as fit)"},
     )
+    generation_backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "what generates; vllm runs each member from a temporary folder",
+            "choices": ["transformers", "vllm"],
+        },
+    )
+    vllm_args: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "arguments of lm-eval's vLLM model, such as gpu_memory_utilization=0.5: "
+            f"{KEYS_AND_VALUES}"
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention of transformers, such as sdpa or eager"}
     )
@@ -129,6 +144,8 @@ class EvaluationArguments(
         problems += self.check_harness()
         if self.generation_batch_size is not None and self.generation_batch_size < 1:
             problems.append(f"generation_batch_size={self.generation_batch_size}: choose 1 or more")
+        if self.generation_backend == "vllm" and not importlib.util.find_spec("vllm"):
+            problems.append("--generation_backend vllm needs vllm, which is not installed")
         if set(self.baseline_names) - set(BASELINES):
             problems.append(f"baselines={self.baselines}: choose from {', '.join(BASELINES)}")
         if problems:

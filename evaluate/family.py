@@ -14,7 +14,6 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -25,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from evaluate.generation import answers_of_members, can_share, key_of
+from evaluate.generation import GeneratingLM, Generator
 from evaluate.ranks import Ranks
 from evaluate.request_rows import Row, batch_of, rows_of, take_batch
 from patching.architectures.lookup import architecture_of
@@ -81,7 +80,7 @@ class ContinuationScore(NamedTuple):
     """Whether each of its tokens is the most likely one."""
 
 
-class FamilyLM(HFLM):
+class FamilyLM(GeneratingLM):
     """The members of a tree as one lm-eval model, which answers for the active member.
 
     Log-likelihoods and greedy answers of all members are computed when the first of them is asked,
@@ -99,6 +98,7 @@ class FamilyLM(HFLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         generation_batch_size: int | None = None,
+        generator: Generator | None = None,
         max_length: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -106,6 +106,7 @@ class FamilyLM(HFLM):
         self.tree = tree
         self._scores: dict[tuple[str, ...], dict[str, ContinuationScore]] = {}
         self._answers: dict[tuple[str, str], dict[str, str]] = {}
+        self.generator = generator
         self.generation_batch_size, self.most_rows = generation_batch_size, max_batch_size
         super().__init__(
             pretrained=model,
@@ -139,38 +140,11 @@ class FamilyLM(HFLM):
         self._share("score_texts", requests)
         return [self._scores[request.args][self.name].log_likelihood for request in requests]
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        members = self.tree.models.values()
-        shared = [r for r in requests if can_share(self, members, r.args[1])]
-        missing = {key: r for r in shared if (key := key_of(r)) not in self._answers}
-        if missing:
-            answers = self.ranks.share(self, "answer_for_members", list(missing.values()))
-            self._answers.update(zip(missing, answers))
-        is_shared = set(map(id, shared))
-        alone = [r for r in requests if id(r) not in is_shared]
-        of_one = iter(self.ranks.share(self, "answer_alone", alone) if alone else [])
-        return [
-            self._answers[key_of(r)][self.name] if id(r) in is_shared else next(of_one)
-            for r in requests
-        ]
-
     def _share(self, method: str, requests: Sequence[Instance]) -> None:
         """Let the ranks compute all members' scores of the requests that have none yet."""
         missing = {r.args: r for r in requests if r.args not in self._scores}
         scores = self.ranks.share(self, method, list(missing.values())) if missing else []
         self._scores.update(zip(missing, scores))
-
-    def answer_alone(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The active member's answer to each request."""
-        return super().generate_until(requests, disable_tqdm)
-
-    def answer_for_members(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[dict[str, str]]:
-        """Every member's answer to each request, by its name."""
-        return answers_of_members(
-            self, self.tree, requests, self.generation_batch_size, disable_tqdm
-        )
 
     def score_continuations(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -231,7 +205,7 @@ class FamilyLM(HFLM):
 
 
 def rolling_windows(
-    lm: HFLM, requests: Sequence[Instance]
+    lm: FamilyLM, requests: Sequence[Instance]
 ) -> Iterator[tuple[int, tuple[None, list[int], list[int]]]]:
     """What to score of whole texts, in pieces that fit the model: the index of a request, and
     (nothing, context, continuation). Every token is scored once.

@@ -11,7 +11,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +130,57 @@ def answers_of_members(
                         answers[i][name] = text
                 progress.update(len(batch) * len(found))
     return answers
+
+
+Generator = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Sequence[Instance]], Sequence[str]]
+"""Called with a member, its tokenizer and requests. Returns the member's answers."""
+
+
+class GeneratingLM(HFLM):
+    """The part of a `FamilyLM` that generates. Greedy answers of all members are computed when the
+    first of them is asked.
+    """
+
+    name: str
+    """The member that answers."""
+    tree: Any
+    ranks: Any
+    generator: Generator | None
+    """Generates instead of the members themselves."""
+    generation_batch_size: int | None
+    _answers: dict[tuple[str, str], dict[str, str]]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        if self.generator is not None:
+            return self.generator(self.model, self.tokenizer, requests)
+        members = self.tree.models.values()
+        shared = [can_share(self, members, request.args[1]) for request in requests]
+        missing = {
+            key: request
+            for request, is_shared in zip(requests, shared)
+            if is_shared and (key := key_of(request)) not in self._answers
+        }
+        if missing:
+            answers = self.ranks.share(self, "answer_for_members", list(missing.values()))
+            self._answers.update(zip(missing, answers))
+        alone = [request for request, is_shared in zip(requests, shared) if not is_shared]
+        of_one = iter(self.ranks.share(self, "answer_alone", alone) if alone else [])
+        return [
+            self._answers[key_of(request)][self.name] if is_shared else next(of_one)
+            for request, is_shared in zip(requests, shared)
+        ]
+
+    def answer_alone(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The active member's answer to each request."""
+        return super().generate_until(requests, disable_tqdm)
+
+    def answer_for_members(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[dict[str, str]]:
+        """Every member's answer to each request, by its name."""
+        return answers_of_members(
+            self, self.tree, requests, self.generation_batch_size, disable_tqdm
+        )
 
 
 def has_plain_cache(model: PreTrainedModel) -> bool:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluate.arguments import EvaluationArguments
 from evaluate.baselines import BASELINES
 from evaluate.family import FamilyLM, SingleModel
+from evaluate.generation import Generator
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.plan import Plan
 from evaluate.ranks import Ranks
 from evaluate.result import Parameters
+from evaluate.vllm import vllm_answers
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.assemble import count_parameters
 from patching.checkpoints.fingerprint import GENERATION, TOKENIZER, fingerprint
@@ -185,15 +188,27 @@ def lm_of(
         batch_size=arguments.batch_size,
         max_batch_size=arguments.max_batch_size,
         generation_batch_size=arguments.generation_batch_size,
+        generator=generator_of(arguments),
         max_length=arguments.max_length,
         ranks=ranks,
     )
+
+
+def generator_of(arguments: EvaluationArguments) -> Generator | None:
+    """What generates instead of the members themselves, None if they do."""
+    if arguments.generation_backend == "transformers":
+        return None
+    options = {"max_length": arguments.max_length} if arguments.max_length else {}
+    options |= {"trust_remote_code": arguments.trust_remote_code}
+    return partial(vllm_answers, options=options | arguments.values_of("vllm_args"))
 
 
 def how_models_run(plan: Plan) -> dict[str, str]:
     """Flags that change scores in the way models run, as far as they are given."""
     names = ("max_length", "attn_implementation")
     values = {name: getattr(plan.arguments, name) for name in names}
+    if plan.arguments.generation_backend != "transformers":
+        values["generation_backend"] = plan.arguments.generation_backend
     return {name: str(value) for name, value in values.items() if value is not None}
 
 

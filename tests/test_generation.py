@@ -1,15 +1,22 @@
 """What members generate: the text of the stock harness, from prompts that are run once."""
 
+import json
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from local_tasks import CHOICE, GENERATION, QUESTIONS, flags, write_task
 from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair
 from transformers import BloomConfig
 
-from evaluate import generation
+from evaluate import generation, vllm
+from evaluate.evaluate import main
 from evaluate.family import FamilyLM, SingleModel
+from evaluate.result import read_results
 from patching.recipe import intermediate_model
 from patching.running.prefix_tree import PrefixTree
 
@@ -143,6 +150,41 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch):
     monkeypatch.setattr(PrefixTree, "prefill", scarce)
     assert lm_of(tree).generate_until(requests, True) == expected
     assert sizes == [5, 2, 3, 1, 2]
+
+
+def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatch):
+    """Same text as the members themselves, by a stand-in that reads the saved folder alone."""
+    stand_in = Path(__file__).parent / "stand_in_vllm"
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    write_task(tasks, "generation", QUESTIONS, **GENERATION, metric_list=[metric])
+    write_task(tasks, "choice", QUESTIONS, **CHOICE)
+    made = []
+    make = tempfile.TemporaryDirectory
+    monkeypatch.setattr(
+        vllm.tempfile,
+        "TemporaryDirectory",
+        lambda **how: made.append(folder := make(dir=tmp_path, **how)) or folder,
+    )
+    for name, given in (("own", []), ("vllm", ["--generation_backend", "vllm"])):
+        settings = {"num_layers_to_patch": "0,1", "include_path": tasks}
+        settings["tasks"] = "generation,choice"
+        if name == "vllm":
+            with pytest.raises(SystemExit):
+                main([*flags(pair_folders, tmp_path / name, **settings), *given])
+            monkeypatch.syspath_prepend(stand_in)
+        main([*flags(pair_folders, tmp_path / name, **settings), "--log_samples", *given])
+    assert len(made) == 2  # one for each member
+    assert not any(Path(folder.name).exists() for folder in made)
+    for k in range(2):
+        answers = []
+        for name in ("own", "vllm"):
+            path = tmp_path / name / "samples" / f"family_k{k}" / "samples_generation.jsonl"
+            answers.append([json.loads(line)["resps"] for line in path.read_text().splitlines()])
+        assert answers[0] == answers[1]
+    sources = read_results(tmp_path / "vllm")["family_k0"].tasks["generation"].sources
+    assert sources["generation_backend"] == "vllm"
 
 
 def test_more_new_tokens_than_the_model_reads():
