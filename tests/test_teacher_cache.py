@@ -164,7 +164,7 @@ def test_a_run_from_the_cache_is_the_run_with_the_teacher(
 
 def test_a_stopped_command_continues(pair_folders, text_file, tmp_path, monkeypatch, capsys):
     flags = cache_flags(pair_folders[0], text_file, tmp_path / "c", "--top_k", "3")
-    flags += ["--batch_size", "2"]
+    flags += ["--batch_size", "2", "--bf16", "True"]
     monkeypatch.setattr(teacher_cache, "TOKENS_PER_FILE", 128)
     add, num_added = CacheWriter.add, []
 

@@ -37,7 +37,9 @@ from train.choose_layers import choose_layers
 from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
 from train.dry_run import plan
+from train.fp8 import check_fp8, use_fp8
 from train.fsdp_config import check_layer_classes
+from train.gradient_reduction import choose_reduction
 from train.masking import Masking
 from train.model_args import ModelArguments
 from train.packing import check_separates_documents
@@ -80,6 +82,9 @@ def run(
             )
             return
         check_acceleration(args, teacher_config)
+        choose_reduction(args, teacher_config, layer_map, data_args.max_length)
+        if model_args.teacher_fp8:
+            check_fp8(args)
         tokenizer = AutoTokenizer.from_pretrained(
             model_args.teacher_model_name_or_path,
             revision=model_args.revision,
@@ -108,6 +113,8 @@ def run(
     student = new_student(teacher, layer_map, model_args.random_initialization)
     if cache is None:
         cast_parameters(teacher, args.compute_dtype)
+        if model_args.teacher_fp8:
+            use_fp8(teacher)
     else:
         teacher = None  # the student has copies of its layers
     if args.device.type == "cpu":

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from patching.architectures.models import load_model, predicts_masked_tokens
+from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
 from patching.cli.command_line import user_errors
 from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
-from patching.running.logits import logit_change
+from patching.running.logits import LogitChange, logit_change
 from train.batches import collate
 from train.cache_teacher import CacheArguments
 from train.data import Rows, load_rows
@@ -29,6 +29,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
     reference = Reference(arguments.teacher_model_name_or_path, arguments.revision)
     with user_errors():
         config = read_teacher_config(arguments, data_args.max_length)
+        change = logit_change(empty_model(config, trust_remote_code=arguments.trust_remote_code))
         check_can_be_cached(config, arguments.top_k)
         tokenizer = AutoTokenizer.from_pretrained(
             reference.name_or_path,
@@ -52,7 +53,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
     missing = missing_rows(rows, writer, arguments.max_rows)
     with tqdm(unit=" rows") as progress:
         while batch := list(islice(missing, arguments.batch_size)):
-            add_rows(writer, teacher, batch, arguments)
+            add_rows(writer, teacher, change, batch, arguments)
             progress.update(len(batch))
     writer.finish(is_whole_text=arguments.max_rows is None)
     num_rows = len(writer.rows)
@@ -82,6 +83,7 @@ def missing_rows(
 def add_rows(
     writer: CacheWriter,
     teacher: PreTrainedModel,
+    change: LogitChange,
     rows: list[dict[str, list[int]]],
     arguments: CacheArguments,
 ) -> None:
@@ -96,7 +98,7 @@ def add_rows(
             batch.get("attention_mask"),
             batch.get("position_ids"),
         )
-        head, change = teacher.get_output_embeddings(), logit_change(teacher)
+        head = teacher.get_output_embeddings()
         for row, labels_T, hidden_TD in zip(rows, batch["labels"], hidden_BTD):
             hidden_ND = hidden_TD[labels_T != IGNORED_LABEL]
             top = top_tokens(hidden_ND, head, change, arguments.top_k, arguments.temperature)

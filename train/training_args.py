@@ -118,12 +118,6 @@ class DistillationArguments(TrainingArguments):
                 self.fsdp_config["activation_checkpointing"] = True
                 self.activation_checkpointing = self.gradient_checkpointing = None
         super().__post_init__()
-        if self.fsdp:
-            # Accumulate gradients in shards. Otherwise every rank holds whole ones during a step.
-            kwargs = self.accelerator_config.gradient_accumulation_kwargs or {}
-            self.accelerator_config.gradient_accumulation_kwargs = {
-                "sync_each_batch": True
-            } | kwargs
 
     def _check(self) -> None:
         """Raise ValueError with all problems of these flags."""

@@ -1,0 +1,48 @@
+"""A teacher in FP8, with the products of a CPU."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from torch import nn
+
+from patching.running.hidden_states import hidden_states_at
+from train.fp8 import Fp8Linear, use_fp8
+from train.student import cast_parameters
+from train.train import main
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_in_fp8_is_a_few_percent_off(bias):
+    torch.manual_seed(0)
+    linear, hidden = nn.Linear(64, 48, bias=bias), torch.randn(2, 5, 64)
+    linear.weight.data[3] *= 100  # each row has its own scale
+    with torch.no_grad():
+        out = Fp8Linear(linear)(hidden)
+        error = (out.float() - linear(hidden)).norm(dim=(0, 1)) / linear(hidden).norm(dim=(0, 1))
+    assert out.shape == (2, 5, 48)
+    assert out.dtype == torch.bfloat16
+    assert error.max() < 0.08
+
+
+@pytest.mark.parametrize("kind", ["llama-untied", "gpt_neox-untied"])
+def test_a_teacher_in_fp8_has_nearly_the_same_states(kind):
+    teacher = tiny_model(tiny_config(kind, 4))
+    cast_parameters(teacher, torch.bfloat16)
+    ids_BT = torch.randint(0, 256, (2, 16))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (before,) = hidden_states_at(teacher, [4], ids_BT)
+        use_fp8(teacher)
+        (after,) = hidden_states_at(teacher, [4], ids_BT)
+    assert any(type(module) is Fp8Linear for module in teacher.modules())
+    assert type(teacher.get_output_embeddings()) is nn.Linear
+    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+    assert 0.98 < cosine.min() < 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be FP8 here")
+def test_fp8_is_refused_without_the_hardware(pair_folders, text_file, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["--teacher_model_name_or_path", str(pair_folders[0]), "--dataset", str(text_file),
+              "--save_directory", str(tmp_path / "s"), "--teacher_fp8"])  # fmt: skip
+    assert raised.value.code == 2
+    assert "needs a CUDA GPU of compute capability 9.0" in capsys.readouterr().err
