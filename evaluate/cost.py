@@ -38,7 +38,7 @@ def cost_of(model: PreTrainedModel) -> Cost:
     num_tokens = min(num_tokens, getattr(model.config, "max_position_embeddings", num_tokens))
     device = model.device
     ids_BT = torch.arange(num_rows * num_tokens, device=device).reshape(num_rows, num_tokens)
-    ids_BT = ids_BT % model.config.vocab_size
+    ids_BT = ids_BT % model.config.get_text_config().vocab_size
 
     def run() -> None:
         model(input_ids=ids_BT, use_cache=False)

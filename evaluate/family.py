@@ -53,7 +53,7 @@ class SingleModel:
         output = base(**inputs, use_cache=False)
         row_length = inputs["input_ids"].shape[1]
         ids_N = inputs["input_ids"].flatten()[positions_N]
-        step = max(1, CHUNK_LOGITS // model.config.vocab_size)
+        step = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
         for chunk in whole_rows(len(positions_N), step, row_length):
             shape = (-1, min(row_length, chunk.stop - chunk.start))
             selected_BTD = output[0].flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)

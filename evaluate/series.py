@@ -144,7 +144,7 @@ class ComparedSeries:
         return {
             "series": self.name,
             "num_layers_to_patch": None,
-            "depth": config.num_hidden_layers,
+            "depth": config.get_text_config().num_hidden_layers,
             "parameters": parameters_of(self.plan, config),
         }
 

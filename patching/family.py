@@ -258,7 +258,8 @@ def _student_config(
         if student_config is not None:
             raise ValueError("student_config and kept_layers both name layers: give one of them")
         where = f"kept_layers={as_layer_list(kept_layers)}"
-        layer_map = LayerMap(tuple(kept_layers), parents.configs["teacher"].num_hidden_layers)
+        num_layers = parents.configs["teacher"].get_text_config().num_hidden_layers
+        layer_map = LayerMap(tuple(kept_layers), num_layers)
         student_config = StudentConfig(layer_map)
     elif student_config is None:
         student = parents.references["student"]
@@ -271,9 +272,10 @@ def _student_config(
     layer_map = student_config.layer_map
     depths = {"student": len(layer_map.kept), "teacher": layer_map.num_teacher_layers}
     for parent, depth in depths.items():
-        if parents.configs[parent].num_hidden_layers != depth:
+        num_layers = parents.configs[parent].get_text_config().num_hidden_layers
+        if num_layers != depth:
             raise ValueError(
-                f"the {parent} has {parents.configs[parent].num_hidden_layers} layers and {where} "
+                f"the {parent} has {num_layers} layers and {where} "
                 f"names {depth}: this student was not made from this teacher"
             )
     return student_config

@@ -69,22 +69,32 @@ def check_parents_match(student: PreTrainedConfig, teacher: PreTrainedConfig) ->
             f"the student is a {student.model_type} model and the teacher a {teacher.model_type} "
             "model: a student must have been distilled from this teacher"
         )
-    student_values, teacher_values = student.to_dict(), teacher.to_dict()
-    for values in (student_values, teacher_values):
-        values["rope_parameters"] = rotary_settings(values.get("rope_parameters"))
-    # No forward pass reads a field that the class does not declare.
-    declared = set(type(teacher)().to_dict())
-    names = declared - MAY_DIFFER - {depth_field(teacher)}
-    different = [
-        f"{name} is {student_values.get(name)} in the student and {teacher_values.get(name)} "
-        "in the teacher"
-        for name in sorted(names)
-        if student_values.get(name) != teacher_values.get(name)
-    ]
+    pairs = [(student.get_text_config(), teacher.get_text_config())]
+    if teacher.get_text_config() is not teacher:
+        pairs.append((student, teacher))
+    different = [text for pair in pairs for text in _differences(*pair)]
     if different:
         raise ValueError(
             f"{'; '.join(different)}: a student must have been distilled from this teacher"
         )
+
+
+def _differences(student: PreTrainedConfig, teacher: PreTrainedConfig) -> Iterator[str]:
+    student_values, teacher_values = student.to_dict(), teacher.to_dict()
+    for values in (student_values, teacher_values):
+        values["rope_parameters"] = rotary_settings(values.get("rope_parameters"))
+        values.pop("text_config", None)  # compared on its own
+        for name, value in values.items():
+            if name.endswith("_config") and isinstance(value, dict):
+                values[name] = {key: value[key] for key in value.keys() - MAY_DIFFER}
+    # No forward pass reads a field that the class does not declare.
+    declared = set(type(teacher)().to_dict())
+    for name in sorted(declared - MAY_DIFFER - {depth_field(teacher)}):
+        if student_values.get(name) != teacher_values.get(name):
+            yield (
+                f"{name} is {student_values.get(name)} in the student and "
+                f"{teacher_values.get(name)} in the teacher"
+            )
 
 
 def check_recipe(

@@ -17,7 +17,8 @@ from patching.recipe import Parent, Recipe
 
 
 def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> PreTrainedConfig:
-    """Return the config of the model a recipe makes.
+    """Return the config of the model a recipe makes. In that of a multimodal model, only the
+    settings of the text tower follow the recipe.
 
     Depth, per-layer entries and tying follow the recipe. Embedding and head stay tied only if one
     tied model supplies both. Otherwise the config must say that they are not tied, or every loader
@@ -27,6 +28,20 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     Raises ValueError if a parent lacks a layer of the recipe, or if a per-layer list is in the
     config of only one parent.
     """
+    embedding = parents[recipe.embedding]
+    tied = recipe.embedding == recipe.head and bool(embedding.tie_word_embeddings)
+    towers = {parent: config.get_text_config() for parent, config in parents.items()}
+    whole = parents.get("teacher", embedding)
+    tower = _tower_config_for(recipe, towers, tied)
+    if whole.get_text_config() is whole:
+        return tower
+    values = whole.to_dict() | {"text_config": tower.to_dict(), "tie_word_embeddings": tied}
+    return type(whole).from_dict(values)
+
+
+def _tower_config_for(
+    recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig], tied: bool
+) -> PreTrainedConfig:
     for parent, layer_idx in recipe.layers:
         if layer_idx >= parents[parent].num_hidden_layers:
             raise ValueError(
@@ -64,9 +79,7 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     if values.get("mlp_only_layers") is not None and "decoder_sparse_step" in values:
         values["mlp_only_layers"] = [i for i, dense in enumerate(follow(_is_dense)) if dense]
         values["decoder_sparse_step"] = 1
-    values["tie_word_embeddings"] = (
-        recipe.embedding == recipe.head and embedding.tie_word_embeddings
-    )
+    values["tie_word_embeddings"] = tied
     return type(base).from_dict(values)
 
 
@@ -88,6 +101,13 @@ def _is_dense(config: PreTrainedConfig, layer_idx: int) -> bool:
     """Return whether a layer of a mixture-of-experts model has a plain MLP, by Qwen's fields."""
     step = config.decoder_sparse_step
     return layer_idx in config.mlp_only_layers or (layer_idx + 1) % step != 0
+
+
+def untie(config: PreTrainedConfig) -> None:
+    """Say that head and embedding are two matrices, in a multimodal model's config and in that of
+    its text tower: where one says that they are tied, transformers may tie them.
+    """
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
 def depth_field(config: PreTrainedConfig) -> str:

@@ -28,7 +28,7 @@ def expert_shares(model: PreTrainedModel) -> dict[str, float] | None:
     None if it is not known: the config says that there are experts or how many are chosen, and the
     model's modules or the config do not say the rest.
     """
-    config = model.config
+    config = model.config.get_text_config()
     modules = dict(expert_modules(model))
     if not modules:
         has_experts = any((getattr(config, name, None) or 0) > 1 for name in NUM_EXPERTS)

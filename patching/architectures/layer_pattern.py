@@ -27,6 +27,7 @@ PATTERN_FIELDS = (
 
 def kinds_of_layers(config: PreTrainedConfig) -> list[tuple[Any, ...]]:
     """Return what a config's lists say about each layer."""
+    config = config.get_text_config()
     values = config.to_dict()
     lists = [values[name] for name in PER_LAYER_LISTS if values.get(name)]
     return [tuple(kinds) for kinds in zip(*lists)] or [()] * config.num_hidden_layers
@@ -36,6 +37,7 @@ def kinds_by_position(config: PreTrainedConfig) -> list[tuple[Any, ...]] | None:
     """Return what a reader takes the kinds of a config's layers for who goes by position. None if
     the architecture has no rule for that.
     """
+    config = config.get_text_config()
     values = config.to_dict()
     lists = {name for name in PER_LAYER_LISTS if values.get(name)}
     try:

@@ -35,7 +35,7 @@ def architecture_of(config: PreTrainedConfig, trust_remote_code: bool = False) -
             f"is_decoder=True in the {config.model_type} config: this model predicts the next "
             "token; of this architecture only encoders, with is_decoder off, are supported"
         )
-    values = config.to_dict()
+    values = config.to_dict() | config.get_text_config().to_dict()
     for name in LAYERS_THAT_SHARE:
         if values.get(name):
             raise ValueError(

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,9 +42,17 @@ def predicts_masked_tokens(config: PreTrainedConfig) -> bool:
 
 def auto_class(
     config: PreTrainedConfig,
-) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM]:
-    """Return transformers' class that builds and loads the config's language model."""
-    return AutoModelForMaskedLM if predicts_masked_tokens(config) else AutoModelForCausalLM
+) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM] | type[AutoModelForImageTextToText]:
+    """Return transformers' class that builds and loads the config's model."""
+    if predicts_masked_tokens(config):
+        return AutoModelForMaskedLM
+    return AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Return whether the config is of a multimodal model, whose text tower is patched."""
+    model_type = config.model_type
+    return model_type in ARCHITECTURES and bool(ARCHITECTURES[model_type].carried)
 
 
 def _fault_of(reference: Reference) -> ValueError | None:

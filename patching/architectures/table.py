@@ -6,7 +6,7 @@ everything that a row would say (see `lookup.declared_architecture`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -26,6 +26,10 @@ class Architecture:
     head: str = "lm_head"
     """The module that computes logits. In an encoder it is more than a projection."""
     between_norm_and_head: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    """What surrounds the language model in a multimodal one, such as a vision tower. It is never
+    mixed, and comes from the teacher wherever a recipe takes anything from it.
+    """
     predicts_masked_tokens: bool = False
     """Whether the model is an encoder that predicts masked tokens, not the next token."""
     position_dependent_flags: tuple[str, ...] = ()
@@ -48,6 +52,8 @@ class Architecture:
             parent, layer_idx = recipe.layers[position]
             rest = name.removeprefix(f"{self.layers}.{position}.")
             return parent, f"{self.layers}.{layer_idx}.{rest}"
+        if name.startswith(tuple(f"{path}." for path in self.carried)):
+            return ("teacher" if "teacher" in recipe.parents else "student"), name
         return (recipe.head if self.goes_with_head(name) else recipe.embedding), name
 
     def layer_of(self, name: str) -> int | None:
@@ -72,6 +78,13 @@ def _positions_after_padding(config: PreTrainedConfig) -> int:
 
 
 LLAMA_LAYOUT = Architecture(layers="model.layers", norm="model.norm")
+TEXT_TOWER = Architecture(
+    layers="model.language_model.layers",
+    norm="model.language_model.norm",
+    takes_packed_rows=False,
+    masks_by_position=False,
+)
+"""The language model of a multimodal one."""
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
@@ -83,6 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         masks_by_position=False,
     ),
     "gemma2": LLAMA_LAYOUT,
+    "gemma3": replace(TEXT_TOWER, carried=("model.vision_tower", "model.multi_modal_projector")),
     "gemma3_text": LLAMA_LAYOUT,
     "gpt2": Architecture(
         layers="transformer.h",
@@ -106,6 +120,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "phi3": LLAMA_LAYOUT,
     "qwen2": LLAMA_LAYOUT,
+    "qwen2_5_vl": replace(TEXT_TOWER, carried=("model.visual",)),
+    "qwen2_vl": replace(TEXT_TOWER, carried=("model.visual",)),
     "qwen3": LLAMA_LAYOUT,
     "qwen3_moe": LLAMA_LAYOUT,
     "roberta": Architecture(

@@ -18,12 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from patching.architectures.models import predicts_masked_tokens
+from patching.architectures.models import is_multimodal, predicts_masked_tokens
 from patching.checkpoints import generation_settings
 from patching.checkpoints.parent_files import (
     code_files,
     copy_files,
     license_files,
+    processor_files,
     read_json,
     tokenizer_files,
     without_clashes,
@@ -91,6 +92,8 @@ def plan_companions(
             if name
             else "the teacher in memory does not say where it came from: give its tokenizer too"
         )
+    if is_multimodal(config):
+        files = files | (teachers(processor_files) or {})
     generation_config = None
     if not predicts_masked_tokens(config):
         generation_config = generation_config_of_members(parents)

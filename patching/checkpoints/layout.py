@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 
 from patching.architectures.caches import LayerCache, layer_caches
 from patching.architectures.checks import signature
+from patching.architectures.config import untie
 from patching.architectures.experts import expert_shares
 from patching.architectures.lookup import architecture_of
 from patching.architectures.models import empty_model
@@ -91,7 +92,7 @@ class Layout:
             conversion for conversion in conversions if not isinstance(conversion, PrefixChange)
         ]
         parts: dict[int | str, list[StoredTensor]] = {"embedding": []}
-        parts |= {position: [] for position in range(model.config.num_hidden_layers)}
+        parts |= {position: [] for position in range(len(self.layers))}
         parts["head"] = []
         # Layers that are alike differ in their numbers alone, so one of each kind is converted.
         firsts = {None, *self.first_alike}
@@ -116,7 +117,7 @@ class Layout:
         """For each layer, the first one with the same modules, shapes and config entries. It may be
         the layer itself.
         """
-        values = self.model.config.to_dict()
+        values = self.model.config.get_text_config().to_dict()
         lists = [values[name] for name in PER_LAYER_LISTS if values.get(name) is not None]
         firsts: dict[str, int] = {}
         return [
@@ -159,8 +160,8 @@ class Layout:
     @cached_property
     def costs(self) -> dict[int | str, Cost]:
         """The cost of each part."""
-        layers = range(self.model.config.num_hidden_layers)
-        costs = dict.fromkeys(("embedding", *layers, "head"), Cost(0, 0, 0))
+        positions = range(len(self.layers))
+        costs = dict.fromkeys(("embedding", *positions, "head"), Cost(0, 0, 0))
         for name, parameter in self.model.named_parameters():
             part = self.part_of(name)
             num_parameters, active, flops = costs[part]
@@ -221,7 +222,7 @@ def layout_of(
 ) -> Layout:
     """Return the layout of a config's model with all weights in `dtype`."""
     untied = copy.deepcopy(config)
-    untied.tie_word_embeddings = False
+    untie(untied)
     model = empty_model(untied, dtype, trust_remote_code)
     return Layout(model, architecture_of(config), bool(config.tie_word_embeddings))
 
@@ -230,7 +231,11 @@ def tensors_of(recipe: Recipe, layouts: Mapping[Parent, Layout]) -> list[Sourced
     """Return the tensors of a recipe's checkpoint, in the sequence of the model."""
     embedding, head = layouts[recipe.embedding], layouts[recipe.head]
     is_tied = recipe.embedding == recipe.head and embedding.is_tied
-    tensors = list(_sourced(embedding.parts["embedding"], recipe.embedding))
+    tensors = []
+    for tensor in embedding.parts["embedding"]:
+        memory_name, _ = embedding.memory_name(tensor.name)
+        parent, _ = embedding.architecture.source_of(memory_name, recipe)
+        tensors.append(SourcedTensor(tensor, parent, tensor.name))
     for position, (parent, layer_idx) in enumerate(recipe.layers):
         for tensor in layouts[parent].parts[layer_idx]:
             name = renumbered(tensor.name, layer_idx, position)

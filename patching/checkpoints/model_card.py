@@ -9,13 +9,19 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from patching.architectures.models import auto_class, predicts_masked_tokens
+from patching.architectures.lookup import architecture_of
+from patching.architectures.models import auto_class
 from patching.checkpoints.origin import Origin, license_of_all
 from patching.checkpoints.sizes import Size
 from patching.cli.units import bytes_text, count_text
 from patching.recipe import Parent, Recipe
 
 PAPER = "https://arxiv.org/abs/2510.05064"
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMaskedLM": "fill-mask",
+}
 
 
 def model_card(
@@ -26,8 +32,8 @@ def model_card(
     config: PreTrainedConfig,
 ) -> str:
     """Return the text of the card. `config` is that of the model, or of a parent."""
-    task = "fill-mask" if predicts_masked_tokens(config) else "text-generation"
     loader = auto_class(config).__name__
+    task = TASKS[loader]
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     metadata["tags"] = ["boomerang-distillation", "layer-patching"]
     repositories = [origin.repository for origin in origins.values() if origin.repository]
@@ -38,6 +44,8 @@ def model_card(
     license_ = license_of_all([origin.license for origin in origins.values()])
     if license_ is not None:
         metadata |= license_.metadata
+    owner = "teacher" if "teacher" in recipe.parents else "student"
+    carried = [path.rpartition(".")[2] for path in architecture_of(config).carried]
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).rstrip(),
@@ -60,6 +68,7 @@ def model_card(
     lines += [f"| {layers} | {source} |" for layers, source in runs(recipe)]
     lines += [
         f"| final norm and head | {recipe.head} |",
+        *(f"| {name}, unchanged | {owner} |" for name in carried),
         "",
         "| size | |",
         "| --- | --- |",

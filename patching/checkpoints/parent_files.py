@@ -35,6 +35,13 @@ TOKENIZER_FILES = (
 )
 """Names of the files that tokenizers and chat templates are read from, as patterns."""
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Names of the files that say how images and videos become a multimodal model's input."""
+
 
 LICENSE_FILES = tuple(
     f"{name}*"
@@ -152,6 +159,14 @@ def without_clashes(files: Mapping[Parent, Mapping[str, Path]]) -> dict[str, Pat
             is_same = len({path.read_bytes() for path in others}) == 1
             named[name if is_same else f"{parent}-{name}"] = path
     return named
+
+
+def processor_files(reference: Reference) -> dict[str, Path]:
+    """Return the files of a multimodal parent's processor by their names.
+
+    Raises OSError if the parent cannot be reached.
+    """
+    return _matching_files(reference, PROCESSOR_FILES)
 
 
 def _matching_files(reference: Reference, patterns: Sequence[str]) -> dict[str, Path]:

@@ -25,6 +25,10 @@ BOOKKEEPING = {"architectures", "auto_map", "dtype", "transformers_version"}
 """Fields that are not compared: they are set on purpose, or say who wrote the file."""
 
 
+TOWER = "text_config"
+"""The field that holds the config of a multimodal model's text tower."""
+
+
 def saved_config(
     stored: dict[str, Any] | None,
     config: PreTrainedConfig,
@@ -39,21 +43,14 @@ def saved_config(
     if stored is None or stored.get("model_type") != config.model_type:
         stored = json.loads(config.to_json_string())
         stored.pop("_name_or_path", None)
-    values = dict(stored)
-    fields = _fields(config)
-    differing = changed(values, config)
-    if "rope_parameters" in differing:
-        values = {name: value for name, value in values.items() if name not in ROTARY_FIELDS}
-    # A list that the file leaves to other fields is written only if it does not follow from them.
-    left_to_others = {name for name in PER_LAYER_LISTS if name not in values}
-    for name in sorted(differing - left_to_others):
-        values[name_in_file(values, config, name)] = fields[name]
-    for name in sorted(changed(values, config)):
-        values[name] = fields[name]
+    values = _edited(stored, config)
+    tower = config.get_text_config()
+    if tower is not config:
+        # Older files hold the settings of both in one object.
+        edited = _edited(values.get(TOWER, values), tower)
+        values = values | {TOWER: with_older_spellings(edited)} if TOWER in values else edited
     if Path(values.get("_name_or_path") or "").is_absolute():  # of whoever wrote the file
         del values["_name_or_path"]
-    if not keeps_period(config):
-        values = {name: value for name, value in values.items() if name not in PATTERN_FIELDS}
     if "auto_map" in values and not runs_remote_code(config, model_class):
         del values["auto_map"]
     if model_class.__name__ not in (values.get("architectures") or ()):
@@ -64,6 +61,26 @@ def saved_config(
     values = with_older_spellings(values)
     differing = changed(values, config) - set(PATTERN_FIELDS)  # which the lists overrule
     assert not differing, f"config.json would be read with another {', '.join(sorted(differing))}"
+    return values
+
+
+def _edited(stored: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the contents of a file with the fields changed in which `config` differs, without the
+    settings of a text tower.
+    """
+    values = dict(stored)
+    fields = _fields(config)
+    differing = changed(values, config) - {TOWER}
+    if "rope_parameters" in differing:
+        values = {name: value for name, value in values.items() if name not in ROTARY_FIELDS}
+    # A list that the file leaves to other fields is written only if it does not follow from them.
+    left_to_others = {name for name in PER_LAYER_LISTS if name not in values}
+    for name in sorted(differing - left_to_others):
+        values[name_in_file(values, config, name)] = fields[name]
+    for name in sorted(changed(values, config) - {TOWER}):
+        values[name] = fields[name]
+    if not keeps_period(config):
+        values = {name: value for name, value in values.items() if name not in PATTERN_FIELDS}
     return values
 
 
@@ -89,6 +106,13 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     fields = json.loads(config.to_json_string(use_diff=False))
     if "rope_parameters" in fields:
         fields["rope_parameters"] = rotary_settings(fields["rope_parameters"])
+    tower = config.get_text_config()
+    if tower is not config:
+        fields[TOWER] = {
+            name: value
+            for name, value in _fields(tower).items()
+            if name not in BOOKKEEPING and not name.startswith("_")
+        }
     return fields
 
 

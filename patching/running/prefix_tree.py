@@ -67,7 +67,8 @@ class PrefixTree:
     @property
     def num_layer_forwards(self) -> int:
         """Layers that run for one batch, over all members."""
-        depths = [self.models[name].config.num_hidden_layers for name in self.names]
+        configs = [self.models[name].config.get_text_config() for name in self.names]
+        depths = [config.num_hidden_layers for config in configs]
         return sum(depths) - sum(self._resume_at)
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class PrefixTree:
             model = self.models[name]
             layers = self._layers[name]
             output = _run_layers(model, layers, inputs, states, resume_at, keep)
-            step = max(1, CHUNK_LOGITS // model.config.vocab_size)
+            step = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
             for chunk, logits_NV in _after_layers(model, layers, inputs, output, positions_N, step):
                 yield name, chunk, logits_NV
 

@@ -26,7 +26,7 @@ def last_states(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]])
     return [
         hidden_states_at(
             model,
-            [model.config.num_hidden_layers],
+            [model.config.get_text_config().num_hidden_layers],
             batch["input_ids"].to(model.device),
             batch["attention_mask"].to(model.device),
         )[0]

@@ -78,7 +78,7 @@ class TeacherKL:
         self._known = [KnownStates(MOST_KNOWN_BYTES // len(self.batches)) for _ in self.batches]
         self.num_layer_forwards = 0
         """Layers run so far, counted once per batch."""
-        whole = whole_model(teacher.config.num_hidden_layers)
+        whole = whole_model(teacher.config.get_text_config().num_hidden_layers)
         tree = PrefixTree({"teacher": whole}, teacher=teacher)
         self._teacher_states = [
             next(tree.head_inputs(batch, positions_N))[1]
