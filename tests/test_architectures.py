@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_model, trained_student
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from multimodal_models import SETTINGS as MULTIMODAL
 from patching_models import (
     BASE,
     ENCODERS,
@@ -32,7 +33,7 @@ TOKENS = torch.arange(20)[None] * 7 % 257  # longer than every sliding window
 
 
 def test_every_architecture_is_tested():
-    assert SETTINGS.keys() == ARCHITECTURES.keys()
+    assert SETTINGS.keys() | MULTIMODAL.keys() == ARCHITECTURES.keys()
 
 
 @torch.no_grad()

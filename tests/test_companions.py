@@ -215,7 +215,7 @@ LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 2.5, 3.0, 4.5
             },
         ),
         ("qwen3_moe", {}, {"rope_theta": 1e4, "num_experts": 4}),
-        ("gpt2", {}, {}),
+        ("gpt2", {}, {"n_ctx": 64}),
     ],
 )
 def test_older_readers_find_their_spellings(model_type, settings, expected, tmp_path):

@@ -31,7 +31,7 @@ from examples.stdlib.train_teacher import (
     train_tokenizer,
     training_batches,
 )
-from examples.stdlib.training import Run, next_token_loss, train
+from examples.stdlib.training import Run, next_token_loss, save_tokenizer, train
 
 RUNNERS = Path(__file__).parent / "runners"
 VOCAB_SIZE = 2048
@@ -229,8 +229,8 @@ def distill(pair: Pair, teacher: Path, folder: Path) -> None:
 
 
 def tokenizer_folder(sentencepiece: bool) -> Path:
-    """Return the folder of a tokenizer, trained first if it is missing: byte-level BPE as
-    transformers 5 saves it, or SentencePiece as transformers 4 does.
+    """Return the folder of a tokenizer, trained first if it is missing: byte-level BPE, or
+    SentencePiece as transformers 4 saves it.
     """
     folder = FOLDER / "tokenizers" / ("sentencepiece" if sentencepiece else "bpe")
     if folder.exists():
@@ -251,7 +251,7 @@ def tokenizer_folder(sentencepiece: bool) -> Path:
         )
         text.unlink()
     else:
-        train_tokenizer(modules, VOCAB_SIZE).save_pretrained(staging)
+        save_tokenizer(train_tokenizer(modules, VOCAB_SIZE), staging)
     staging.rename(folder)
     return folder
 

@@ -7,7 +7,10 @@ transformers 5 reads either.
 
 from typing import Any
 
-OLDER_NAMES: dict[str, dict[str, str]] = {"qwen3_moe": {"num_local_experts": "num_experts"}}
+OLDER_NAMES: dict[str, dict[str, str]] = {
+    "gpt2": {"n_positions": "n_ctx"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+}
 """Older names of fields, by model_type and newer name."""
 
 OLDER_ROTARY_NAMES: dict[str, dict[str, str]] = {

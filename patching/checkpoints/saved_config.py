@@ -76,7 +76,12 @@ def _edited(stored: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     # A list that the file leaves to other fields is written only if it does not follow from them.
     left_to_others = {name for name in PER_LAYER_LISTS if name not in values}
     for name in sorted(differing - left_to_others):
-        values[name_in_file(values, config, name)] = fields[name]
+        key = name_in_file(values, config, name)
+        if name in PER_LAYER_LISTS:
+            # Kinds of layers may have names in the file that are only known to its readers.
+            spelled = dict(zip(_fields(_read(stored, config))[name], stored[key]))
+            fields[name] = [spelled.get(kind, kind) for kind in fields[name]]
+        values[key] = fields[name]
     for name in sorted(changed(values, config) - {TOWER}):
         values[name] = fields[name]
     if not keeps_period(config):
@@ -98,7 +103,9 @@ def changed(values: dict[str, Any], config: PreTrainedConfig) -> set[str]:
 
 def _read(values: dict[str, Any], config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config that transformers reads from a config.json."""
-    return type(config).from_dict(json.loads(json.dumps(values)))
+    # Infinity has a spelling of transformers' own in such files.
+    values = type(config)._decode_special_floats(json.loads(json.dumps(values)))
+    return type(config).from_dict(values)
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -108,10 +115,11 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
         fields["rope_parameters"] = rotary_settings(fields["rope_parameters"])
     tower = config.get_text_config()
     if tower is not config:
+        ignored = BOOKKEEPING | {"tie_word_embeddings"}  # decided by the field of the whole
         fields[TOWER] = {
             name: value
             for name, value in _fields(tower).items()
-            if name not in BOOKKEEPING and not name.startswith("_")
+            if name not in ignored and not name.startswith("_")
         }
     return fields
 
