@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from patching_models import change_config, family_pair, save_models
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -277,17 +278,33 @@ def test_nested_too_deeply_for_json(pair, tmp_path, capsys):
         main([*arguments(pair, tmp_path / "out"), "--order", str(order)])
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "F31"])
-def test_unused_tensors_of_exotic_dtypes_are_no_damage(dtype, pair, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "num_bytes"), [("F4", 8), ("F6_E2M3", 12), ("F8_E8M0", 16), ("C64", 128)]
+)
+def test_unused_tensors_of_exotic_dtypes_are_no_damage(dtype, num_bytes, pair, tmp_path, capsys):
     path = shard(pair)
-    path.write_bytes(path.read_bytes() + bytes(8))
+    path.write_bytes(path.read_bytes() + bytes(num_bytes))
 
     def add(header: dict) -> None:
         stop = max(e["data_offsets"][1] for name, e in header.items() if name != "__metadata__")
-        header["unused"] = {"dtype": dtype, "shape": [4, 4], "data_offsets": [stop, stop + 8]}
+        offsets = [stop, stop + num_bytes]
+        header["unused"] = {"dtype": dtype, "shape": [4, 4], "data_offsets": offsets}
 
     with_header(path, add)
+    with safe_open(path, "pt") as file:  # other readers accept it too
+        assert "unused" in file.keys()  # noqa: SIM118
     works(pair, tmp_path / "out")
+    with_header(path, lambda header: header["unused"].update(shape=[5, 4]))
+    assert "unused takes" in refused(pair, tmp_path / "again", capsys)
+
+
+def test_a_used_tensor_of_an_exotic_dtype(pair, tmp_path, capsys):
+    def change(header: dict) -> None:
+        entry = first_tensor(header)
+        entry.update(dtype="F8_E8M0", shape=[4 * entry["shape"][0], *entry["shape"][1:]])
+
+    with_header(shard(pair), change)
+    assert "is stored as F8_E8M0, use the original" in refused(pair, tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size"])

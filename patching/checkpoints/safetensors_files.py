@@ -39,6 +39,17 @@ ITEM_BYTES = {
 }
 """Bytes per element, by the format's names of dtypes."""
 
+OTHER_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "C64": 64,
+}
+"""Bits per element of the format's other dtypes. Tensors of these are read over, never copied."""
+
 METADATA = {"format": "pt"}
 """transformers refuses a file without it."""
 
@@ -69,7 +80,7 @@ class TensorOnDisk(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
-    """Return the tensors of a file by name. Their dtypes may be unknown here.
+    """Return the tensors of a file by name. Their dtypes may be among OTHER_BITS.
 
     Raises ValueError if the file is damaged: its header is invalid, or offsets are outside the
     file, overlap, leave holes, or disagree with shape and dtype.
@@ -99,14 +110,16 @@ def _read_header(path: Path) -> dict[str, TensorOnDisk]:
     tensors = {}
     for name, entry in header.items():
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str):
+        bits = OTHER_BITS.get(dtype) or 8 * ITEM_BYTES.get(dtype, 0)
+        if not bits:
             raise ValueError(f"{name} has the unknown dtype {dtype}")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
             raise ValueError(f"{name} has an invalid shape or invalid offsets")
         tensor = StoredTensor(name, dtype, tuple(shape))
-        if dtype in ITEM_BYTES and stop - start != tensor.num_bytes:
+        if 8 * (stop - start) != tensor.num_elements * bits:
             raise ValueError(
-                f"{name} takes {stop - start} bytes, but by its shape and dtype {tensor.num_bytes}"
+                f"{name} takes {stop - start} bytes, but by its shape and dtype "
+                f"{tensor.num_elements * bits / 8:g}"
             )
         tensors[name] = TensorOnDisk(tensor, path, data_start + start, data_start + stop)
     end = data_start

@@ -223,8 +223,8 @@ def _tensors_on_disk(
                 raise OtherLayout(f"the {parent} stores {name} twice, once as {key}")
             if on_disk.tensor.dtype not in ITEM_BYTES:
                 raise ValueError(
-                    f"{path} is damaged: {key} has the unknown dtype {on_disk.tensor.dtype}; "
-                    "download or save it again"
+                    f"{path}: {key} is stored as {on_disk.tensor.dtype}, use the original in a "
+                    "floating-point dtype"
                 )
             found[name] = on_disk
     if layout.is_tied:
