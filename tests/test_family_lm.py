@@ -76,6 +76,32 @@ def test_log_likelihoods_are_those_of_hflm(model_type):
         assert found == pytest.approx(reference.loglikelihood_rolling(rolling, True), abs=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_a_shared_row_may_be_longer_than_the_model_can_read(model_type):
+    """Its continuations stand one after the other, but each follows the context alone."""
+    teacher, student = family_pair(model_type, True)
+    tree = PrefixTree(RECIPES, teacher=teacher, student=student)
+    lm = FamilyLM(tree, tokenizer=byte_tokenizer(), batch_size=2)
+    length = teacher.config.max_position_embeddings
+    context, choice = "c" * (length * 3 // 5), length // 4
+    pairs = [(context, letter * choice) for letter in "abdefgh"]
+    longest = max(map(len, rows_of(_encoded(pairs), lm.max_length, lm.max_length)))
+    assert lm.max_length == length < longest
+    requests = instances("loglikelihood", pairs)
+    for name in RECIPES:
+        lm.activate(name)
+        reference = HFLM(pretrained=lm.tree.models[name], tokenizer=byte_tokenizer(), batch_size=2)
+        assert_same_scores(
+            lm.loglikelihood(requests, disable_tqdm=True),
+            reference.loglikelihood(requests, disable_tqdm=True),
+        )
+
+
+def _encoded(pairs: list[tuple[str, str]]) -> list[tuple[None, list[int], list[int]]]:
+    encode = byte_tokenizer().encode
+    return [(None, encode(context), encode(continuation)) for context, continuation in pairs]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt_neox", "gpt2"])
 def test_every_members_numbers_are_those_of_its_saved_checkpoint(model_type, tmp_path):
     names = save_models(tmp_path, *family_pair(model_type, tied=True))

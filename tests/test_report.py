@@ -176,14 +176,14 @@ def verified(k, series="family", sweep=None, limit=None, sources=SOURCES, **task
     found.runs = {run.name: run}
     for task in tasks:
         found.tasks[task] = FinishedTask(1.0, False, sources, [task], run.name)
-        found.n_samples[task] = {"original": 100, "effective": limit or 100}
+        found.n_samples[task] = {"original": 100, "effective": int(limit or 100)}
     return found
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"limit": 10}, "limit 10, not none, number of documents 10 of 100, not 100"),
+        ({"limit": 10.0}, "limit 10, not none, number of documents 10 of 100, not 100"),
         ({"sources": SOURCES | {"prompts": "q"}}, "other prompts"),
         ({"sources": SOURCES | {"lm_eval": "0.4.9"}}, "lm_eval 0.4.9, not 0.4.13"),
     ],

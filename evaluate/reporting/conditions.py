@@ -29,7 +29,7 @@ def conditions_of(result: Result, task: str) -> Conditions:
         "few-shot": few_shot_text(result, task),
         "task version": version_text(result, task),
         **{name: sources.get(name, NOT_KNOWN) for name in HASHES},
-        "limit": "none" if limit is None else str(limit),
+        "limit": "none" if limit is None else f"{limit:g}" if limit != NOT_KNOWN else limit,
         "seed": seeds if isinstance(seeds, str) else ",".join(map(str, seeds)),
         "dtype": settings.get("dtype", NOT_KNOWN),
         **{name: str(sources.get(name) or environment.get(name) or NOT_KNOWN) for name in PACKAGES},

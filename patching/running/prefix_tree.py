@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from patching.architectures.lookup import architecture_of
+from patching.architectures.lookup import architecture_of, max_positions
 from patching.assemble import assemble
 from patching.recipe import Recipe
 from patching.running.chunks import CHUNK_LOGITS, slices
@@ -245,6 +245,8 @@ def _after_layers(
     """
     ids_N = inputs["input_ids"].flatten()[positions_N]
     row_length = inputs["input_ids"].shape[1]
+    if (longest := max_positions(model.config)) is not None:
+        row_length = min(row_length, longest)  # a shared row may be longer than that
     state_BTD = output if isinstance(output, Tensor) else output[0]
     places_N = positions_N.to(state_BTD.device)  # where the last layer is
     for chunk in whole_rows(len(positions_N), step, row_length):
