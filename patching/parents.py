@@ -1,10 +1,10 @@
 """Teacher and student, by name or in memory. Weights are loaded when they are first needed."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,8 +14,16 @@ from patching.architectures.distilbert import as_bert
 from patching.architectures.lookup import architecture_of, read_config
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.checkpoints.fingerprint import WEIGHTS, fingerprint
+from patching.checkpoints.generation_settings import (
+    implied_settings,
+    member_settings,
+    own_settings,
+)
+from patching.checkpoints.parent_files import read_json
 from patching.checkpoints.stored_dtype import stored_dtype
 from patching.recipe import Parent, Reference
+
+Found = TypeVar("Found")
 
 Model = str | os.PathLike[str] | PreTrainedModel
 """A folder, a hub repository, or a model in memory."""
@@ -114,6 +122,33 @@ class Parents:
         same place.
         """
         return fingerprint(self.references[parent].name_or_path, self.configs[parent], patterns)
+
+    def find(self, parent: Parent, read: Callable[[Reference], Found]) -> Found | None:
+        """Return what `read` finds where a parent came from. A model in memory may not be there any
+        more, which gives None.
+
+        Raises OSError if another parent cannot be reached.
+        """
+        try:
+            return read(self.references[parent])
+        except OSError:
+            if parent in self.given:
+                return None
+            raise
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any] | None:
+        """The contents of generation_config.json for the family's members, None if the teacher has
+        no such file and the student nothing to add.
+        """
+        own = {}
+        for parent in self.configs:
+            model = self.models[parent] if parent in self.given else None
+            stored = self.find(parent, lambda where: read_json(where, "generation_config.json"))
+            own[parent] = own_settings(stored, model)
+        config = self.find("teacher", lambda where: read_json(where, "config.json"))
+        implied = implied_settings(config or self.configs["teacher"].to_dict())
+        return member_settings(own["teacher"], implied, own.get("student"))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

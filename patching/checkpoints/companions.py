@@ -5,10 +5,10 @@ A model is used with other software than this, so these files are the teacher's 
 code are copied byte for byte. The two configs keep everything that the recipe does not change.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from patching.architectures.models import is_multimodal, predicts_masked_tokens
-from patching.checkpoints import generation_settings
 from patching.checkpoints.parent_files import (
     code_files,
     copy_files,
@@ -32,9 +31,7 @@ from patching.checkpoints.parent_files import (
 from patching.checkpoints.saved_config import saved_config
 from patching.files.outputs import write_json
 from patching.parents import Parents
-from patching.recipe import Parent, Reference
-
-Found = TypeVar("Found")
+from patching.recipe import Parent
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Companions:
         copy_files(self.files, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        generation_config = folder / generation_settings.FILE_NAME
+        generation_config = folder / "generation_config.json"
         generation_config.unlink(missing_ok=True)
         if self.generation_config is not None:
             write_json(generation_config, self.generation_config)
@@ -77,13 +74,9 @@ def plan_companions(
     Raises ValueError if there is no tokenizer, or if code is missing, and OSError if a parent
     cannot be reached.
     """
-
-    def teachers(read: Callable[[Reference], Found]) -> Found | None:
-        return of_parent(parents, "teacher", read)
-
-    stored = teachers(lambda reference: read_json(reference, "config.json"))
+    stored = parents.find("teacher", lambda reference: read_json(reference, "config.json"))
     values = saved_config(stored, config, model_class, dtype)
-    files = teachers(tokenizer_files) or {}
+    files = parents.find("teacher", tokenizer_files) or {}
     if not files and tokenizer is None:
         name = parents.references["teacher"].name_or_path
         raise ValueError(
@@ -93,48 +86,21 @@ def plan_companions(
             else "the teacher in memory does not say where it came from: give its tokenizer too"
         )
     if is_multimodal(config):
-        files = files | (teachers(processor_files) or {})
+        files = files | (parents.find("teacher", processor_files) or {})
     generation_config = None
     if not predicts_masked_tokens(config):
-        generation_config = generation_config_of_members(parents)
+        generation_config = parents.generation_config
     auto_map = values.get("auto_map")
     if auto_map:
-        files = files | (teachers(lambda reference: code_files(reference, auto_map)) or {})
+        code = parents.find("teacher", lambda reference: code_files(reference, auto_map))
+        files = files | (code or {})
     writes = None if files else tokenizer
-    found = {source: of_parent(parents, source, license_files) or {} for source in sorted(sources)}
+    found = {source: parents.find(source, license_files) or {} for source in sorted(sources)}
     return Companions(values, generation_config, files | without_clashes(found), writes)
-
-
-def generation_config_of_members(parents: Parents) -> dict[str, Any] | None:
-    """Return the contents of generation_config.json for a family's members, None if the teacher has
-    no such file and the student nothing to add.
-    """
-    own = {}
-    for parent in parents.configs:
-        stored = of_parent(
-            parents, parent, lambda reference: read_json(reference, generation_settings.FILE_NAME)
-        )
-        model = parents.models[parent] if parent in parents.given else None
-        own[parent] = generation_settings.own_settings(stored, model)
-    config = of_parent(parents, "teacher", lambda reference: read_json(reference, "config.json"))
-    implied = generation_settings.implied_settings(config or parents.configs["teacher"].to_dict())
-    return generation_settings.member_settings(own["teacher"], implied, own.get("student"))
 
 
 def set_generation_config(model: PreTrainedModel, parents: Parents) -> None:
     """Give a member in memory the generation settings that it would be saved with."""
-    settings = generation_config_of_members(parents) if model.can_generate() else None
+    settings = parents.generation_config if model.can_generate() else None
     if settings is not None:
         model.generation_config = GenerationConfig.from_dict(settings)
-
-
-def of_parent(parents: Parents, parent: Parent, read: Callable[[Reference], Found]) -> Found | None:
-    """Return what `read` finds at the place a parent came from. A model in memory may have left
-    that place, which is then None.
-    """
-    try:
-        return read(parents.references[parent])
-    except OSError:
-        if parent in parents.given:
-            return None
-        raise

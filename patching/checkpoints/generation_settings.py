@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-FILE_NAME = "generation_config.json"
 BOOKKEEPING = {"_from_model_config", "transformers_version"}
 """Keys that say where settings come from and are no settings."""
 
