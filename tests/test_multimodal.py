@@ -145,3 +145,24 @@ def test_other_vision_towers_are_refused(tmp_path):
     folders = save_models(tmp_path, teacher, student)
     with pytest.raises(ValueError, match="vision_config is .* in the student"):
         Family.from_pretrained(*folders)
+
+
+def test_a_multimodal_student_is_distilled_on_text(tmp_path, text_file):
+    """Its tower learns, and the vision tower stays the teacher's."""
+    teacher, student = multimodal_pair("gemma3", tied=True)
+    folders = save_models(tmp_path, teacher, student)
+    done = run_module(
+        *("train.train", "--teacher_model_name_or_path", folders[0]),
+        *("--save_directory", tmp_path / "distilled", "--dataset", text_file),
+        *("--kept_layers", "0,2,3,5", "--max_steps", "2", "--max_length", "32"),
+        *("--save_strategy", "no", "--report_to", "none"),
+    )
+    assert done.returncode == 0, done.stderr
+    family = Family.from_pretrained(folders[0], str(tmp_path / "distilled"))
+    distilled, own = family.model(0).state_dict(), teacher.state_dict()
+    same = {name for name, tensor in distilled.items() if torch.equal(tensor, own[name])}
+    carried = {name for name in distilled if name.startswith("model.vision_tower.")}
+    assert carried and carried <= same
+    assert "model.language_model.layers.1.mlp.up_proj.weight" not in same
+    assert "model.language_model.embed_tokens.weight" not in same
+    assert len(family.layer_map.kept) == 4 and family.order

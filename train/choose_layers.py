@@ -32,7 +32,7 @@ def choose_layers(
     Raises ValueError if no student has the wanted size, or if the teacher's weights are damaged.
     """
     default = model_args.layer_map(config)
-    num_depths = config.num_hidden_layers + 1
+    num_depths = config.get_text_config().num_hidden_layers + 1
     # With any similarities, to notice an impossible size before weights load.
     fitting_map(model_args, torch.zeros(num_depths, num_depths), config, len(default.kept))
     found: list[tuple[LayerMap, str] | None] = [None]

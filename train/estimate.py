@@ -57,6 +57,7 @@ def forward_flops(config: PreTrainedConfig) -> TokenFlops:
     """Return the FLOPs of a forward pass for one token, counting only the experts it uses."""
     flops = {part: cost.flops for part, cost in layout_of(config, torch.float32).costs.items()}
     head = flops.pop("head")
+    config = config.get_text_config()
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
@@ -174,10 +175,15 @@ def _activation_bytes(
     if batch.activation_checkpointing:  # the backward pass recomputes one layer at a time
         without = batch._replace(activation_checkpointing=False)
         all_layers = saved_for_backward_bytes(student, without, is_sharded)
-        num_bytes += all_layers // student.num_hidden_layers
+        num_bytes += all_layers // student.get_text_config().num_hidden_layers
     if weights.cosine:
         state_bytes = batch.dtype.itemsize if is_sharded else MASTER_BYTES
-        num_bytes += num_aligned_pairs * batch.num_tokens * student.hidden_size * state_bytes
+        num_bytes += (
+            num_aligned_pairs
+            * batch.num_tokens
+            * student.get_text_config().hidden_size
+            * state_bytes
+        )
     return num_bytes
 
 
@@ -203,7 +209,7 @@ def _loss_bytes(
     num_bytes += MASTER_BYTES * head.numel()
     if batch.dtype != torch.float32:
         num_bytes += bytes_each * head.numel() * (1 if is_sharded else 2)
-    return num_bytes + num_targets * config.hidden_size * (
+    return num_bytes + num_targets * config.get_text_config().hidden_size * (
         bytes_each * num_models + 2 * state_bytes
     )
 

@@ -126,7 +126,7 @@ class ModelArguments:
             self.alternate_every_n_layers,
             self.last_layers_to_keep,
         )
-        num_layers = teacher.num_hidden_layers
+        num_layers = teacher.get_text_config().num_hidden_layers
         if self.kept_layers is not None and not self.chooses_layers:
             if any(number is not None for number in numbers):
                 raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.architectures.config import config_for
+from patching.architectures.lookup import architecture_of
 from patching.architectures.models import auto_class, empty_model
 from patching.assemble import assemble
 from patching.blocks import LayerMap
@@ -24,9 +25,20 @@ def new_student(
     """Return a student in fp32 with its own tensors: copies of the kept teacher layers, or random
     weights, which follow torch's global seed.
 
+    What surrounds the text tower of a multimodal student is frozen, because text does not reach it.
+
     If the teacher's weights are on another rank (its parameters are on the meta device), the
     student's weights are allocated but not filled.
     """
+    student = _new_student(teacher, layer_map, random_initialization)
+    for path in architecture_of(student.config).carried:
+        student.get_submodule(path).requires_grad_(False)
+    return student
+
+
+def _new_student(
+    teacher: PreTrainedModel, layer_map: LayerMap, random_initialization: bool
+) -> PreTrainedModel:
     recipe = initial_student(layer_map)
     if any(parameter.is_meta for parameter in teacher.parameters()):
         return with_room_for_weights(copy.deepcopy(assemble(recipe, teacher=teacher)).float())

@@ -46,5 +46,10 @@ class Limit(NamedTuple):
     """Whether it concerns only members whose head is not the embedding."""
 
 
-LIMITS: dict[tuple[str, str], Limit] = {}
+LIMITS: dict[tuple[str, str], Limit] = {
+    ("mlx_lm", "gpt2"): Limit(
+        "It reads the tensor names of the first GPT-2 files, without `transformer.`, which "
+        "transformers does not write, and always ties the head."
+    ),
+}
 """By engine and architecture. A member outside its engine's limits must agree."""

@@ -1,5 +1,6 @@
 """Convert members with CTranslate2's converter and run them."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ class CTranslate2Model:
     def __init__(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as converted:
             TransformersConverter(str(folder)).convert(converted, force=True)
+            name_special_tokens(Path(converted, "config.json"))
             self.generator = ctranslate2.Generator(
                 converted, compute_type="float32", intra_threads=1
             )
@@ -30,6 +32,16 @@ class CTranslate2Model:
 
     def _logits(self, tokens_RT: np.ndarray) -> np.ndarray:
         return np.array(self.generator.forward_batch(tokens_RT.tolist()))
+
+
+def name_special_tokens(path: Path) -> None:
+    """Name the end-of-text token for those that a tokenizer lacks. The engine insists on names, and
+    uses none for token ids.
+    """
+    settings = json.loads(path.read_text())
+    named = next(value for name, value in settings.items() if name.endswith("_token") and value)
+    settings = {name: named if value is None else value for name, value in settings.items()}
+    path.write_text(json.dumps(settings))
 
 
 if __name__ == "__main__":
