@@ -38,7 +38,7 @@ VOCAB_SIZE = 2048
 MODULE_CHARACTERS = 20_000
 NUM_MODULES = 160
 """Text of a few minutes' training: the beginnings of this many modules."""
-TEACHER_STEPS = 100
+TEACHER_STEPS = 60
 ROWS_PER_STEP = 2
 """Rows of 512 tokens, or twice as many of 256."""
 DISTILLATION = {
@@ -109,9 +109,11 @@ PAIRS = {
         },
         sentencepiece=True,
     ),
+    # mlx-lm takes its MLP to be four times as wide as the model, which it is in published ones.
     "gpt_neox": Pair(
         SHAPE
         | {
+            "intermediate_size": 512,
             "rope_parameters": {
                 "rope_theta": 10_000.0,
                 "rope_type": "default",
