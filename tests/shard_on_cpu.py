@@ -58,6 +58,11 @@ class RecordingTrainer(DistillationTrainer):
         return output
 
 
-PartialState.__init__ = initialize_as_if_on_gpus
-run.DistillationTrainer = RecordingTrainer
-main(sys.argv[1:])
+def shard_on_cpu() -> None:
+    PartialState.__init__ = initialize_as_if_on_gpus
+    run.DistillationTrainer = RecordingTrainer
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
+    main(sys.argv[1:])

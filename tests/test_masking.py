@@ -75,8 +75,8 @@ def test_masks_differ_from_step_to_step_and_repeat_with_the_seed():
 
 
 def test_held_out_rows_have_the_same_masks_in_any_batch():
-    whole = MASKING.hide_each(batch_of([9, 30, 4]), seed=5, first_row=0)
+    whole = MASKING.hide_each(batch_of([9, 30, 4]), 0, 5)
     rows = batch_of([9, 30, 4])["input_ids"]
     second = collate([{"input_ids": rows[1].tolist()}])
-    alone = MASKING.hide_each(second, seed=5, first_row=1)
+    alone = MASKING.hide_each(second, 1, 5)
     assert torch.equal(alone["labels"][0], whole["labels"][1])

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from train import data
 from train.batches import StreamBatches
-from train.checkpoints import INCOMPLETE, find_checkpoint, remove_old
+from train.checkpoints.atomic import INCOMPLETE, remove_old
+from train.checkpoints.find import find_checkpoint
 from train.data import Share, tokenize_share
 from train.data_args import DataArguments
 from train.train import main

@@ -81,8 +81,9 @@ def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp
     assert done.returncode == 0, done.stderr
     assert "student of 4 layers from 6: 0,2,4,5" in done.stdout
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoints", "config.json", "generation_config.json", "loss.png", "model.safetensors",
-        "run.json", "student_config.json", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "checkpoints", "config.json", "generation_config.json", "loss.png",
+        "model.safetensors", "run.json", "student_config.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     config = read_student_config(str(folder))
     assert (config.layer_map.kept, config.patch_order) == ((0, 2, 4, 5), "last")
@@ -106,7 +107,14 @@ def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp
 
 
 def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text_file, tmp_path):
-    size = ["--max_steps", "2", "--max_length", "32", "--bf16", "False", "--save_strategy", "no"]
+    """Seven micro-batches in each pass: at its end the second rank has no rows left."""
+    rows = tmp_path / "rows.jsonl"
+    texts = [f"document {i} ".ljust(31, "abcdefg"[i]) for i in range(7)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    size = [
+        "--num_train_epochs", "3", "--max_length", "32", "--bf16", "False", "--save_strategy", "no",
+        "--per_device_train_batch_size", "1", "--eval_dataset", str(text_file),
+    ]  # fmt: skip
     folders = [tmp_path / "one", tmp_path / "two"]
     launchers = [
         ["train.train"],
@@ -122,7 +130,7 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
     for folder, launcher, accumulation in zip(folders, launchers, ("4", "2")):
         done = run_module(
             *launcher,
-            *documented_command(pair_folders[0], folder, text_file)[:-2],
+            *documented_command(pair_folders[0], folder, rows)[:-2],
             *size,
             "--gradient_accumulation_steps",
             accumulation,
@@ -130,6 +138,7 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         )
         assert done.returncode == 0, done.stderr
     logs = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    assert [run["student_step"] for run in logs] == [6, 6]
     for name in ("eval_cross_entropy", "eval_kl", "eval_cosine"):
         assert logs[1]["held_out"][name] == pytest.approx(logs[0]["held_out"][name], rel=1e-4)
     one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
@@ -180,6 +189,20 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         (["--streaming", "True", "--max_steps", "-1"], "max_steps=-1: a stream has no length"),
         (["--resume_from_checkpoint", "no/such"], "resume_from_checkpoint=no/such: no checkpoint"),
         (["--dry_run_ranks", "0"], "dry_run_ranks=0: choose 1 or more"),
+        (["--report_to", "wandb"], "report_to=wandb: WandbCallback requires wandb"),
+        (["--report_to", "notes"], "report_to=notes: notes is not supported"),
+        (["--optim", "lion_32bit"], "optim=lion_32bit: "),
+        (["--optim", "stable_adamw"], "optim=stable_adamw: "),
+        (["--text_column", "lists"], "text_column=lists: it holds list values"),
+        (["--gradient_accumulation_steps", "64"], "rows of up to 32 tokens, a step takes 128: "),
+        (
+            ["--streaming", "True", "--heldout_documents", "40"],
+            "the stream holds no text for this rank",
+        ),
+        (
+            ["--load_best_model_at_end", "True", "--save_steps", "30"],
+            "--load_best_model_at_end requires the saving steps",
+        ),
         (["--no_such_flag", "1"], "no_such_flag"),
     ],
 )
@@ -190,7 +213,10 @@ def test_bad_input_is_one_line_before_weights_load(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
-    command = documented_command(pair_folders[0], tmp_path / "student", text_file)[:-2]
+    text = tmp_path / "text.jsonl"
+    lines = [json.loads(line) | {"lists": ["a"]} for line in text_file.read_text().splitlines()]
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = documented_command(pair_folders[0], tmp_path / "student", text)[:-2]
     with pytest.raises(SystemExit) as ended:
         main([*command, *SMALL, *changes])
     error = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
@@ -257,7 +283,7 @@ def test_liger_kernels_need_a_gpu(tmp_path):
 
 def test_liger_kernels_need_their_package_and_an_architecture_it_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("train.training_args.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("train.flag_checks.is_liger_kernel_available", lambda: False)
     with pytest.raises(ValueError, match="use_liger_kernel: install liger-kernel first"):
         DistillationArguments(save_directory=str(tmp_path), use_liger_kernel=True)
     known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})

@@ -15,7 +15,7 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from patching.files.outputs import write_json
-from train.checkpoints import stream_file_name
+from train.checkpoints.find import stream_file_name
 from train.data import DOCUMENTS_PER_BATCH, Share
 from train.loss import IGNORED_LABEL, NO_TARGET, count
 
@@ -57,6 +57,18 @@ def positions(document_lengths: list[int], row_length: int) -> Tensor:
     return torch.cat([torch.arange(length) for length in lengths])
 
 
+NO_TEXT = (
+    "the stream holds no text for this rank: give each rank at least "
+    f"{DOCUMENTS_PER_BATCH} documents, or use fewer ranks"
+)
+
+
+def check_stream(rows: IterableDataset) -> None:
+    """Raise ValueError if a rank's share of a stream holds no row."""
+    if next(iter(rows), None) is None:
+        raise ValueError(NO_TEXT)
+
+
 class StreamBatches:
     """Endless micro-batches of a stream, starting over at its end, from any saved position."""
 
@@ -82,10 +94,7 @@ class StreamBatches:
                 self.state = self.rows.state_dict()
                 yield collate(batch)
             self.rows.set_epoch(self.rows.epoch + 1)
-        raise ValueError(
-            "the stream holds no text for this rank: give each rank at least "
-            f"{DOCUMENTS_PER_BATCH} documents, or use fewer ranks"
-        )
+        raise ValueError(NO_TEXT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.set_epoch(state["epoch"])

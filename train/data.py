@@ -33,6 +33,10 @@ class Rows(NamedTuple):
     train: Dataset | IterableDataset
     held_out: Dataset | None
 
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.train, IterableDataset)
+
 
 def load_rows(
     arguments: DataArguments,

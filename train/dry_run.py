@@ -41,6 +41,9 @@ def plan(
         num_shards=num_ranks if is_sharded else 1,
         num_aligned_pairs=len(layer_map.alignment_pairs),
         is_cpu=not torch.accelerator.is_available(),
+        num_replicas=1 if is_sharded else num_ranks,
+        optimizer=args.optim.value,
+        optimizer_options=args.optim_args,
     )
     if has_cache:
         parts = parts._replace(teacher=0)
@@ -75,7 +78,7 @@ def plan(
         lines.append(f"in {args.max_steps} steps: {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
     else:
         lines.append(f"{args.num_train_epochs:g} passes over the text; its length sets the steps")
-    lines += ["", f"memory per rank, AdamW{', sharded' if is_sharded else ''} (estimate, GiB)"]
+    lines += ["", f"memory per rank, {args.optim.value}{', sharded' * is_sharded} (estimate, GiB)"]
     lines += [f"  {name:12}{num_bytes / GIB:8.2f}" for name, num_bytes in parts._asdict().items()]
     lines.append(f"  {'total':12}{parts.total / GIB:8.2f}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import sys
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from patching.recipe import initial_student, intermediate_model
 from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, CUDA_CHUNK_LOGITS
 from train.loss import LossWeights
 from train.masking import SHARE_OF_TARGETS
+from train.optimizer_memory import optimizer_bytes
 
 MASTER_BYTES = 4
-"""Bytes per weight, per gradient and per moment of AdamW, all in fp32."""
+"""Bytes per weight and per gradient, both in fp32."""
 
 
 class TokenFlops(NamedTuple):
@@ -109,6 +111,8 @@ class Memory(NamedTuple):
 
     weights: int
     gradients: int
+    buckets: int
+    """Copies of the gradients that data parallelism without sharding averages."""
     optimizer: int
     teacher: int
     gathered: int
@@ -131,15 +135,22 @@ def memory(
     num_shards: int,
     num_aligned_pairs: int,
     is_cpu: bool = False,
+    num_replicas: int = 1,
+    optimizer: str = "adamw_torch_fused",
+    optimizer_options: str | None = None,
 ) -> Memory:
-    """Estimate the memory of training with AdamW. `num_shards` is 1 if models are not sharded."""
+    """Estimate the memory of training. `num_shards` is 1 if models are not sharded, and
+    `num_replicas` counts the ranks that hold whole models. `optimizer` is a value of `--optim`.
+    """
     student_model, teacher_model = empty_model(student), empty_model(teacher)
     is_sharded = num_shards > 1
     shard_bytes = MASTER_BYTES * num_parameters(student_model) // num_shards
+    states = optimizer_bytes(student_model, optimizer, optimizer_options)
     return Memory(
         weights=shard_bytes,
         gradients=shard_bytes,
-        optimizer=2 * MASTER_BYTES * num_parameters(student_model) // num_shards,
+        buckets=shard_bytes * (num_replicas > 1),
+        optimizer=states // num_shards,
         teacher=batch.dtype.itemsize * num_parameters(teacher_model) // num_shards,
         gathered=_gathered_bytes(student_model, teacher_model, weights, batch) * is_sharded,
         activations=_activation_bytes(student, weights, batch, is_sharded, num_aligned_pairs),
@@ -219,7 +230,7 @@ def saved_for_backward_bytes(config: PreTrainedConfig, batch: MicroBatch, is_sha
     tensors that have shapes and dtypes but no data.
 
     They are a few percent too many: without data, attention keeps a mask and repeats grouped keys
-    and values.
+    and values. Experts are computed as groups whose sizes are data, not shapes.
     """
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -232,7 +243,9 @@ def saved_for_backward_bytes(config: PreTrainedConfig, batch: MicroBatch, is_sha
     autocast = torch.autocast(
         "cpu", batch.dtype, enabled=not is_sharded and batch.dtype != torch.float32
     )
-    with FakeTensorMode(), autocast:
+    # A kernel without data checks dtypes that the real ones do not have.
+    groups = mock.patch("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
+    with FakeTensorMode(), autocast, groups:
         # Sharded layers have their weights gathered in the dtype of the products, so they use no
         # autocast.
         model = (

@@ -36,7 +36,7 @@ def held_out_means(
         indices = [i for i in range(first, first + batch_size) if i < len(rows)]
         batch = collate([rows[i] for i in indices] or [rows[0]])
         if masking is not None:
-            batch = masking.hide_each(batch, args.seed, first)
+            batch = masking.hide_each(batch, first, args.seed)
         if not indices:
             batch["labels"].fill_(IGNORED_LABEL)
         terms = forward(batch, StepCounts(one, one))

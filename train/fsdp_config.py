@@ -11,12 +11,26 @@ from patching.architectures.distilbert import as_bert_config
 from patching.architectures.lookup import architecture_of
 from patching.architectures.models import empty_model
 
+SWITCH = ("true", "false")
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "version": ("2",),
+    "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
+    "transformer_layer_cls_to_wrap": (),
+    "state_dict_type": ("SHARDED_STATE_DICT", "FULL_STATE_DICT"),
+    "reshard_after_forward": SWITCH,
+    "activation_checkpointing": SWITCH,
+    "cpu_offload": SWITCH,
+    "cpu_ram_efficient_loading": SWITCH,
+}
+"""Settings that act, and their values; any value if there are none."""
+
 
 def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
     """Return the settings given as a dict, as JSON text, as a .json file, or as a model whose
     layers are to be wrapped.
 
-    Raises ValueError if it is none of these, and for FSDP1, which cannot shard the teacher.
+    Raises ValueError if it is none of these, for settings that would have no effect, and for FSDP1,
+    which cannot shard the teacher.
     """
     values: Any = fsdp_config
     if isinstance(fsdp_config, str):
@@ -36,8 +50,17 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"fsdp_config={fsdp_config}: not a JSON object of settings")
     values = {name.removeprefix("fsdp_"): value for name, value in values.items()}
-    if str(values.get("version", 2)) != "2":
-        raise ValueError(f"fsdp_config: version={values['version']}: choose 2, or leave it out")
+    problems = [
+        f"{name} is not a setting of FSDP2 here, choose from {', '.join(SETTINGS)}"
+        for name in sorted(values.keys() - SETTINGS.keys())
+    ]
+    problems += [
+        f"{name}={values[name]}: choose {' or '.join(map(str, allowed))}, or leave it out"
+        for name, allowed in SETTINGS.items()
+        if allowed and name in values and str(values[name]).lower() not in map(str.lower, allowed)
+    ]
+    if problems:
+        raise ValueError(f"fsdp_config: {'; '.join(problems)}")
     return values
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from train.data import Share
 from train.loss import IGNORED_LABEL, NO_TARGET
 
 SHARE_OF_TARGETS = 0.15
@@ -69,25 +70,31 @@ class Masking(NamedTuple):
         return batch | {"input_ids": input_ids_BT, "labels": labels_BT}
 
     def hide_step(
-        self, batches: list[dict[str, Any]], seed: int, step: int, rank: int
+        self, batches: list[dict[str, Any]], seed: int, step: int, batch_size: int, share: Share
     ) -> list[dict[str, Any]]:
-        """Hide tokens in the micro-batches of one optimizer step on one rank."""
-        generator = generator_for(seed, step, rank)
-        return [self.hide(batch, generator) for batch in batches]
+        """Hide tokens in one rank's micro-batches of an optimizer step. A row's masks depend on its
+        place among the rows that all ranks take in the step.
+        """
+        return [
+            self.hide_each(batch, (i * share.world_size + share.rank) * batch_size, seed, step)
+            for i, batch in enumerate(batches)
+        ]
 
-    def hide_each(self, batch: dict[str, Any], seed: int, first_row: int) -> dict[str, Any]:
-        """Hide tokens in held-out rows, numbered from `first_row`. A row always gets the same
-        masks, whatever batch it is in.
+    def hide_each(self, batch: dict[str, Any], first_row: int, *numbers: int) -> dict[str, Any]:
+        """Hide tokens in rows that are numbered from `first_row`. A row always gets the same masks
+        for the same `numbers`, such as a seed, whatever batch it is in.
         """
         rows = [
-            self.hide({name: batch[name][i : i + 1] for name in batch}, generator_for(seed, row))
+            self.hide(
+                {name: batch[name][i : i + 1] for name in batch}, generator_for(*numbers, row)
+            )
             for i, row in enumerate(range(first_row, first_row + len(batch["labels"])))
         ]
         return {name: torch.cat([row[name] for row in rows]) for name in batch}
 
 
 def generator_for(*numbers: int) -> torch.Generator:
-    """Return a generator seeded by all of the numbers, such as seed, step and rank."""
+    """Return a generator seeded by all of the numbers, such as seed, step and row."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)

@@ -1,12 +1,8 @@
 """A run of training, from parsed flags to the saved student."""
 
-import dataclasses
 import signal
 import sys
-import tempfile
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,34 +20,46 @@ from transformers.training_args import ParallelMode
 from patching.architectures.lookup import max_positions, read_config
 from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
 from patching.arguments import CalibrationArguments
-from patching.blocks import as_layer_list
-from patching.checkpoints.companions import Companions
+from patching.blocks import LayerMap, as_layer_list
+from patching.checkpoints.fingerprint import fingerprint
+from patching.checkpoints.hub import check_can_push
+from patching.checkpoints.origin import origin_of
 from patching.cli.command_line import user_errors
-from patching.files.outputs import environment, follow_umask, move_into_place, write_json
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import logit_change
 from patching.student_config import StudentConfig
-from train.checkpoints import check_resumable, find_checkpoint
+from train.batches import check_stream
+from train.checkpoints.find import check_resumable, find_checkpoint
+from train.checkpoints.identity import (
+    ANNOUNCED,
+    differences,
+    read_settings,
+    run_settings,
+    text_fingerprint,
+    values_of,
+)
 from train.choose_layers import choose_layers
 from train.data import Rows, Share, load_rows
 from train.data_args import DataArguments
+from train.divergence import Diverged
 from train.dry_run import plan
+from train.flag_checks import check_installed, needs_held_out_rows
 from train.fp8 import check_fp8, use_fp8
 from train.fsdp_config import check_layer_classes
 from train.gradient_reduction import choose_reduction
+from train.local_batches import check_enough_rows
 from train.masking import Masking
 from train.model_args import ModelArguments
 from train.packing import check_separates_documents
+from train.ranks import first_rank_first
+from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
 from train.sharding import reads_weights, without_weights
 from train.speed import check_liger_knows, reuse_freed_memory
 from train.student import cast_parameters, new_student, student_companions
 from train.teacher_cache import TeacherCache, settings_of
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
-
-RUN_FILE_NAME = "run.json"
-PLOT_FILE_NAME = "loss.png"
 
 
 def run(
@@ -63,16 +71,16 @@ def run(
     """Distill and save a student. What a user can get wrong ends the process with one line and exit
     code 2, almost all of it before weights load.
     """
+    flags = values_of((model_args, data_args, args, text_args))
+    uploads = args.push_to_hub  # Trainer must not see it
+    reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
     with user_errors():
         teacher_config = read_teacher_config(model_args, data_args.max_length)
         if data_args.packing == "documents":
             attention, max_length = model_args.attn_implementation, data_args.max_length
             check_separates_documents(teacher_config, attention, max_length)
-        layer_map = model_args.layer_map(teacher_config)
-        if model_args.chooses_layers:
-            text = text_args.read_calibration()
-            layer_map, reasons = choose_layers(model_args, text, args, teacher_config)
-            print_on_main_process(args, reasons)
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        layer_map = kept_layers(model_args, text_args, args, teacher_config, checkpoint)
         if args.dry_run:
             print_on_main_process(
                 args,
@@ -81,7 +89,13 @@ def run(
                 ),
             )
             return
-        check_acceleration(args, teacher_config)
+        weights = fingerprint(model_args.teacher_model_name_or_path, teacher_config)
+        settings = run_settings(flags, layer_map, weights, args.world_size)
+        if is_finished(args, settings):
+            print_on_main_process(args, f"{args.save_directory} already holds the finished student")
+            upload_student(args, uploads)
+            return
+        check_run(args, teacher_config, uploads)
         choose_reduction(args, teacher_config, layer_map, data_args.max_length)
         if model_args.teacher_fp8:
             check_fp8(args)
@@ -92,14 +106,17 @@ def run(
         )
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
         companions = student_companions(
-            Reference(model_args.teacher_model_name_or_path, model_args.revision),
+            reference,
             teacher_config,
             layer_map,
             getattr(torch, args.save_dtype),
             tokenizer,
             model_args.trust_remote_code,
         )
-        rows, checkpoint = read_rows(data_args, args, tokenizer)
+        rows = read_rows(data_args, args, tokenizer)
+        settings["text"] = text_fingerprint(rows, data_args.dataset)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, args, rows, settings)
         cache = open_cache(model_args, args, teacher_config, tokenizer, rows)
     print_on_main_process(
         args,
@@ -126,14 +143,26 @@ def run(
         args,
         masking,
         cache,
+        settings,
         train_dataset=rows.train,
         eval_dataset=rows.held_out,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stop_on_sigterm.stopped:
-        exit_after_sigterm(trainer)
     student_config = StudentConfig(layer_map, recommended_order(teacher_config.model_type))
-    save_run((model_args, data_args, args, text_args), trainer, student_config, companions)
+    made = Made(
+        flags, settings, teacher_config, origin_of(reference, teacher_config), student_config
+    )
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stop_on_sigterm.stopped:
+            exit_after_sigterm(trainer)
+        save_run(made, trainer, companions)
+    except Diverged as error:
+        if args.process_index == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print_on_main_process(args, f"student saved in {args.save_directory}")
+    with user_errors():
+        upload_student(args, uploads)
 
 
 def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrainedConfig:
@@ -177,24 +206,81 @@ def check_acceleration(args: DistillationArguments, teacher_config: PreTrainedCo
         check_liger_knows(teacher_config)
 
 
+def check_run(args: DistillationArguments, teacher: PreTrainedConfig, uploads: bool) -> None:
+    """Raise ValueError, ImportError or OSError for what would fail once weights are loaded."""
+    check_acceleration(args, teacher)
+    check_installed(args)
+    if uploads and args.process_index == 0:
+        check_can_push(repository_of(args), args.public)
+
+
+def kept_layers(
+    model_args: ModelArguments,
+    text_args: CalibrationArguments,
+    args: DistillationArguments,
+    teacher: PreTrainedConfig,
+    checkpoint: str | None,
+) -> LayerMap:
+    """Return the layer map. Chosen layers are chosen once: a resumed run reads them back.
+
+    Raises ValueError for layers that do not exist and for text that cannot be read.
+    """
+    layer_map = model_args.layer_map(teacher)
+    if not model_args.chooses_layers:
+        return layer_map
+    recorded = recorded_settings(args, checkpoint)
+    if recorded is not None:
+        return LayerMap(tuple(recorded["kept_layers"]), recorded["num_teacher_layers"])
+    text = text_args.read_calibration()
+    layer_map, reasons = choose_layers(model_args, text, args, teacher)
+    print_on_main_process(args, reasons)
+    return layer_map
+
+
 def read_rows(
     data_args: DataArguments, args: DistillationArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Rows, str | None]:
-    """Return the rows, and the checkpoint to resume from if there is one.
-
-    Raises ValueError for unusable text, for a stream without a number of steps, and for a
-    checkpoint that this run cannot resume from.
+) -> Rows:
+    """Return the rows. Raises ValueError for unusable text, for a stream without a number of steps
+    or without text for this rank, and for less text than one step takes.
     """
     share = Share(args.process_index, args.world_size)
-    with args.main_process_first(desc="tokenizing"):
-        rows = load_rows(data_args, tokenizer, args.seed, share)
-    is_stream = isinstance(rows.train, IterableDataset)
-    if is_stream and args.max_steps < 0:
-        raise ValueError("max_steps=-1: a stream has no length, give a number of --max_steps")
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    if checkpoint is not None:
-        check_resumable(checkpoint, share, is_stream, is_sharded=bool(args.fsdp))
-    return rows, checkpoint
+    with first_rank_first(args, "tokenizing"):
+        rows = load_rows(data_args, tokenizer, args.text_seed, share)
+    if rows.held_out is None and (names := needs_held_out_rows(args)):
+        raise ValueError(f"{', '.join(names)}: no text is held out, raise --heldout_documents")
+    if isinstance(rows.train, IterableDataset):
+        if args.max_steps < 0:
+            raise ValueError("max_steps=-1: a stream has no length, give a number of --max_steps")
+        if args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={args.train_sampling_strategy}: a stream is read in its "
+                "own order, shuffled a batch of documents at a time; leave it out"
+            )
+        check_stream(rows.train)
+    elif smaller := check_enough_rows(rows.train, args, data_args.max_length):
+        print_on_main_process(args, smaller)
+    return rows
+
+
+def check_checkpoint(
+    checkpoint: str, args: DistillationArguments, rows: Rows, settings: dict[str, Any]
+) -> None:
+    """Say what changes on resuming. Raises ValueError if the run cannot resume."""
+    share, is_stream = Share(args.process_index, args.world_size), rows.is_stream
+    check_resumable(checkpoint, share, is_stream, bool(args.fsdp), settings)
+    before = read_settings(checkpoint) or {}
+    schedule = args.lr_scheduler_type.value
+    if before.get("learning_rate", args.learning_rate) != args.learning_rate and schedule in (
+        "reduce_lr_on_plateau",
+        "greedy",
+    ):
+        raise ValueError(
+            f"learning_rate={args.learning_rate}: {schedule} continues with the checkpoint's own "
+            f"rate, give {before['learning_rate']}"
+        )
+    announced = {name: settings[name] for name in ANNOUNCED}
+    for text in differences(before, announced):
+        print_on_main_process(args, f"resuming from {checkpoint}: {text} from here on")
 
 
 def open_cache(
@@ -255,52 +341,10 @@ def exit_after_sigterm(trainer: DistillationTrainer) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
-def save_run(
-    flags: Sequence[Any],
-    trainer: DistillationTrainer,
-    student_config: StudentConfig,
-    companions: Companions,
-) -> None:
-    """Save the student and what made it. Files appear in `save_directory` once all are written.
-
-    `flags` are the groups of flags, for run.json. `companions` are the files from the teacher.
-    """
-    from train.plot import plot_terms  # imports matplotlib
-
-    args, arguments = trainer.args, {}
-    for group in flags:
-        arguments |= group.to_dict() if group is args else dataclasses.asdict(group)
-    values = {
-        "arguments": arguments,
-        "student": student_config.to_dict(),
-        "held_out": held_out_metrics(trainer),
-        "log": trainer.state.log_history,
-        "environment": environment(),
-    }
-    save_directory = Path(args.save_directory)
-    save_directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=save_directory, prefix=".incomplete-") as folder:
-        staging = Path(folder)
-        trainer.save_student(staging, getattr(torch, args.save_dtype))
-        if args.should_save:
-            companions.write(staging)
-            student_config.save(staging)
-            write_json(staging / RUN_FILE_NAME, values)
-            plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
-            follow_umask(staging)
-            move_into_place(staging, save_directory)
-    print_on_main_process(args, f"student saved in {save_directory}")
-
-
-def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
-    """Return the finished student's metrics on the held-out rows; empty if none are held out."""
-    if trainer.eval_dataset is None:
-        return {}
-    last_lines = trainer.state.log_history[-2:]  # only the summary of training may come after it
-    for line in last_lines:
-        if "eval_loss" in line and line["step"] == trainer.state.global_step:
-            return {name: value for name, value in line.items() if name.startswith("eval_")}
-    return trainer.evaluate()
+def upload_student(args: DistillationArguments, uploads: bool) -> None:
+    """Upload the finished student if that was asked for. Raises OSError if it fails."""
+    if uploads and args.process_index == 0:
+        print(f"student uploaded to {upload(args)}", flush=True)
 
 
 def print_on_main_process(args: DistillationArguments, text: str) -> None:

@@ -10,6 +10,11 @@ from transformers.integrations.liger import apply_liger_kernel
 from patching.architectures.lookup import architecture_of
 from train.training_args import DistillationArguments
 
+VARIANTS = 64
+"""Variants of a layer that may be compiled: kinds of attention, student and teacher, training and
+evaluation, kinds of mask, shapes. Beyond its limit dynamo would run layers eagerly.
+"""
+
 
 def check_liger_knows(teacher: PreTrainedConfig) -> None:
     """Raise ValueError for an architecture without Liger kernels, which Liger silently ignores."""
@@ -28,6 +33,7 @@ def speed_up(model: PreTrainedModel, args: DistillationArguments) -> None:
         no_losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
         apply_liger_kernel(model, (args.liger_kernel_config or {}) | no_losses)
     if args.torch_compile:
+        torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
         # Layer by layer: all layers share one graph, and the hooks between them, which compare
         # hidden states and gather shards, stay outside of it.
         for layer in model.get_submodule(architecture_of(model.config).layers):

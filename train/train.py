@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         parser = CommandLineParser(groups, prog="train.train", description=__doc__)
         model_args, data_args, args, text_args = parser.parse_args_into_dataclasses(argv)
         check_calibration(model_args, text_args)
-        check_save_directory(Path(args.save_directory))
+        check_save_directory(Path(args.save_directory), args.resumes)
 
     # Imported here, so that --help and wrong flags do not wait for the trainer.
     from train.run import run
@@ -45,9 +45,11 @@ def check_calibration(model_args: ModelArguments, text_args: CalibrationArgument
         raise ValueError("--calibration only applies with --kept_layers auto")
 
 
-def check_save_directory(save_directory: Path) -> None:
-    """Raise ValueError if the folder cannot be written to or already holds a model."""
-    if (save_directory / "config.json").exists():
+def check_save_directory(save_directory: Path, may_be_finished: bool) -> None:
+    """Raise ValueError if the folder cannot be written to, or already holds a model. A resumed run
+    may have finished, which `train.saving` recognizes.
+    """
+    if (save_directory / "config.json").exists() and not may_be_finished:
         raise ValueError(
             f"{save_directory} already holds a model: name another --save_directory, or remove it"
         )

@@ -1,4 +1,4 @@
-"""transformers' Trainer with the distillation loss, prefetched steps and atomic checkpoints.
+"""transformers' Trainer with the distillation loss and prefetched steps.
 
 The student's `forward` runs the teacher too and returns the loss (see train.distillation), so the
 student is an ordinary model for everything that Trainer does with it, saving and resuming included.
@@ -11,28 +11,33 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
 from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import LayerMap
+from patching.files.outputs import write_json
 from train.batches import Batch, StepPrefetcher, StreamBatches, collate, count_positions
-from train.checkpoints import StopOnSigterm, staged_checkpoint
+from train.checkpoints.identity import FILE_NAME
+from train.checkpoints.stop import StopOnSigterm
+from train.checkpoints.trainer import CheckpointedTrainer
 from train.data import Share
 from train.distillation import install_distillation_forward
+from train.divergence import check_metrics
 from train.estimate import flops_per_token
 from train.evaluation import eval_mode, held_out_means
+from train.local_batches import local_loader
 from train.log_line import LogLine
 from train.loss import LossTerms, StepCounts
 from train.masking import Masking
 from train.sharding import place_teacher, release
 from train.speed import speed_up
-from train.student import drop_second_names, save_student
+from train.student import drop_second_names
 from train.teacher_cache import TeacherCache
 from train.training_args import DistillationArguments
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(CheckpointedTrainer):
     """Trains `student` in place; `teacher` is frozen and never saved."""
 
     # The loss is already divided by the counts of the whole step.
@@ -46,22 +51,27 @@ class DistillationTrainer(Trainer):
         args: DistillationArguments,
         masking: Masking | None = None,
         cache: TeacherCache | None = None,
+        settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`masking` is for masked language models. With `cache`, `teacher` is None."""
+        """`masking` is for masked language models. With `cache`, `teacher` is None. `settings` are
+        what identifies the run in its checkpoints.
+        """
         assert predicts_masked_tokens(student.config) == (masking is not None)
         for model in filter(None, (student, teacher)):
             speed_up(model, args)
             drop_second_names(model)
         args.use_liger_kernel = False  # applied above; Trainer would add Liger's own losses
+        args.push_to_hub = False  # Trainer would upload checkpoints
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         if kwargs.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
-        self._masking, self._share = masking, Share(args.process_index, args.world_size)
+        self._masking, self._settings = masking, settings
+        self._share = Share(args.process_index, args.world_size)
         self._flops = flops_per_token(student.config, teacher and teacher.config, args.loss_weights)
         self._log_line = LogLine(args.loss_weights.active_terms, args.device)
         self._prefetcher = StepPrefetcher(self._share, cache)
-        self._checkpoint_folder, self._resume_from = args.output_dir, None
+        self._resume_from: str | None = None
         self.stop_on_sigterm = StopOnSigterm()
         super().__init__(
             student, args, data_collator=collate, callbacks=[self.stop_on_sigterm], **kwargs
@@ -82,7 +92,7 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, IterableDataset):
-            return super().get_train_dataloader()
+            return local_loader(self.train_dataset, self.args, self._share)
         stream = StreamBatches(self.train_dataset, self._train_batch_size)
         self._prefetcher.read(stream, self._resume_from)
         return stream
@@ -95,7 +105,8 @@ class DistillationTrainer(Trainer):
             return [], None
         batches = self._prefetcher.batches(step, epoch_iterator, num_batches)
         if self._masking is not None:
-            batches = self._masking.hide_step(batches, self.args.seed, step, self._share.rank)
+            size = self.args.per_device_train_batch_size
+            batches = self._masking.hide_step(batches, self.args.seed, step, size, self._share)
         totals = count_positions(batches, self._masking is not None, device)
         targets, positions, slots = self._sum_over_ranks(totals)
         self._log_line.add_positions(positions, slots)
@@ -144,6 +155,7 @@ class DistillationTrainer(Trainer):
             )
             release(self.accelerator.unwrap_model(self.model_wrapped).get_output_embeddings())
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+            check_metrics(self.state.global_step, metrics)
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
@@ -156,29 +168,21 @@ class DistillationTrainer(Trainer):
         self._resume_from = resume_from_checkpoint
         # A stream resumes at its saved position; Trainer would read it again from the start.
         self.args.ignore_data_skip = isinstance(self.train_dataset, IterableDataset)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.stop_on_sigterm.restore()
 
     def _init_training_state(self, *args):
         values = super()._init_training_state(*args)
         self._log_line.start(self.state)
         return values
 
-    def _get_output_dir(self, trial) -> str:
-        return str(self._checkpoint_folder)
-
     def _save_checkpoint(self, model, trial) -> None:
-        with (
-            self._log_line.paused(),
-            staged_checkpoint(self.args, self.state, self.accelerator) as checkpoint,
-        ):
-            self._checkpoint_folder = checkpoint.parent
+        with self._log_line.paused():
             super()._save_checkpoint(model, trial)
-            self._checkpoint_folder = self.args.output_dir
-            self._prefetcher.save_position(checkpoint, self.state.global_step)
 
-    def save_student(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the whole student from the main process."""
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.args.should_save:
-            student = self.accelerator.unwrap_model(self.model_wrapped)
-            save_student(student, state_dict, folder, dtype)
+    def add_to_checkpoint(self, checkpoint: Path) -> None:
+        self._prefetcher.save_position(checkpoint, self.state.global_step)
+        if self.args.should_save and self._settings is not None:
+            write_json(checkpoint / FILE_NAME, self._settings)

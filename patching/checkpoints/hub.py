@@ -1,6 +1,8 @@
 """Upload saved models to the hub, into private repositories unless `public` is set."""
 
 import json
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -21,9 +23,15 @@ def check_can_push(repository: str, public: bool) -> None:
         )
 
 
-def push(folder: Path, repository: str, public: bool) -> str:
+def push(
+    folder: Path,
+    repository: str,
+    public: bool,
+    message: str = "Upload patched model",
+    exclude: Sequence[str] = (),
+) -> str:
     """Upload a saved model in one commit and return its address. The uploaded provenance.json lacks
-    what it says about this machine.
+    what it says about this machine, and files that match a pattern of `exclude` stay behind.
 
     Raises OSError, which says what is complete and where, if the hub refuses the card or the upload
     fails.
@@ -35,23 +43,29 @@ def push(folder: Path, repository: str, public: bool) -> str:
         existed = api.repo_exists(repository)
         address = api.create_repo(repository, private=not public, exist_ok=True)
         there = f"{repository} on the hub is " + ("as it was" if existed else "new and still empty")
-        api.create_commit(address.repo_id, uploads(folder), commit_message="Upload patched model")
+        api.create_commit(address.repo_id, uploads(folder, exclude), commit_message=message)
     except (OSError, ValueError) as error:
+        flags = "".join(f" --exclude '{name}'" for name in (PROVENANCE_FILE_NAME, *exclude))
+        flags += "" if public else " --private"
         raise OSError(
             f"the model is complete in {folder}, but its upload failed ({error}); {there}; try "
-            f"again with `hf upload {repository} {folder} --exclude {PROVENANCE_FILE_NAME}"
-            f"{'' if public else ' --private'}`"
+            f"again with `hf upload {repository} {folder}{flags}`"
         ) from error
     return str(address)
 
 
-def uploads(folder: Path) -> list[CommitOperationAdd]:
-    """Return what to upload of a saved model's folder: all files, except what is local in one."""
+def uploads(folder: Path, exclude: Sequence[str] = ()) -> list[CommitOperationAdd]:
+    """Return what to upload of a saved model's folder: all files but those that match a pattern,
+    and without what is local in one.
+    """
     operations = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if any(fnmatch(name, pattern) for pattern in exclude):
+            continue
         content: Path | bytes = path
         if path.name == PROVENANCE_FILE_NAME:
             values = shareable(json.loads(path.read_text(encoding="utf-8")))
             content = (json.dumps(values, indent=2) + "\n").encode()
-        operations.append(CommitOperationAdd(path.relative_to(folder).as_posix(), content))
+        operations.append(CommitOperationAdd(name, content))
     return operations

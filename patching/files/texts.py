@@ -72,6 +72,12 @@ def load_documents(
         raise ValueError(
             f"text_column={column}: {name} has the columns {', '.join(columns)}, choose one of them"
         )
+    value = next(iter(documents), {}).get(column)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(
+            f"text_column={column}: it holds {type(value).__name__} values in {name} and no text, "
+            f"choose one of {', '.join(columns)}"
+        )
     documents = documents.select_columns([column])
     if column != "text":
         documents = documents.rename_column(column, "text")

@@ -1,0 +1,411 @@
+"""Every flag of transformers' TrainingArguments changes something that can be seen, or is refused.
+
+An observation runs with and without a flag and must differ.
+"""
+
+import contextlib
+import functools
+import gc
+import hashlib
+import io
+import itertools
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.trainer
+import transformers.training_args
+from conftest import ROOT
+from training_runs import teacher_of, trainer_for
+from transformers import TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.trainer_callback import PrinterCallback
+
+import train.evaluation
+from train.refused_flags import REFUSED
+from train.speed import speed_up
+from train.training_args import DistillationArguments
+
+TEACHER = teacher_of("qwen3-tied")
+QUIET = {"eval_strategy": "no", "max_steps": 2}
+
+
+def trained(folder: Path, **changes: Any):
+    trainer = trainer_for(folder, TEACHER, **QUIET | changes)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        trainer.train()
+    return trainer
+
+
+def arguments(folder: Path, **changes: Any) -> DistillationArguments:
+    return DistillationArguments(save_directory=str(folder), **changes)
+
+
+# Observations. Each returns something to compare.
+
+
+def weights(folder: Path, _, **changes: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in trained(folder, **changes).model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def num_steps(folder: Path, _, **changes: Any) -> int:
+    return trained(folder, **changes).state.global_step
+
+
+def log_steps(folder: Path, _, **changes: Any) -> list[int]:
+    return [line["step"] for line in trained(folder, **changes).state.log_history if "loss" in line]
+
+
+def evaluated_steps(folder: Path, _, **changes: Any) -> list[int]:
+    history = trained(folder, **{"eval_strategy": "steps"} | changes).state.log_history
+    return [line["step"] for line in history if "eval_loss" in line]
+
+
+def last_line(folder: Path, _, **changes: Any) -> set[str]:
+    return {*trained(folder, **changes).state.log_history[-1]}
+
+
+def tokens_seen(folder: Path, _, **changes: Any) -> int:
+    return trained(folder, **changes).state.num_input_tokens_seen
+
+
+def checkpoints(folder: Path, _, **changes: Any) -> list[str]:
+    steps = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "max_steps": 3}
+    trained(folder, **steps | changes)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def checkpointing(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> list[dict]:
+    trainer, calls = trainer_for(folder, TEACHER, **QUIET | changes), []
+    patch.setattr(trainer.model, "activation_checkpointing_enable", lambda **kw: calls.append(kw))
+    trainer.train()
+    return calls
+
+
+def compiled(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> list[dict]:
+    calls = []
+    patch.setattr(torch, "compile", lambda forward, **kwargs: calls.append(kwargs) or forward)
+    speed_up(teacher_of("qwen3-tied"), arguments(folder, **changes))
+    return calls[:1]
+
+
+def liger(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> list[dict]:
+    calls = []
+    patch.setattr("train.flag_checks.is_liger_kernel_available", lambda: True)
+    patch.setattr("train.speed.apply_liger_kernel", lambda model, config: calls.append(config))
+    with pytest.MonkeyPatch.context() as on_gpu:
+        on_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        args = arguments(folder, use_cpu=True, **changes)
+    speed_up(TEACHER, args)
+    return calls
+
+
+def devices(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> tuple:
+    """What a machine with one GPU is asked for."""
+    asked, settings = {}, []
+    state = transformers.training_args.PartialState
+
+    def noted(**kwargs: Any):
+        asked.update(kwargs)
+        return state()
+
+    patch.setattr(torch.accelerator, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("is_torch_tf32_available", "is_torch_bf16_gpu_available"):
+        patch.setattr(transformers.training_args, name, lambda: True)
+    patch.setattr(transformers.training_args, "enable_tf32", settings.append)
+    patch.setattr(transformers.training_args, "PartialState", noted)
+    args = arguments(folder, **changes)
+    return args.n_gpu, asked, settings, args.mixed_precision, args.compute_dtype
+
+
+def caches_emptied(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> int:
+    calls = []
+    patch.setattr(transformers.trainer, "clear_device_cache", lambda: calls.append(1))
+    trained(folder, **changes)
+    return len(calls)
+
+
+def log_level_of(is_replica: bool) -> Callable:
+    def observe(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> int:
+        args = arguments(folder, **changes)
+        patch.setattr(DistillationArguments, "process_index", int(is_replica))
+        patch.setattr(DistillationArguments, "local_process_index", int(is_replica))
+        return args.get_process_log_level()
+
+    return observe
+
+
+def second_node_logs(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> bool:
+    args = arguments(folder, **changes)
+    patch.setattr(DistillationArguments, "process_index", 8)
+    patch.setattr(DistillationArguments, "local_process_index", 0)
+    return args.should_log
+
+
+def prints_lines(folder: Path, _, **changes: Any) -> bool:
+    callbacks = trainer_for(folder, TEACHER, **changes).callback_handler.callbacks
+    return any(isinstance(callback, PrinterCallback) for callback in callbacks)
+
+
+def tracked(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> list:
+    """What a run tells trackio, by a module that notes it."""
+    calls: list = []
+    module = types.ModuleType("trackio")
+    module.__version__ = "1.0.0"
+    module.init = lambda **kwargs: calls.append(sorted(kwargs.items(), key=str))
+    module.freeze = lambda **kwargs: calls.append(kwargs["new_space_id"]) or "frozen"
+    module.log, module.finish = (lambda *_, **__: None), (lambda: None)
+    module.context_vars = types.SimpleNamespace(
+        current_space_id=types.SimpleNamespace(get=lambda: "space"),
+        current_project=types.SimpleNamespace(get=lambda: "project"),
+    )
+    module.config = type("Config", (dict,), {"update": lambda self, *_, **__: None})()
+    patch.setitem(sys.modules, "trackio", module)
+    patch.setattr(integration_utils, "is_trackio_available", lambda: True)
+    patch.setattr(integration_utils.secrets, "token_hex", lambda _: "000000")
+    trained(folder, **changes)
+    return calls
+
+
+def evaluation_batches(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> int:
+    calls = []
+    collate = train.evaluation.collate
+    patch.setattr(
+        train.evaluation, "collate", lambda rows: calls.append(len(rows)) or collate(rows)
+    )
+    trainer_for(folder, TEACHER, **changes).evaluate()
+    return len(calls)
+
+
+def deterministic(folder: Path, _, **changes: Any) -> bool:
+    try:
+        trainer_for(folder, TEACHER, **changes)
+        return torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def ddp(folder: Path, _, **changes: Any) -> dict:
+    return trainer_for(folder, TEACHER, **changes).accelerator.ddp_handler.to_kwargs()
+
+
+def gradient_state(folder: Path, _, **changes: Any) -> dict:
+    return trainer_for(folder, TEACHER, **changes).accelerator.gradient_state.plugin_kwargs
+
+
+EFFECTS: dict[str, tuple[Callable, dict, dict]] = {
+    # flag: observation, flags with it, flags without it
+    "learning_rate": (weights, {"learning_rate": 1e-3}, {}),
+    "lr_scheduler_type": (weights, {"lr_scheduler_type": "constant"}, {}),
+    "lr_scheduler_kwargs": (
+        weights,
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"lr_scheduler_type": "cosine"},
+    ),
+    "warmup_steps": (weights, {"warmup_steps": 2}, {}),
+    "optim": (weights, {"optim": "sgd"}, {}),
+    "optim_args": (weights, {"optim": "sgd", "optim_args": "momentum=0.9"}, {"optim": "sgd"}),
+    "weight_decay": (weights, {"weight_decay": 0.5}, {}),
+    "adam_beta1": (weights, {"adam_beta1": 0.5}, {}),
+    "adam_beta2": (weights, {"adam_beta2": 0.5}, {}),
+    "adam_epsilon": (weights, {"adam_epsilon": 0.1}, {}),
+    "max_grad_norm": (weights, {"max_grad_norm": 1e-9}, {}),
+    "per_device_train_batch_size": (weights, {"per_device_train_batch_size": 4}, {}),
+    "gradient_accumulation_steps": (weights, {"gradient_accumulation_steps": 2}, {}),
+    "train_sampling_strategy": (weights, {"train_sampling_strategy": "group_by_length"}, {}),
+    "seed": (weights, {"seed": 1}, {}),
+    "data_seed": (weights, {"data_seed": 1}, {}),
+    "bf16": (weights, {"bf16": True}, {}),
+    "neftune_noise_alpha": (weights, {"neftune_noise_alpha": 5.0}, {}),
+    "max_steps": (num_steps, {"max_steps": 3}, {}),
+    "num_train_epochs": (num_steps, {"max_steps": None, "num_train_epochs": 0.5}, {}),
+    "logging_strategy": (log_steps, {"logging_strategy": "epoch"}, {}),
+    "logging_steps": (log_steps, {"logging_steps": 2}, {}),
+    "logging_first_step": (
+        log_steps,
+        {"logging_steps": 2, "logging_first_step": True},
+        {"logging_steps": 2},
+    ),
+    "eval_strategy": (evaluated_steps, {"eval_strategy": "no"}, {"eval_steps": 1}),
+    "eval_steps": (evaluated_steps, {"eval_steps": 1}, {}),
+    "eval_delay": (evaluated_steps, {"eval_steps": 1, "eval_delay": 2}, {"eval_steps": 1}),
+    "eval_on_start": (evaluated_steps, {"eval_on_start": True}, {}),
+    "per_device_eval_batch_size": (evaluation_batches, {"per_device_eval_batch_size": 1}, {}),
+    "skip_memory_metrics": (last_line, {"skip_memory_metrics": False}, {}),
+    "include_num_input_tokens_seen": (tokens_seen, {"include_num_input_tokens_seen": True}, {}),
+    "output_dir": (checkpoints, {"output_dir": "DIR/elsewhere"}, {}),
+    "save_strategy": (checkpoints, {"save_strategy": "no"}, {}),
+    "save_steps": (checkpoints, {"save_steps": 2}, {}),
+    "save_total_limit": (checkpoints, {"save_total_limit": 1}, {}),
+    "save_only_model": (checkpoints, {"save_only_model": True}, {}),
+    "activation_checkpointing": (checkpointing, {"activation_checkpointing": True}, {}),
+    "gradient_checkpointing": (checkpointing, {"gradient_checkpointing": True}, {}),
+    "activation_checkpointing_kwargs": (
+        checkpointing,
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}},
+        {"activation_checkpointing": True},
+    ),
+    "gradient_checkpointing_kwargs": (
+        checkpointing,
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}},
+        {"gradient_checkpointing": True},
+    ),
+    "torch_compile": (compiled, {"torch_compile": True}, {}),
+    "torch_compile_backend": (compiled, {"torch_compile_backend": "eager"}, {}),
+    "torch_compile_mode": (compiled, {"torch_compile_mode": "max-autotune"}, {}),
+    "use_liger_kernel": (liger, {"use_liger_kernel": True}, {}),
+    "liger_kernel_config": (
+        liger,
+        {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}},
+        {"use_liger_kernel": True},
+    ),
+    "use_cpu": (devices, {"use_cpu": True}, {}),
+    "fp16": (devices, {"fp16": True, "bf16": False}, {"bf16": False}),
+    "tf32": (devices, {"tf32": True}, {}),
+    "ddp_backend": (devices, {"ddp_backend": "ucc"}, {}),
+    "ddp_timeout": (devices, {"ddp_timeout": 60}, {}),
+    "ddp_find_unused_parameters": (ddp, {"ddp_find_unused_parameters": True}, {}),
+    "ddp_bucket_cap_mb": (ddp, {"ddp_bucket_cap_mb": 7}, {}),
+    "ddp_broadcast_buffers": (ddp, {"ddp_broadcast_buffers": False}, {}),
+    "ddp_static_graph": (ddp, {"ddp_static_graph": True}, {}),
+    "accelerator_config": (
+        gradient_state,
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+        {},
+    ),
+    "torch_empty_cache_steps": (caches_emptied, {"torch_empty_cache_steps": 1}, {}),
+    "log_level": (log_level_of(is_replica=False), {"log_level": "error"}, {}),
+    "log_level_replica": (log_level_of(is_replica=True), {"log_level_replica": "debug"}, {}),
+    "log_on_each_node": (second_node_logs, {"log_on_each_node": False}, {}),
+    "disable_tqdm": (prints_lines, {"disable_tqdm": False}, {}),
+    "report_to": (tracked, {"report_to": "trackio"}, {}),
+    **{
+        name: (tracked, {"report_to": "trackio", name: "other"}, {"report_to": "trackio"})
+        for name in (
+            "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+            "trackio_static_space_id",
+        )
+    },
+    "full_determinism": (deterministic, {"full_determinism": True}, {}),
+}  # fmt: skip
+
+ELSEWHERE = {
+    "push_to_hub": "test_upload_student.py",
+    "hub_model_id": "test_upload_student.py",
+    "load_best_model_at_end": "test_best_checkpoint.py",
+    "metric_for_best_model": "test_best_checkpoint.py",
+    "resume_from_checkpoint": "test_resume.py",
+    "fsdp": "test_fsdp.py",
+    "fsdp_config": "test_fsdp.py",
+}
+"""Flags whose effect needs files or several ranks."""
+
+
+def test_every_flag_is_in_exactly_one_table():
+    tables = (EFFECTS, REFUSED, ELSEWHERE)
+    names = list(itertools.chain.from_iterable(tables))
+    assert sorted(names) == sorted(field.name for field in fields(TrainingArguments))
+    for name, file in ELSEWHERE.items():
+        assert name in (ROOT / "tests" / file).read_text()
+
+
+@functools.cache
+def without_flag(observe: Callable, flags: tuple) -> Any:
+    """What is observed without a flag: the same for many of them."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        return observe(Path(folder), patch, **dict(flags))
+
+
+TRAINS = (
+    weights,
+    num_steps,
+    log_steps,
+    evaluated_steps,
+    last_line,
+    tokens_seen,
+    checkpoints,
+    tracked,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if observe in TRAINS else [])
+        for name, (observe, *_) in EFFECTS.items()
+    ],
+)
+def test_a_flag_that_acts_changes_what_is_observed(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # takes as long as a run
+    observe, changed, unchanged = EFFECTS[name]
+    flags = {
+        key: value.replace("DIR", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in changed.items()
+    }
+    with monkeypatch.context() as patch:
+        assert observe(tmp_path, patch, **flags) != without_flag(observe, (*unchanged.items(),))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_flag_that_would_not_act_is_refused_by_name(name, tmp_path):
+    (default,) = (field.default for field in fields(DistillationArguments) if field.name == name)
+    value = (
+        not default if isinstance(default, bool) else {"debug": "underflow_overflow"}.get(name, 7)
+    )
+    if name == "greater_is_better":
+        value = True
+    with pytest.raises(ValueError, match=f"{name} is not available: "):
+        arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"max_steps": 5, "num_train_epochs": 2}, "both set the length: give one"),
+        ({"optim": "galore_adamw"}, "optim=galore_adamw: choose one of adamw_torch, "),
+        ({"optim_args": "momentum=0.9"}, "optim_args has no effect with --optim adamw_torch"),
+        ({"activation_checkpointing_kwargs": {}}, "only applies with --activation_checkpointing"),
+        ({"liger_kernel_config": {}}, "liger_kernel_config only applies with --use_liger_kernel"),
+        ({"run_name": "a"}, "run_name only applies with --report_to TRACKER"),
+        ({"project": "a", "report_to": "wandb"}, "project only applies with --report_to trackio"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "choose random, sequential or group_by"),
+        ({"fsdp": True, "ddp_bucket_cap_mb": 3}, "ddp_bucket_cap_mb has no effect with --fsdp"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches is not available: rows"),
+        ({"ddp_timeout": 5}, "ddp_timeout has no effect on CPUs"),
+        ({"fp16": True, "bf16": False}, "fp16 needs a GPU"),
+        (
+            {"fsdp_config": {"sharding_strategy": "HYBRID_SHARD"}},
+            "sharding_strategy is not a setting of FSDP2 here, choose from version, ",
+        ),
+        (
+            {"fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 5}},
+            "auto_wrap_policy=SIZE_BASED_WRAP: choose TRANSFORMER_BASED_WRAP",
+        ),
+        ({"fsdp_config": {"reshard_after_forward": "hybrid"}}, "choose true or false"),
+    ],
+)  # fmt: skip
+def test_flags_without_effect_together_with_others_are_refused(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **flags)
+
+
+def test_epochs_count_if_steps_are_not_given(tmp_path):
+    for flags, steps, epochs in (
+        ({}, 500, 0),
+        ({"max_steps": 7}, 7, 0),
+        ({"num_train_epochs": 2}, -1, 2),
+        ({"max_steps": -1}, -1, 3),
+        ({"max_steps": -1, "num_train_epochs": 4}, -1, 4),
+    ):
+        args = arguments(tmp_path, **flags)
+        assert (args.max_steps, args.num_train_epochs) == (steps, epochs)

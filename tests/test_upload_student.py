@@ -1,0 +1,106 @@
+"""`--push_to_hub` uploads the finished student, and nothing else."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+
+from train.train import main
+from train.training_args import DistillationArguments
+
+
+def command(teacher, folder, dataset, *flags) -> list[str]:
+    settings = {
+        "teacher_model_name_or_path": teacher, "save_directory": folder, "dataset": dataset,
+        "max_length": 32, "max_steps": 2, "per_device_train_batch_size": 4, "bf16": False,
+        "gradient_accumulation_steps": 2, "save_steps": 1, "disable_tqdm": True,
+        "resume_from_checkpoint": "last",
+    }  # fmt: skip
+    words = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
+    return [*words, *map(str, flags)]
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[tuple]:
+    """A hub that accepts everything and notes what it gets."""
+    calls = []
+
+    def create_repo(self, repo_id, **kwargs):
+        calls.append(("create_repo", repo_id, kwargs))
+        return RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
+
+    def create_commit(self, repo_id, operations, commit_message):
+        calls.append(("create_commit", repo_id, {each.path_in_repo for each in operations}))
+
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr(HfApi, "repo_exists", lambda self, name: False)
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(ModelCard, "validate", lambda *_, **__: None)
+    return calls
+
+
+def test_only_the_student_is_uploaded_and_privately(hub, pair_folders, text_file, tmp_path, capsys):
+    folder = tmp_path / "my-student"
+    words = command(pair_folders[0], folder, text_file, "--push_to_hub", "True")
+    main(words)
+    created, uploaded = hub
+    assert created[:2] == ("create_repo", "my-student")
+    assert created[2]["private"] is True
+    assert uploaded[:2] == ("create_commit", "me/my-student")
+    assert uploaded[2] == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "student_config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert (folder / "checkpoints/checkpoint-2").is_dir()
+    assert json.loads((folder / "run.json").read_text())["arguments"]["push_to_hub"] is True
+    assert "student uploaded to https://huggingface.co/me/my-student" in capsys.readouterr().out
+    main(words)  # requeued, perhaps because the upload had failed
+    assert len(hub) == 4
+
+
+def test_a_public_student_with_a_name(hub, pair_folders, text_file, tmp_path):
+    flags = ["--push_to_hub", "True", "--hub_model_id", "us/small", "--public", "True"]
+    main(command(pair_folders[0], tmp_path, text_file, *flags, "--save_strategy", "no"))
+    assert hub[0][1] == "us/small"
+    assert hub[0][2]["private"] is False
+    assert 'from_pretrained("us/small")' in (tmp_path / "README.md").read_text()
+
+
+def test_what_cannot_be_pushed_ends_before_weights_load(
+    pair_folders, text_file, tmp_path, capsys, monkeypatch
+):
+    def nobody(self):
+        raise OSError("not logged in")
+
+    monkeypatch.setattr(HfApi, "whoami", nobody)
+    monkeypatch.setattr("train.run.load_teacher", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit) as ended:
+        main(command(pair_folders[0], tmp_path, text_file, "--push_to_hub", "True"))
+    assert ended.value.code == 2
+    assert "error: not logged in" in capsys.readouterr().err
+    for flag, value in (("hub_strategy", "end"), ("hub_private_repo", True),
+                        ("hub_always_push", True), ("hub_token", "x"), ("public", True),
+                        ("hub_model_id", "a/b"), ("hub_revision", "dev")):  # fmt: skip
+        with pytest.raises(ValueError, match=flag):
+            DistillationArguments(save_directory=str(tmp_path), **{flag: value})
+
+
+def test_the_card_says_what_the_student_is_and_hides_the_machine(pair_folders, text_file, tmp_path):
+    folder = tmp_path / "student"
+    main(command(pair_folders[0], folder, text_file))
+    card = (folder / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert "base_model" not in metadata
+    for expected in (
+        "# student", "A student of 4 layers, distilled from a teacher of 6",
+        "| teacher | a local model |",
+        "| optimizer steps | 2 |", "| kept teacher layers | 0,2,4,5 |", "| text | local files |",
+        "| loss | 1 cross entropy, 0.1 KL, 2 cosine |", "| kl, held out | ",
+        "it makes 3 sizes from", "python -m patching.patch", "--num_layers_to_patch 1",
+    ):  # fmt: skip
+        assert expected in card, expected
+    assert str(tmp_path) not in card
+    assert str(text_file.parent) not in card

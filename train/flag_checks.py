@@ -1,0 +1,115 @@
+"""What can be wrong with the flags of training by themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import is_liger_kernel_available
+
+from train.refused_flags import refused_flags
+
+if TYPE_CHECKING:
+    from train.training_args import DistillationArguments
+
+LEAST = dict.fromkeys(
+    ("kl_loss_weight", "cosine_loss_weight", "learning_rate", "warmup_steps"), 0
+) | dict.fromkeys(
+    ("per_device_train_batch_size", "gradient_accumulation_steps", "dry_run_ranks"), 1
+)
+
+
+def check_flags(args: DistillationArguments) -> None:
+    """Raise ValueError with all problems of the flags of training, as they were given."""
+    problems = [
+        f"{name}={getattr(args, name)}: choose {minimum} or more"
+        for name, minimum in LEAST.items()
+        if getattr(args, name) is not None and getattr(args, name) < minimum
+    ]
+    if args.save_directory is None:
+        problems.append("--save_directory is required: name the folder for the student")
+    if args.temperature <= 0:
+        problems.append(f"temperature={args.temperature}: choose a number above 0")
+    if not args.loss_weights.active_terms:
+        problems.append("every loss term is off: leave at least one on, with a weight above 0")
+    if args.use_liger_kernel and not torch.cuda.is_available():
+        problems.append("use_liger_kernel: its kernels need a CUDA GPU, leave it out")
+    elif args.use_liger_kernel and not is_liger_kernel_available():
+        problems.append("use_liger_kernel: install liger-kernel first, or leave it out")
+    problems += length_problems(args) + precision_problems(args) + best_model_problems(args)
+    problems += refused_flags(args)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def length_problems(args: DistillationArguments) -> list[str]:
+    steps, epochs = args.max_steps, args.num_train_epochs
+    if steps is not None and (steps == 0 or steps < -1):
+        return [f"max_steps={steps}: choose 1 or more, or -1 to count epochs"]
+    if epochs is not None and epochs < 0:
+        return [f"num_train_epochs={epochs}: choose a number above 0"]
+    if epochs and steps is not None and steps > 0:
+        return [
+            f"--max_steps {steps} and --num_train_epochs {epochs} both set the length: give one"
+        ]
+    return []
+
+
+def precision_problems(args: DistillationArguments) -> list[str]:
+    problems = []
+    on_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if args.fp16 and on_cpu:
+        problems.append("fp16 needs a GPU: leave it out, or use --bf16")
+    if args.fp16 and args.bf16:
+        problems.append("--fp16 and --bf16 are both on, and bf16 is the default: add --bf16 False")
+    if args.ddp_timeout != type(args).ddp_timeout and on_cpu:
+        problems.append("ddp_timeout has no effect on CPUs, leave it out")
+    return problems
+
+
+def best_model_problems(args: DistillationArguments) -> list[str]:
+    """Return problems with choosing the best checkpoint by a held-out metric."""
+    problems, metric = [], args.metric_for_best_model
+    known = ["loss", *args.loss_weights.for_evaluation().active_terms]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        problems.append(f"metric_for_best_model={metric}: choose one of {', '.join(known)}")
+    if args.load_best_model_at_end and args.save_only_model and (args.fsdp or args.fsdp_config):
+        problems.append(
+            "--load_best_model_at_end cannot read --save_only_model checkpoints of FSDP"
+        )
+    return problems
+
+
+def check_installed(args: DistillationArguments) -> None:
+    """Raise ValueError or ImportError if a tracker or an optimizer needs a package that is not
+    installed. Called once the flags are complete.
+    """
+    from transformers import Trainer
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for tracker in args.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([tracker]):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"report_to={tracker}: {error}") from error
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"optim={args.optim.value}: {error}") from error
+
+
+def needs_held_out_rows(args: DistillationArguments) -> list[str]:
+    """Return the given flags that act on held-out rows alone."""
+    schedule = args.lr_scheduler_type.value
+    return [
+        name
+        for name, is_given in (
+            ("load_best_model_at_end", args.load_best_model_at_end),
+            ("metric_for_best_model", args.metric_for_best_model is not None),
+            ("save_strategy best", args.save_strategy.value == "best"),
+            ("eval_on_start", args.eval_on_start),
+            (f"lr_scheduler_type {schedule}", schedule in ("reduce_lr_on_plateau", "greedy")),
+        )
+        if is_given
+    ]

@@ -1,0 +1,130 @@
+"""The finished student and what made it: saved at once, recognized when requeued, uploaded."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from patching.checkpoints.companions import Companions
+from patching.checkpoints.hub import push
+from patching.checkpoints.origin import Origin
+from patching.files.outputs import environment, follow_umask, move_into_place, write_json
+from patching.student_config import StudentConfig
+from train.checkpoints.identity import differences, read_settings
+from train.student_card import write_student_card
+from train.trainer import DistillationTrainer
+from train.training_args import DistillationArguments
+
+RUN_FILE_NAME = "run.json"
+PLOT_FILE_NAME = "loss.png"
+PRIVATE = (RUN_FILE_NAME, PLOT_FILE_NAME, ".*", "checkpoint-*")
+"""Files of a student's folder that are never uploaded: checkpoints, and what names the machine."""
+
+
+class Made(NamedTuple):
+    """What made a student."""
+
+    arguments: dict[str, Any]
+    """All flags as they were given."""
+    settings: dict[str, Any]
+    """Those that identify the run, see `train.checkpoints.identity`."""
+    teacher: PreTrainedConfig
+    origin: Origin
+    student_config: StudentConfig
+
+
+def save_run(made: Made, trainer: DistillationTrainer, companions: Companions) -> None:
+    """Save the student and what made it. Files appear in `save_directory` once all are written.
+
+    `companions` are the files from the teacher.
+    """
+    from train.plot import plot_terms  # imports matplotlib
+
+    args = trainer.args
+    held_out = held_out_metrics(trainer)
+    values = {
+        "arguments": made.arguments,
+        "settings": made.settings,
+        "student": made.student_config.to_dict(),
+        "student_step": trainer.student_step,
+        "held_out": held_out,
+        "log": trainer.state.log_history,
+        "environment": environment(),
+    }
+    save_directory = Path(args.save_directory)
+    save_directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=save_directory, prefix=".incomplete-") as folder:
+        staging = Path(folder)
+        trainer.save_student(staging, getattr(torch, args.save_dtype))
+        if args.should_save:
+            companions.write(staging)
+            made.student_config.save(staging)
+            write_json(staging / RUN_FILE_NAME, values)
+            plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
+            write_student_card(
+                staging,
+                repository_of(args),
+                made.origin,
+                made.teacher,
+                made.student_config,
+                made.arguments | {"steps": trainer.student_step},
+                held_out,
+            )
+            follow_umask(staging)
+            move_into_place(staging, save_directory)
+
+
+def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
+    """Return the metrics of the weights to save on the held-out rows; empty if none are held
+    out.
+    """
+    if trainer.eval_dataset is None:
+        return {}
+    for line in reversed(trainer.state.log_history):
+        if "eval_loss" in line and line["step"] == trainer.student_step:
+            return {name: value for name, value in line.items() if name.startswith("eval_")}
+    return trainer.evaluate()
+
+
+def recorded_settings(args: DistillationArguments, checkpoint: str | None) -> dict[str, Any] | None:
+    """Return the settings of the run that this one repeats or resumes: those of the student in
+    `save_directory`, else those of the checkpoint, or None.
+    """
+    path = Path(args.save_directory, RUN_FILE_NAME)
+    if args.resumes and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8")).get("settings")
+    return None if checkpoint is None else read_settings(checkpoint)
+
+
+def is_finished(args: DistillationArguments, settings: dict[str, Any]) -> bool:
+    """Whether `save_directory` already holds the student of this very run, as it does when a
+    finished run is queued again.
+
+    Raises ValueError if it holds another model.
+    """
+    folder = Path(args.save_directory)
+    if not (folder / "config.json").exists():
+        return False
+    before = recorded_settings(args, checkpoint=None)
+    found = ["no run.json says what made it"] if before is None else differences(before, settings)
+    if found:
+        raise ValueError(
+            f"{folder} already holds a model of another run ({'; '.join(found)}): name another "
+            "--save_directory, or remove it"
+        )
+    return True
+
+
+def repository_of(args: DistillationArguments) -> str:
+    return args.hub_model_id or Path(args.save_directory).resolve().name
+
+
+def upload(args: DistillationArguments) -> str:
+    """Upload the finished student and return its address. Raises OSError if that fails."""
+    folder = Path(args.save_directory)
+    exclude = (*PRIVATE, f"{os.path.relpath(args.output_dir, folder)}/*")
+    return push(folder, repository_of(args), args.public, "Upload student", exclude)

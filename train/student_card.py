@@ -1,0 +1,124 @@
+"""The model card (README.md) of a student: what it is, how it was made and how to build sizes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedConfig
+
+from patching.architectures.models import auto_class, predicts_masked_tokens
+from patching.blocks import as_layer_list
+from patching.checkpoints.model_card import PAPER
+from patching.checkpoints.origin import CARD_FILE_NAME, Origin
+from patching.cli.units import count_text
+from patching.student_config import StudentConfig
+from train.estimate import sizes
+
+
+def write_student_card(
+    folder: Path,
+    title: str,
+    origin: Origin,
+    teacher: PreTrainedConfig,
+    student_config: StudentConfig,
+    arguments: Mapping[str, Any],
+    held_out: Mapping[str, float],
+) -> None:
+    """Write the card into a student's folder. `origin` says where the teacher came from, and
+    `arguments` are the flags of the run.
+    """
+    text = student_card(title, origin, teacher, student_config, arguments, held_out)
+    (folder / CARD_FILE_NAME).write_text(text, encoding="utf-8")
+
+
+def student_card(
+    title: str,
+    origin: Origin,
+    teacher: PreTrainedConfig,
+    student_config: StudentConfig,
+    arguments: Mapping[str, Any],
+    held_out: Mapping[str, float],
+) -> str:
+    layer_map, order = student_config.layer_map, student_config.patch_order
+    family = sizes(teacher, layer_map, order)
+    smallest, largest = (count_text(family[i].parameters.stored) for i in (0, -1))
+    task = "fill-mask" if predicts_masked_tokens(teacher) else "text-generation"
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
+    metadata["tags"] = ["boomerang-distillation", "distillation"]
+    if origin.repository:
+        metadata["base_model"] = origin.repository
+    if origin.license:
+        metadata |= origin.license.metadata
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"A student of {len(layer_map.kept)} layers, distilled from a teacher of "
+        f"{layer_map.num_teacher_layers} so that blocks of teacher layers can be put back in place "
+        f"of single student layers, with no further training ([paper]({PAPER})).",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| teacher | {origin.title} |",
+        f"| revision of the teacher | {origin.commit or origin.revision or origin.fingerprint} |",
+        f"| license of the teacher | {origin.license or 'not stated in its card'} |",
+        f"| kept teacher layers | {as_layer_list(layer_map.kept)} |",
+        *(f"| {name} | {value} |" for name, value in training_facts(arguments).items()),
+        *(
+            f"| {name.removeprefix('eval_')}, held out | {held_out[name]:.4f} |"
+            for name in held_out
+        ),
+        "",
+        "It is an ordinary checkpoint:",
+        "",
+        "```python",
+        f"from transformers import {auto_class(teacher).__name__}, AutoTokenizer",
+        "",
+        f'model = {auto_class(teacher).__name__}.from_pretrained("{title}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
+        "```",
+        "",
+        f"With the teacher it makes {len(family)} sizes from {smallest} to {largest} parameters, "
+        f"patched {order} layer first:",
+        "",
+        "| layers patched | layers | parameters |",
+        "| --- | --- | --- |",
+        *(
+            f"| {k} | {size.depth} | {count_text(size.parameters.stored)} |"
+            for k, size in enumerate(family)
+        ),
+        "",
+        "```sh",
+        "python -m patching.patch \\",
+        f"    --teacher_model_name_or_path {origin.repository or 'TEACHER'} \\",
+        f"    --student_model_name_or_path {title} \\",
+        f"    --num_layers_to_patch {layer_map.max_layers_to_patch // 2} --save_directory DIR",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def training_facts(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return how a student was trained, without anything that names the machine."""
+    dataset = arguments["dataset"]
+    is_local = Path(dataset).exists()
+    start = "random weights" if arguments["random_initialization"] else "the kept teacher layers"
+    loss = {
+        "cross entropy": 1.0 * arguments["use_cross_entropy"],
+        "KL": arguments["kl_loss_weight"] * arguments["use_kl_loss"],
+        "cosine": arguments["cosine_loss_weight"] * arguments["use_cosine_loss"],
+    }
+    return {
+        "initialized from": start,
+        "text": "local files" if is_local else dataset,
+        "loss": ", ".join(f"{weight:g} {name}" for name, weight in loss.items() if weight),
+        "temperature": f"{arguments['temperature']:g}",
+        "learning rate": f"{arguments['learning_rate']:g}",
+        "optimizer steps": f"{arguments['steps']:,}",
+        "tokens per row": f"{arguments['max_length']:,}",
+    }
