@@ -12,7 +12,7 @@ from conftest import tiny_model, trained_student
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patching_models import family_config, save_models
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from patching.architectures.layer_pattern import (
     keeps_period,
@@ -140,3 +140,9 @@ def test_an_order_of_whole_periods_needs_a_pattern_and_a_student_that_can(tmp_pa
         whole_periods_order(LayerMap((0, 2, 4, 5), 6), gemma3(2, 6))
     every_second = LayerMap((0, 2, 4, 6, 8, 10), 12)  # patched up to the last full attention
     assert set(whole_periods_order(every_second, gemma3(6, 12))[:3]) == {0, 1, 2}
+
+
+def test_the_pattern_of_a_multimodal_model_is_its_text_towers():
+    for layer_types, expected in ((pattern(6, 8), True), ([FULL, *pattern(6, 7)], False)):
+        text = family_config("gemma3_text", num_hidden_layers=8, layer_types=layer_types)
+        assert keeps_period(Gemma3Config(text_config=text.to_dict())) == expected

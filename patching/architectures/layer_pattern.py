@@ -52,7 +52,10 @@ def kinds_by_position(config: PreTrainedConfig) -> list[tuple[Any, ...]] | None:
 
 
 def keeps_period(config: PreTrainedConfig) -> bool:
-    """Return whether every layer has the kind that its position says."""
+    """Return whether every layer has the kind that its position says. Of a multimodal model, this
+    is about its text tower.
+    """
+    config = config.get_text_config()
     by_position = kinds_by_position(config)
     return by_position is None or by_position == kinds_of_layers(config)
 
@@ -113,7 +116,7 @@ def whole_periods_order(layer_map: LayerMap, config: PreTrainedConfig) -> Order:
 
     Raises ValueError if all layers are of one kind, or if no size but the teacher keeps the period.
     """
-    kinds = kinds_of_layers(config)
+    kinds = kinds_of_layers(config.get_text_config())
     if len(set(kinds)) == 1 or not keeps_period(config):
         raise ValueError(
             "order=whole_periods: the kinds of this teacher's layers do not repeat with a period; "
