@@ -110,6 +110,13 @@ def test_a_group_is_compared_by_the_weights_of_its_tasks(by_size):
     errors = {name: scipy.stats.sem(after[name] - before[name]) for name in before}
     assert found.is_paired
     assert found.stderr == pytest.approx(math.hypot(*(weights[n] * errors[n] for n in errors)))
+    changes = numpy.concatenate([after[name] - before[name] for name in before])
+    num_gains, num_changes = int((changes > 0).sum()), int((changes != 0).sum())
+    if by_size:  # all documents weigh alike
+        exact = scipy.stats.binomtest(num_gains, num_changes, alternative="less").pvalue
+        assert found.p == pytest.approx(exact)
+    else:
+        assert found.p == pytest.approx(scipy.stats.t.cdf(found.value / found.stderr, 248))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ class Difference(NamedTuple):
 def difference(first: Result, second: Result, before: Score, score: Score) -> Difference:
     """The difference between the same score of two models.
 
-    The test is McNemar's exact one where documents are right or wrong, else a paired t-test.
+    The test is McNemar's exact one where documents are right or wrong and all weigh alike, else a
+    paired t-test.
     """
     value = score.value - before.value
     sign = 1 if score.higher_is_better else -1
@@ -58,12 +59,14 @@ def difference(first: Result, second: Result, before: Score, score: Score) -> Di
         if len(differences) > 1
     )
     stderr = math.sqrt(variance)
-    if set(numpy.unique(of_documents)) <= {-1.0, 0.0, 1.0}:
+    size = len(of_documents)
+    weigh_alike = all(math.isclose(weight, len(of_task) / size) for weight, of_task in parts)
+    if weigh_alike and set(numpy.unique(of_documents)) <= {-1.0, 0.0, 1.0}:
         p = _sign_test_p(sign * of_documents)
     elif stderr == 0:
-        p = 0.5 ** len(of_documents) if sign * value < 0 else 1.0
+        p = 0.5**size if sign * value < 0 else 1.0
     else:
-        p = _t_p(sign * value / stderr, len(of_documents) - len(parts))
+        p = _t_p(sign * value / stderr, size - len(parts))
     return Difference(value, stderr, p, True)
 
 
