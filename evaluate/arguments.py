@@ -9,7 +9,9 @@ from pathlib import Path
 
 from evaluate.baselines import BASELINES
 from evaluate.harness_arguments import KEYS_AND_VALUES, HarnessArguments
+from evaluate.shards import Shard
 from patching.arguments import DTYPES, CalibrationArguments, MeasuringArguments
+from patching.files.outputs import num_ranks
 
 PAPER_SUITE = (
     "arc_easy",
@@ -110,6 +112,13 @@ class EvaluationArguments(
             "action": "extend",
         },
     )
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "the part of the sweep to run, i/n with i from 1 to n, in a folder of its own; "
+            "evaluate.report puts the folders together"
+        },
+    )
     generation_batch_size: int | None = field(
         default=None,
         metadata={"help": "prompts in a batch of generation (by default as many as fit)"},
@@ -128,6 +137,13 @@ class EvaluationArguments(
             f"{KEYS_AND_VALUES}"
         },
     )
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto spreads the models over all devices of one process, for models larger "
+            "than a device"
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention of transformers, such as sdpa or eager"}
     )
@@ -144,6 +160,15 @@ class EvaluationArguments(
         problems += self.check_harness()
         if self.generation_batch_size is not None and self.generation_batch_size < 1:
             problems.append(f"generation_batch_size={self.generation_batch_size}: choose 1 or more")
+        if self.device_map is not None and (self.device is not None or num_ranks() > 1):
+            problems.append(
+                "--device_map places models itself: leave out --device, and start a single process"
+            )
+        if self.shard is not None:
+            try:
+                Shard.parse(self.shard)
+            except ValueError as error:
+                problems.append(str(error))
         if self.generation_backend == "vllm" and not importlib.util.find_spec("vllm"):
             problems.append("--generation_backend vllm needs vllm, which is not installed")
         if set(self.baseline_names) - set(BASELINES):

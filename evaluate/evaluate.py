@@ -86,6 +86,7 @@ def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -
     """What a plan asks for, with tasks that could be loaded and those that could not."""
     from evaluate.harness import Harness
     from evaluate.result import Run
+    from evaluate.shards import Shard
     from evaluate.stored import Store
     from evaluate.sweep import Sweep
     from evaluate.tasks import text_of_tasks
@@ -104,6 +105,7 @@ def sweep_of(plan: Plan, ranks: Ranks, tasks: Tasks, failures: dict[str, str]) -
         ),
         ranks,
         failures,
+        shard=Shard.parse(arguments.shard or "1/1"),
         write_out=arguments.write_out,
     )
 

@@ -8,7 +8,7 @@ from lm_eval.api.model import LM
 from transformers import PreTrainedTokenizerBase
 
 from evaluate.family import SingleModel
-from evaluate.pseudo_perplexity import encode, score_members
+from evaluate.pseudo_perplexity import WITHIN_WORDS, both_scores, encode
 from evaluate.ranks import Ranks
 from patching.running.prefix_tree import PrefixTree
 
@@ -33,7 +33,7 @@ class MaskedFamilyLM(LM):
         super().__init__()
         self.ranks = ranks or Ranks()
         self.tree, self.tokenizer, self.tokens_per_batch = tree, tokenizer, tokens_per_batch
-        self._scores: dict[str, dict[str, float]] = {}
+        self._scores: dict[str, dict[str, tuple[float, float]]] = {}
         self.activate(tree.names[0])
 
     def activate(self, name: str) -> None:
@@ -47,23 +47,24 @@ class MaskedFamilyLM(LM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
+        """A request's arguments are the string, and `WITHIN_WORDS` for the score in which the later
+        tokens of a word are masked too.
+        """
         missing = {r.args[0]: r for r in requests if r.args[0] not in self._scores}
         scores = self.ranks.share(self, "score_texts", [*missing.values()]) if missing else []
         self._scores.update(zip(missing, scores))
-        return [self._scores[request.args[0]][self.name] for request in requests]
+        return [self._scores[r.args[0]][self.name][WITHIN_WORDS in r.args] for r in requests]
 
     def score_texts(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[dict[str, float]]:
-        """Every member's pseudo-log-likelihood of each text, by its name."""
-        texts = encode([r.args[0] for r in requests], self.tokenizer, self.model.config)
-        scores = score_members(
+    ) -> list[dict[str, tuple[float, float]]]:
+        """Every member's two pseudo-log-likelihoods of each text, by its name."""
+        strings = [request.args[0] for request in requests]
+        texts = encode(strings, self.tokenizer, self.model.config, self.tokenizer.is_fast)
+        scores = both_scores(
             self.tree, self.tokenizer, texts, self.tokens_per_batch, not disable_tqdm
         )
-        return [
-            {name: of_name[i].log_likelihood for name, of_name in scores.items()}
-            for i in range(len(texts))
-        ]
+        return [{name: of_name[i] for name, of_name in scores.items()} for i in range(len(texts))]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
         raise ValueError(f"a masked language model gives no likelihood of a continuation: {REMEDY}")

@@ -60,6 +60,7 @@ class Plan:
         family = arguments.open_family(
             dtype=arguments.dtype,
             device=device,
+            device_map=arguments.device_map,
             attn_implementation=arguments.attn_implementation,
         )
         _ = family.tokenizer  # a missing one is noticed here
@@ -175,6 +176,7 @@ def second_family(family: Family, arguments: EvaluationArguments) -> Family:
     ).open_family(
         dtype=family.dtype,
         device=family.parents.device,
+        device_map=arguments.device_map,
         attn_implementation=arguments.attn_implementation,
     )
     return other.with_order(family.order) if other.layer_map == family.layer_map else other

@@ -2,9 +2,12 @@
 
     PPPL = exp(-1/N sum over texts and their tokens of log P(token | its text, that token masked))
 
-Every token is masked once, in a copy of its text. Copies of all texts are sorted by length and run
-in batches, and the head runs at the masked positions only. Members of a family share the layers
-that they have in common at the bottom.
+and that of Kauf and Ivanova (arXiv 2305.10588), where the later tokens of the same word are masked
+too. Without that, a model reads much of a long word off its other tokens.
+
+Every token is masked once, in a copy of its text, and once more if its word goes on after it.
+Copies of all texts are sorted by length and run in batches, and the head runs at the scored
+positions only. Members of a family share the layers that they have in common at the bottom.
 
 Shapes: R copies in a batch, T positions, V vocabulary.
 """
@@ -28,6 +31,7 @@ TOKENS_PER_BATCH = 2**14
 CPU_TOKENS_PER_BATCH = 2**10
 """Fewer on a CPU, so that activations stay in its caches."""
 METRIC = "pseudo_perplexity"
+WITHIN_WORDS = "pseudo_perplexity_within_words"
 
 
 class MaskedText(NamedTuple):
@@ -40,6 +44,8 @@ class MaskedText(NamedTuple):
     words count."""
     num_left_out: int
     """Tokens cut off at its end because the model has no more positions."""
+    word_ends: Sequence[int] = ()
+    """For each position, the one after the last token of its word. Empty if words do not matter."""
 
 
 class TextScore(NamedTuple):
@@ -59,12 +65,18 @@ class Copies(NamedTuple):
     positions_R: Tensor
     targets_R: Tensor
     text_indices_R: Tensor
+    counts_R2: Tensor
+    """1 where a copy counts: in the score with one token masked, and in that within words."""
 
 
 def encode(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    with_words: bool = False,
 ) -> list[MaskedText]:
     """Texts as tokens, cut to what the model can read. A text without tokens has no positions.
+    `with_words` needs a fast tokenizer, which knows the word of each token.
 
     Raises ValueError for a tokenizer without a mask token, and for a model that predicts the next
     token.
@@ -82,10 +94,25 @@ def encode(
     encoded = []
     for text in texts:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        input_ids = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
+        encoding = tokenizer(text, truncation=True, max_length=longest)
+        input_ids = encoding["input_ids"]
         positions = [i for i, token in enumerate(input_ids) if token not in special]
-        encoded.append(MaskedText(input_ids, positions, max(0, len(tokens) - room)))
+        ends = word_ends(encoding.word_ids(), positions) if with_words else ()
+        encoded.append(MaskedText(input_ids, positions, max(0, len(tokens) - room), ends))
     return encoded
+
+
+def word_ends(word_ids: Sequence[int | None], positions: Sequence[int]) -> list[int]:
+    """For each position, the one after the last token of its word. `word_ids` are the words of all
+    tokens.
+    """
+    ends = []
+    for position in positions:
+        end = position + 1
+        while end < len(word_ids) and word_ids[end] == word_ids[position] is not None:
+            end += 1
+        ends.append(end)
+    return ends
 
 
 def batches_of(
@@ -95,15 +122,14 @@ def batches_of(
     including padding, but at least one copy.
     """
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i].input_ids))
-    copies = [(i, position) for i in order for position in texts[i].positions]
+    copies = [copy for i in order for copy in _copies_of(i, texts[i])]
     first = 0
     while first < len(copies):
         longest = len(texts[copies[first][0]].input_ids)
         chosen = copies[first : first + max(1, tokens_per_batch // longest)]
         first += len(chosen)
-        rows = torch.tensor([i for i, _ in chosen])
-        positions_R = torch.tensor([position for _, position in chosen])
-        lengths_R = torch.tensor([len(texts[i].input_ids) for i, _ in chosen])
+        rows, positions_R, ends_R, *counts = map(torch.tensor, zip(*chosen))
+        lengths_R = torch.tensor([len(texts[i].input_ids) for i in rows.tolist()])
         different, row_of_copy_R = rows.unique(return_inverse=True)
         padded = [
             texts[i].input_ids + [padding_id] * (longest - len(texts[i].input_ids))
@@ -112,11 +138,25 @@ def batches_of(
         input_ids_RT = torch.tensor(padded)[row_of_copy_R]
         each_R = torch.arange(len(chosen))
         targets_R = input_ids_RT[each_R, positions_R]
-        input_ids_RT[each_R, positions_R] = mask_token_id
+        places_T = torch.arange(longest)
+        is_masked_RT = (places_T >= positions_R[:, None]) & (places_T < ends_R[:, None])
+        input_ids_RT[is_masked_RT] = mask_token_id
         mask_RT = None
         if int(lengths_R.min()) < longest:
             mask_RT = (torch.arange(longest)[None] < lengths_R[:, None]).long()
-        yield Copies(input_ids_RT, mask_RT, positions_R, targets_R, rows)
+        counts_R2 = torch.stack(counts, dim=-1).double()
+        yield Copies(input_ids_RT, mask_RT, positions_R, targets_R, rows, counts_R2)
+
+
+def _copies_of(i: int, text: MaskedText) -> Iterator[tuple[int, int, int, bool, bool]]:
+    """For each copy of text i: i, the position whose token is scored, the one where masking ends,
+    and in which of the two scores it counts.
+    """
+    for position, end in zip(text.positions, text.word_ends or [p + 1 for p in text.positions]):
+        is_last = end == position + 1
+        yield i, position, position + 1, True, is_last
+        if not is_last:
+            yield i, position, end, False, True
 
 
 @torch.inference_mode()
@@ -127,22 +167,41 @@ def score_members(
     tokens_per_batch: int | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[TextScore]]:
-    """Each member's pseudo-log-likelihood of each text, 0 for a text without tokens.
+    """Each member's pseudo-log-likelihood of each text, 0 for a text without tokens. Arguments are
+    those of `both_scores`.
+    """
+    num_tokens = [len(text.positions) for text in texts]
+    both = both_scores(tree, tokenizer, texts, tokens_per_batch, show_progress)
+    return {
+        name: [TextScore(score, count) for (score, _), count in zip(of_name, num_tokens)]
+        for name, of_name in both.items()
+    }
+
+
+@torch.inference_mode()
+def both_scores(
+    tree: PrefixTree | SingleModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[MaskedText],
+    tokens_per_batch: int | None = None,
+    show_progress: bool = True,
+) -> dict[str, list[tuple[float, float]]]:
+    """Each member's two pseudo-log-likelihoods of each text: with one token masked, and with the
+    later tokens of its word masked too. Both are the same for texts without `word_ends`.
 
     `tokens_per_batch` includes padding. By default it depends on the device.
     """
     device = tree.models[tree.names[0]].device
     if tokens_per_batch is None:
         tokens_per_batch = CPU_TOKENS_PER_BATCH if device.type == "cpu" else TOKENS_PER_BATCH
-    num_tokens = [len(text.positions) for text in texts]
-    sums = {name: torch.zeros(len(texts), dtype=torch.float64) for name in tree.names}
+    sums = {name: torch.zeros(len(texts), 2, dtype=torch.float64) for name in tree.names}
     batches = batches_of(
         texts, tokenizer.mask_token_id, tokenizer.pad_token_id or 0, tokens_per_batch
     )
     with tqdm(
-        total=sum(num_tokens),
-        desc="masked tokens",
-        unit="token",
+        total=sum(len([*_copies_of(i, text)]) for i, text in enumerate(texts)),
+        desc="masked copies",
+        unit="copy",
         leave=False,
         disable=not show_progress,
     ) as progress:
@@ -156,12 +215,10 @@ def score_members(
             for name, chunk, logits_RV in tree.logits(inputs, positions_R.to(device)):
                 log_sum_R, _ = log_normalizers(logits_RV)
                 log_p_R = logits_RV.gather(-1, targets_R1[chunk])[:, 0].float() - log_sum_R
-                sums[name].index_add_(0, copies.text_indices_R[chunk], log_p_R.double().cpu())
+                log_p_R2 = log_p_R.double().cpu()[:, None] * copies.counts_R2[chunk]
+                sums[name].index_add_(0, copies.text_indices_R[chunk], log_p_R2)
             progress.update(num_rows)
-    return {
-        name: [TextScore(*pair) for pair in zip(of_name.tolist(), num_tokens)]
-        for name, of_name in sums.items()
-    }
+    return {name: [*map(tuple, of_name.tolist())] for name, of_name in sums.items()}
 
 
 def stderr_of_perplexity(scores: Sequence[tuple[float, int]]) -> float | str:

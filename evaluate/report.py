@@ -3,12 +3,14 @@ SVG).
 
     python -m evaluate.report DIR... --save_directory OUT
 
-reads the results in each DIR. Several sweeps are compared, each named after its folder. Scores that
+reads the results in each DIR. Shards of one sweep are put together. Several sweeps are compared,
+each named after its folder. Scores that
 were measured under other conditions than the others of their task are marked.
 """
 
 import dataclasses
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.exports import csv_table, json_summary
 from evaluate.reporting.tables import markdown_report, page_name
 from evaluate.result import Result, read_results
+from evaluate.shards import merged, shards_of
 from patching.cli.command_line import CommandLineParser, user_errors
 from patching.files.outputs import check_writable, write_bytes, write_json, write_text
 
@@ -64,25 +67,38 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def read_sweeps(folders: Sequence[Path]) -> Iterator[Result]:
-    """The results in some folders. If there are several, each result is given its sweep's name.
+    """The results in some folders. Shards of one sweep are put together. If there are several
+    sweeps, each result is given its sweep's name.
 
     Raises ValueError for a folder without results.
     """
-    names = short_names([str(folder.resolve()) for folder in folders])
-    for name, folder in zip(names, folders):
+    found: dict[Path, dict[str, Result]] = {}
+    for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: there is no such folder")
-        results = read_results(folder)
-        if not results:
+        found[folder] = read_results(folder)
+        if not found[folder]:
             raise ValueError(
                 f"{folder}: there are no results in it, name a --save_directory of "
                 "evaluate.evaluate"
             )
-        for of_model, result in results.items():
+        for name, result in found[folder].items():
+            result.documents = read_documents(folder, name)
+    sweeps = shards_of(found)
+    names = short_names([str(sweep.folders[0].resolve()) for sweep in sweeps])
+    for sweep_name, sweep in zip(names, sweeps):
+        if sweep.missing and len(folders) > 1:
+            warnings.warn(
+                f"{sweep.folders[0]}: shards {', '.join(sweep.missing)} of this sweep are missing",
+                stacklevel=2,
+            )
+        by_name: dict[str, list[Result]] = {}
+        for folder in sweep.folders:
+            for name, result in found[folder].items():
+                by_name.setdefault(name, []).append(result)
+        for name in sorted(by_name):
             yield dataclasses.replace(
-                result,
-                sweep=name if len(folders) > 1 else None,
-                documents=read_documents(folder, of_model),
+                merged(by_name[name]), sweep=sweep_name if len(sweeps) > 1 else None
             )
 
 

@@ -13,6 +13,7 @@ from evaluate.harness import Harness, first_prompts
 from evaluate.ranks import Ranks
 from evaluate.result import FinishedTask, Similarity
 from evaluate.series import MemberLM, Series, SeriesMember
+from evaluate.shards import WHOLE, Shard
 from evaluate.sources import versions
 from evaluate.stored import Store, missing_tasks, what_changed
 from evaluate.tasks import Tasks, names_in, overlapping, reason, union
@@ -37,6 +38,9 @@ class Sweep:
     ranks: Ranks
     failures: dict[str, str] = field(default_factory=dict)
     """Tasks that could not be evaluated, and why."""
+    shard: Shard = WHOLE
+    parts: set[tuple[tuple[str, ...], str]] = field(default_factory=set)
+    """Tasks that run together and the name of a member, for all that belongs to this shard."""
     write_out: bool = False
     """Whether to show the first prompt of each task."""
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -46,6 +50,7 @@ class Sweep:
         """Compute and store whatever is not in the folder."""
         missing: list[Missing] = [{} for _ in all_series]
         if self.ranks.is_first:
+            self._choose_parts(all_series)
             self._read_tasks()
         if not self.ranks.from_first(bool(self.tasks)):
             return
@@ -70,6 +75,18 @@ class Sweep:
         ) as progress:
             for series, of_series in zip(all_series, missing):
                 self._run_series(series, of_series, progress)
+
+    def _choose_parts(self, all_series: Sequence[Series]) -> None:
+        """Find out what belongs to this shard, and leave out other tasks."""
+        parts = [
+            (tuple(names), member.name)
+            for names in overlapping(self.tasks)
+            for series in all_series
+            for member in series.members
+        ]
+        self.parts = set(self.shard.of(parts))
+        names = {name for names, _ in self.parts for name in names}
+        self.tasks = {name: loaded for name, loaded in self.tasks.items() if name in names}
 
     def _run_series(self, series: Series, missing: Missing, progress: tqdm) -> None:
         unmeasured = [m for m in series.members if self._is_unmeasured(m)]
@@ -112,7 +129,11 @@ class Sweep:
     def _missing(self, series: Series) -> Missing:
         found = {}
         for names in overlapping(self.tasks):
-            members = [m for m in series.members if self._tasks_missing(series, m, names)]
+            members = [
+                m
+                for m in series.members
+                if (tuple(names), m.name) in self.parts and self._tasks_missing(series, m, names)
+            ]
             if members:
                 found[tuple(names)] = members
         return found
@@ -125,7 +146,7 @@ class Sweep:
 
     def _is_unmeasured(self, member: SeriesMember) -> bool:
         """Whether a member's cost or its similarity on this text is not stored."""
-        if not self.ranks.is_first:
+        if not self.ranks.is_first or not any(name == member.name for _, name in self.parts):
             return False
         result = self.store.results.get(member.name)
         if result is None or result.cost is None:

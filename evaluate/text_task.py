@@ -10,7 +10,13 @@ from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from evaluate.pseudo_perplexity import METRIC, encode, stderr_of_perplexity, what_was_cut
+from evaluate.pseudo_perplexity import (
+    METRIC,
+    WITHIN_WORDS,
+    encode,
+    stderr_of_perplexity,
+    what_was_cut,
+)
 from patching.architectures.models import predicts_masked_tokens
 
 
@@ -25,9 +31,10 @@ def task_of_texts(
     """
     if not predicts_masked_tokens(config):
         ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return text_task(name, texts, map(len, ids), "perplexity"), None
+        return text_task(name, texts, map(len, ids), ["perplexity"]), None
     encoded = encode(texts, tokenizer, config)
-    task = text_task(name, texts, (len(text.positions) for text in encoded), METRIC)
+    metrics = [METRIC, WITHIN_WORDS] if tokenizer.is_fast else [METRIC]
+    task = text_task(name, texts, (len(text.positions) for text in encoded), metrics)
     line = what_was_cut(encoded)
     return task, line and f"{name}: {line}"
 
@@ -37,14 +44,22 @@ class TextTask(ConfigurableTask):
     text are context, not text.
     """
 
-    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
-        arguments = (doc["text"], False)  # the string, and whether to add special tokens
-        return Instance(self.OUTPUT_TYPE, doc, arguments, 0, metadata=kwargs["metadata"])
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
+        # The string, and whether to add special tokens.
+        arguments = [(doc["text"], False)]
+        if WITHIN_WORDS in self.aggregation():
+            arguments.append((doc["text"], WITHIN_WORDS))
+        return [
+            Instance(self.OUTPUT_TYPE, doc, of_one, i, metadata=kwargs["metadata"])
+            for i, of_one in enumerate(arguments)
+        ]
 
 
-def text_task(name: str, texts: Sequence[str], num_tokens: Iterable[int], metric: str) -> TextTask:
-    """A task that asks for each text's log-likelihood. Its metrics are exp(mean loss per token) and
-    the standard error of that over texts.
+def text_task(
+    name: str, texts: Sequence[str], num_tokens: Iterable[int], metrics: Sequence[str]
+) -> TextTask:
+    """A task that asks for each text's log-likelihood, one for each metric. Metrics are exp(mean
+    loss per token), with the standard errors of that over texts.
 
     `num_tokens` is the number of tokens in each text's log-likelihood. Texts without tokens are
     left out. Raises ValueError if no text has any.
@@ -55,11 +70,17 @@ def text_task(name: str, texts: Sequence[str], num_tokens: Iterable[int], metric
     if not documents:
         raise ValueError(f"{name}: there is no text in it")
 
-    aggregations = {metric: weighted_perplexity, f"{metric}_stderr": stderr_of_perplexity}
+    aggregations = {}
+    for metric in metrics:
+        aggregations |= {metric: weighted_perplexity, f"{metric}_stderr": stderr_of_perplexity}
 
     def process_results(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Any]:
         # lm-eval has no standard error for this mean, so the task adds it under lm-eval's own key.
-        return dict.fromkeys(aggregations, (results[0], doc["num_tokens"]))
+        found = {}
+        for metric, log_likelihood in zip(metrics, results, strict=True):
+            pair = (log_likelihood, doc["num_tokens"])
+            found |= {metric: pair, f"{metric}_stderr": pair}
+        return found
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # no advice on task files
     return TextTask(

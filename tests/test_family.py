@@ -106,6 +106,15 @@ def test_a_parent_by_name_follows_the_other_ones_device(folders):
     assert family.parents.models.keys() == {"teacher"}  # what the caller gave stays
 
 
+def test_weights_go_to_their_device_as_they_are_read(folders, monkeypatch):
+    maps = []
+    monkeypatch.setattr("patching.parents.load_model", lambda *a: maps.append(a[-1]) or a)
+    for how, expected in (({"device": "meta"}, {"": torch.device("meta")}),
+                          ({"device_map": "auto"}, "auto")):  # fmt: skip
+        Family.from_pretrained(*folders, **how).parents.load(["teacher"])
+        assert maps.pop() == expected
+
+
 @torch.no_grad()
 def test_how_weights_are_loaded(folders):
     expected = Family.from_pretrained(*folders, attn_implementation="sdpa").model(1)(TOKENS).logits

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patching_models import LAYER_MAP, SETTINGS, family_pair
@@ -18,6 +19,7 @@ from patching.recipe import (
     patched_model,
 )
 from patching.running import prefix_tree
+from patching.running.placement import device_map_of
 from patching.running.prefix_tree import PrefixTree
 
 
@@ -146,3 +148,24 @@ def test_the_models_are_left_unchanged(small_pair):
         for module in model.modules():
             assert "forward" not in vars(module)
             assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_modules_with_hooks_of_several_devices_keep_them(small_pair):
+    """Models spread by a device_map have a forward of their own on every module."""
+    teacher, student = small_pair
+    recipes = family(LAYER_MAP, "first")
+    plain = PrefixTree(recipes, teacher=teacher, student=student)
+    tree = PrefixTree(recipes, teacher=teacher, student=student)
+    inputs, positions = {"input_ids": torch.arange(14).view(2, 7)}, torch.tensor([3, 13])
+    for model in tree.models.values():
+        device_map = dict.fromkeys(device_map_of(model), "cpu")
+        dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
+        assert "forward" in vars(model.model.layers[0])
+    expected = gather(plain, inputs, positions)
+    for _ in range(2):
+        found = gather(tree, inputs, positions)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for (_, logits, _), (_, same, _) in zip(tree.prefill(inputs), plain.prefill(inputs)):
+        assert torch.equal(logits, same)
+    for model in tree.models.values():
+        assert "forward" in vars(model.model.layers[0])

@@ -10,7 +10,15 @@ from conftest import tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.metrics import weighted_perplexity
-from masked_models import NUM_POSITIONS, encoder_config, texts_of, word_tokenizer
+from masked_models import (
+    NUM_POSITIONS,
+    SPECIAL_TOKENS,
+    encoder_config,
+    texts_of,
+    word_tokenizer,
+)
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 
 from evaluate.family import SingleModel
 from evaluate.harness import Harness
@@ -85,6 +93,50 @@ def test_what_is_cut_is_reported():
         "left out"
     )
     assert what_was_cut(encode(TEXTS[:5], TOKENIZER, config)) is None
+
+
+def piece_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that reads `w17` as `w`, `##1`, `##7`."""
+    pieces = [*SPECIAL_TOKENS, "w", *(f"##{digit}" for digit in range(10))]
+    tokenizer = word_tokenizer().backend_tokenizer
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer.model = models.WordPiece(vocab, unk_token="[UNK]")
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **dict(zip(names, SPECIAL_TOKENS)), model_max_length=100
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens_per_batch", [1, 10**6])
+def test_within_words_later_tokens_of_a_word_are_masked_too(tokens_per_batch):
+    tokenizer, model = piece_tokenizer(), tiny_model(encoder_config("bert", 3))
+    texts = ["w17 w2 w w345", "w", "unknown w12", "", "w1 " * 20 + "w99"]
+    expected = {text: [0.0, 0.0] for text in texts}
+    num_tokens = 0
+    for text in texts:
+        encoding = tokenizer(text, truncation=True, max_length=NUM_POSITIONS)
+        ids, words = encoding["input_ids"], encoding.word_ids()
+        for position, word in enumerate(words):
+            if word is None:
+                continue
+            num_tokens += 1
+            for i, later in enumerate((set(), {p for p, w in enumerate(words) if w == word})):
+                masked = torch.tensor([ids])
+                masked[0, [position, *(p for p in later if p > position)]] = MASK
+                log_p = model(input_ids=masked).logits[0, position].double().log_softmax(-1)
+                expected[text][i] += log_p[ids[position]].item()
+    tree = SingleModel("m", model)
+    lm = MaskedFamilyLM(tree, tokenizer=tokenizer, tokens_per_batch=tokens_per_batch)
+    task, _ = task_of_texts("t", texts, tokenizer, model.config)
+    found = Harness().score(lm, {"tasks": {"t": task}, "groups": {}, "group_map": {}})
+    for i, metric in enumerate(("pseudo_perplexity", "pseudo_perplexity_within_words")):
+        loss = -sum(of_text[i] for of_text in expected.values()) / num_tokens
+        value = found["results"]["t"][f"{metric},none"]
+        assert value == pytest.approx(math.exp(loss), rel=1e-5)
+        assert found["results"]["t"][f"{metric}_stderr,none"] > 0
+    assert abs(expected[texts[0]][0] - expected[texts[0]][1]) > 0.01
+    assert expected["w"][0] == expected["w"][1]
 
 
 texts_strategy = st.lists(st.integers(0, 6), max_size=8).map(

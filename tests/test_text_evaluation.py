@@ -193,4 +193,4 @@ def test_a_limit_takes_the_first_documents(tmp_path):
     assert arguments.read_texts(0.2) == arguments.read_texts(None)  # lm-eval takes the share
     assert arguments.text_name == "t"
     with pytest.raises(ValueError, match="t: there is no text in it"):
-        text_task("t", ["x"], [0], "perplexity")
+        text_task("t", ["x"], [0], ["perplexity"])
