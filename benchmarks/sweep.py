@@ -2,9 +2,10 @@
 
 There are two families: the demo's (the shipped teacher and the student made by `make demo`), and a
 random pair with 24 layers of hidden size 512 and a vocabulary of 4,096. Our sweep runs every
-distinct prefix of layers once per batch, and the context of a question once for all its choices. It
-is compared with lm-eval's HFLM on one model after another, task by task in the same process, and
-with one `lm_eval` command per size on saved checkpoints.
+distinct prefix of layers once per batch, and the context of a question once for all its choices. Of
+what is generated, prompts run once for all sizes. It is compared with lm-eval's HFLM on one model
+after another, task by task in the same process, and with one `lm_eval` command per size on saved
+checkpoints.
 
     python -m benchmarks.sweep --student demo_output/student
 
@@ -67,6 +68,15 @@ CHOICE = {
 }
 
 
+GENERATION = {
+    "output_type": "generate_until",
+    "doc_to_text": f"{{{{text[:{CONTEXT_CHARACTERS}]}}}}",
+    "doc_to_target": "",
+    "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 48, "do_sample": False},
+    "metric_list": [{"metric": "exact_match"}],
+}
+
+
 def random_pair(folder: Path, vocab_size: int = 4096, length: int = 1024) -> tuple[Path, Path]:
     """Save a teacher and a student with the demo's tokenizer, kept layers 0,2,...,22,23 of 24. They
     read `length` tokens at once.
@@ -95,7 +105,9 @@ def random_pair(folder: Path, vocab_size: int = 4096, length: int = 1024) -> tup
 
 
 def write_random_pairs_tasks(folder: Path, num_documents: int) -> None:
-    """Write tasks with pieces of modules: texts to score, and contexts with four continuations."""
+    """Write tasks with pieces of modules: texts to score, contexts with four continuations, and
+    contexts to continue.
+    """
     draw = random.Random(0)
     texts = [module.text for module in iter_modules() if len(module.text) > 4000]
     piece = CONTEXT_CHARACTERS + CHOICE_CHARACTERS
@@ -109,7 +121,8 @@ def write_random_pairs_tasks(folder: Path, num_documents: int) -> None:
         {"text": cut(piece), "choices": [cut(CHOICE_CHARACTERS) for _ in range(4)]}
         for _ in range(num_documents)
     ]
-    write_tasks_of(folder, documents, {"rolling": ROLLING, "choice": CHOICE})
+    tasks = {"rolling": ROLLING, "choice": CHOICE, "generation": GENERATION}
+    write_tasks_of(folder, documents, tasks)
 
 
 def write_tasks_of(folder: Path, documents: list[dict], tasks: dict[str, dict]) -> None:
@@ -322,7 +335,7 @@ def main(settings: argparse.Namespace) -> None:
         write_random_pairs_tasks(folder / "tasks", settings.num_documents)
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # where nothing was freed yet
             fresh.apply(report_memory, (*pair, folder / "tasks", settings.batch_size))
-        tasks = ["rolling", "choice"]
+        tasks = ["rolling", "choice", "generation"]
         for order in ("last", "first"):
             family = open_family(*pair, order)
             in_one_process("24 layers", family, folder / "tasks", tasks, settings)
@@ -335,6 +348,7 @@ def main(settings: argparse.Namespace) -> None:
             demo = (TEACHER, settings.student.resolve())
             tasks = ["stdlib_bits_per_byte", "stdlib_next_line"]
             in_one_process("demo", open_family(*demo), folder / "demo_tasks", tasks, settings)
+            in_one_process("demo", open_family(*demo), folder / "tasks", ["generation"], settings)
             families.append(("demo", demo, folder / "demo_tasks", tasks))
         for family in families:
             one_process_a_size(*family, folder, settings)
