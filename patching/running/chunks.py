@@ -12,9 +12,9 @@ CHUNK_LOGITS = 2**26
 """Logits that exist at once, per model."""
 CUDA_CHUNK_LOGITS = 2**28
 """The same in training on a CUDA GPU, where each chunk adds to the gradient of a large head."""
-CPU_SOFTMAX_LOGITS = 2**19
-"""Logits that go through a softmax at once on a CPU, few enough that their fp32 copies stay in its
-caches.
+CPU_SOFTMAX_LOGITS = 2**17 * torch.get_num_threads()
+"""Logits that go through a softmax at once on a CPU, few enough that their fp32 copies stay in the
+caches of its cores.
 """
 
 
