@@ -134,10 +134,11 @@ def test_kl_without_a_teacher_is_refused(heads_and_states):
         vocabulary_loss(hidden_ND, head, targets_N, cross_entropy_weight=1.0, kl_weight=1.0)
 
 
-def test_compiled_passes_compute_the_same(heads_and_states):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_passes_compute_the_same(heads_and_states, backend):
     hidden_ND, head, targets_N, teacher_hidden_ND, teacher_head = heads_and_states
     results = []
-    for compile_backend in (None, "aot_eager"):
+    for compile_backend in (None, backend):
         terms = vocabulary_loss(
             hidden_ND,
             head,
