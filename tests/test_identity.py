@@ -76,7 +76,7 @@ def test_what_may_change_does_and_a_new_learning_rate_is_announced(
 ):
     shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
     moved = shutil.copy(text_file, tmp_path / "moved.jsonl")
-    changed = ["--max_steps", "4", "--learning_rate", "1e-5", "--save_steps", "1"]
+    changed = ["--max_steps", "4", "--learning_rate", "1e-5", "--eval_strategy", "steps"]
     changed += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -23,7 +23,7 @@ MAY_CHANGE = (
     "save_*", "output_dir", "dry_run*", "resume_from_checkpoint", "push_to_hub", "public", "hub_*",
     "log*", "disable_tqdm", "report_to", "run_name", "project", "trackio_*", "skip_memory_metrics",
     "include_num_input_tokens_seen", "eval_*", "per_device_eval_batch_size",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "do_eval",
     # how the same numbers are computed
     "*_checkpointing*", "torch_compile*", "torch_empty_cache_steps", "*liger_kernel*",
     "attn_implementation", "dataloader_*", "ddp_*", "fsdp*", "accelerator_config", "use_cpu",
