@@ -62,7 +62,7 @@ def main() -> None:
         "reasons": reasons(members, outcomes),
     }
     if arguments.quantize:
-        tables["quantized"] = quantized_table(measure_sizes())
+        tables["quantized"] = quantized_table(measure_sizes(arguments.rows))
     print("\n\n".join(tables.values()))
     if arguments.write:
         write_tables(PAGE, tables)

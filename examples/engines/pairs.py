@@ -62,6 +62,7 @@ class Pair(NamedTuple):
     """Fields of a published config.json that replace `rope_parameters`, None to save it as
     transformers 5 does.
     """
+    first_layers_to_keep: int = 1
     alternate_every_n_layers: int = 2
     last_layers_to_keep: int = 2
     sentencepiece: bool = False
@@ -136,17 +137,19 @@ PAIRS = {
             "attn_pdrop": 0.0,
         }
     ),
-    # Every sixth layer has full attention. Blocks of seven layers keep that so in every size.
+    # Every sixth layer has full attention. Blocks of seven layers keep that so in every size, and
+    # mlx-lm needs six layers or more.
     "gemma3_text": Pair(
         GROUPED
         | {
             "hidden_size": 96,
             "intermediate_size": 256,
-            "num_hidden_layers": 15,
+            "num_hidden_layers": 18,
             "query_pre_attn_scalar": 32,
             "sliding_window": 64,
             "tie_word_embeddings": True,
         },
+        first_layers_to_keep=4,
         alternate_every_n_layers=7,
         last_layers_to_keep=1,
         sentencepiece=True,
@@ -221,7 +224,7 @@ def distill(pair: Pair, teacher: Path, folder: Path) -> None:
         "teacher_model_name_or_path": teacher,
         "save_directory": folder / "student",
         "dataset": text,
-        "first_layers_to_keep": 1,
+        "first_layers_to_keep": pair.first_layers_to_keep,
         "alternate_every_n_layers": pair.alternate_every_n_layers,
         "last_layers_to_keep": pair.last_layers_to_keep,
     }

@@ -26,10 +26,10 @@ class Quantized(NamedTuple):
     from_teacher: float
 
 
-def measure_sizes() -> dict[SavedMember, dict[str, Quantized]]:
+def measure_sizes(num_rows: int) -> dict[SavedMember, dict[str, Quantized]]:
     """Measure every size of the demo's family in every number type."""
     members = save_members(PAIR, all_sizes=True)
-    tokens, prompts = write_inputs(members)
+    tokens, prompts = write_inputs(members, num_rows)
     teacher = reference(members[-1], tokens, prompts)
     found = {member: {} for member in members}
     for member, of_kinds in found.items():

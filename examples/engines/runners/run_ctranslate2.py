@@ -39,9 +39,9 @@ def name_special_tokens(path: Path) -> None:
     uses none for token ids.
     """
     settings = json.loads(path.read_text())
-    named = next(value for name, value in settings.items() if name.endswith("_token") and value)
-    settings = {name: named if value is None else value for name, value in settings.items()}
-    path.write_text(json.dumps(settings))
+    tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
+    named = next(value for value in tokens.values() if value)
+    path.write_text(json.dumps(settings | {name: tokens[name] or named for name in tokens}))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,28 @@ import ctypes
 from pathlib import Path
 
 import llama_cpp
+import llama_cpp.llama_cpp as binding
 import numpy as np
 import protocol
 from llama_cpp import Llama
 
 CACHE_TYPES = {"float32": llama_cpp.GGML_TYPE_F32, "float16": llama_cpp.GGML_TYPE_F16}
 GGUF_NAMES = {"float32": "f32.gguf", "float16": "f16.gguf"}
+
+
+default_params = binding.llama_model_default_params
+
+
+def without_repacking() -> binding.llama_model_params:
+    """Keep quantized weights as they are stored. Repacked ones use matrix instructions (AMX) that
+    a virtual machine may report and not run.
+    """
+    parameters = default_params()
+    parameters.use_extra_bufts = False
+    return parameters
+
+
+binding.llama_model_default_params = without_repacking
 
 
 class LlamaCppModel:
