@@ -385,5 +385,4 @@ def test_the_published_search_and_its_order_file_work(teacher, student, suite, t
     assert json.loads((tmp_path / "k4" / "provenance.json").read_text())["order"] == order
     in_order = ("--order", found / "order.json", "--tasks", "rte", "--include_path", suite)
     run("evaluate.evaluate", *named, *in_order, "--save_directory", tmp_path / "results")
-    settings = json.loads((tmp_path / "results" / "family_k4.json").read_text())["settings"]
-    assert settings["order"] == order
+    assert json.loads((tmp_path / "results" / "family_k4.json").read_text())["order"] == order
