@@ -17,7 +17,7 @@ from patching.checkpoints.layout import layout_of
 from patching.checkpoints.sizes import Size, size_of
 from patching.recipe import initial_student, intermediate_model
 from patching.running.chunks import CHUNK_LOGITS, CPU_SOFTMAX_LOGITS, CUDA_CHUNK_LOGITS
-from train.loss import LossWeights
+from train.loss_weights import LossWeights
 from train.masking import SHARE_OF_TARGETS
 from train.optimizer_memory import optimizer_bytes
 

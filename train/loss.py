@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from patching.running.logits import UNCHANGED, LogitChange
 from train.fused import fused
+from train.loss_weights import LossWeights
 from train.vocabulary_loss import TopTokens, vocabulary_loss
 
 IGNORED_LABEL = -100
@@ -28,30 +29,6 @@ first one of a document that does not see the document before it.
 """
 SMALLEST_NORM = 1e-8
 """Smaller norms of hidden states are treated as this, to avoid dividing by zero."""
-TERMS = ("cross_entropy", "kl", "cosine")
-
-
-class LossWeights(NamedTuple):
-    """Weight of each term. A term of weight 0 is not computed."""
-
-    cross_entropy: float
-    kl: float
-    cosine: float
-    temperature: float
-    compile_backend: str | None = None
-    """Backend of torch.compile that fuses the elementwise passes, None to run them one by one."""
-
-    @property
-    def needs_logits(self) -> bool:
-        return bool(self.cross_entropy or self.kl)
-
-    @property
-    def active_terms(self) -> list[str]:
-        return [name for name in TERMS if getattr(self, name)]
-
-    def for_evaluation(self) -> "LossWeights":
-        """Return the same weights, with cross entropy and KL switched on if they are off."""
-        return self._replace(cross_entropy=self.cross_entropy or 1.0, kl=self.kl or 1.0)
 
 
 class StepCounts(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from train.loss import TERMS
+from train.loss_weights import TERMS
 
 
 def plot_terms(log: list[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from train.flag_checks import check_flags
-from train.loss import LossWeights
+from train.loss_weights import LossWeights
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_STEPS = 500
