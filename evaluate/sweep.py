@@ -50,7 +50,7 @@ class Sweep:
         """Compute and store whatever is not in the folder."""
         missing: list[Missing] = [{} for _ in all_series]
         if self.ranks.is_first:
-            self._choose_parts(all_series)
+            self.parts, self.tasks = parts_of(self.tasks, all_series, self.shard)
             self._read_tasks()
         if not self.ranks.from_first(bool(self.tasks)):
             return
@@ -75,18 +75,6 @@ class Sweep:
         ) as progress:
             for series, of_series in zip(all_series, missing):
                 self._run_series(series, of_series, progress)
-
-    def _choose_parts(self, all_series: Sequence[Series]) -> None:
-        """Find out what belongs to this shard, and leave out other tasks."""
-        parts = [
-            (tuple(names), member.name)
-            for names in overlapping(self.tasks)
-            for series in all_series
-            for member in series.members
-        ]
-        self.parts = set(self.shard.of(parts))
-        names = {name for names, _ in self.parts for name in names}
-        self.tasks = {name: loaded for name, loaded in self.tasks.items() if name in names}
 
     def _run_series(self, series: Series, missing: Missing, progress: tqdm) -> None:
         unmeasured = [m for m in series.members if self._is_unmeasured(m)]
@@ -189,6 +177,23 @@ class Sweep:
             self.store.add_scores(series, member, finished, found)
             progress.update()
         lm.forget()
+
+
+def parts_of(
+    tasks: Tasks, all_series: Sequence[Series], shard: Shard
+) -> tuple[set[tuple[tuple[str, ...], str]], Tasks]:
+    """What belongs to a shard: tasks that run together with the name of a member, and these tasks
+    alone.
+    """
+    parts = [
+        (tuple(names), member.name)
+        for names in overlapping(tasks)
+        for series in all_series
+        for member in series.members
+    ]
+    chosen = set(shard.of(parts))
+    names = {name for names, _ in chosen for name in names}
+    return chosen, {name: loaded for name, loaded in tasks.items() if name in names}
 
 
 def measure(
