@@ -31,12 +31,12 @@ def test_packed_rows_hold_every_document_once_in_order(texts, max_length):
     if len(stream) % max_length == 1:
         stream.pop()  # a row of one token predicts nothing
     for packing in ("documents", "cross"):
-        columns = rows_of_documents({"text": texts}, TOKENIZER, max_length, packing)
+        columns = rows_of_documents(texts, TOKENIZER, max_length, packing)
         rows = columns["input_ids"]
         assert [token for row in rows for token in row] == stream
         assert all(len(row) == max_length for row in rows[:-1])
     assert "document_lengths" not in columns
-    lengths = rows_of_documents({"text": texts}, TOKENIZER, max_length, "documents")
+    lengths = rows_of_documents(texts, TOKENIZER, max_length, "documents")
     for i, (row, parts) in enumerate(zip(rows, lengths["document_lengths"], strict=True)):
         first = i * max_length
         ends = [first + sum(parts[: n + 1]) for n in range(len(parts))]
@@ -45,7 +45,7 @@ def test_packed_rows_hold_every_document_once_in_order(texts, max_length):
 
 
 def test_unpacked_rows_are_documents_cut_to_length():
-    rows = rows_of_documents({"text": ["abcdef", "", None, "xy"]}, TOKENIZER, 4, packing="False")
+    rows = rows_of_documents(["abcdef", "", None, "xy"], TOKENIZER, 4, packing="False")
     assert rows["input_ids"] == [
         TOKENIZER("abcd")["input_ids"],
         [*TOKENIZER("xy")["input_ids"], EOS],
@@ -145,7 +145,7 @@ def test_separate_text_can_be_held_out(text_file, tmp_path):
             "there is no text in it",
         ),
         ('{"body": "x"}\n', "a.jsonl", {}, "text_column=text: .* has the columns body, choose one"),
-        ("x", "a.csv", {}, "name a .txt, .jsonl or .parquet file"),
+        ("x", "a.doc", {}, "name a .txt, .jsonl, .csv or .parquet file"),
         ('{"text": "one"}\n', "a.jsonl", {}, "a single document, so none can be held out"),
     ],
 )

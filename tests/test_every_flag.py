@@ -74,10 +74,6 @@ def last_line(folder: Path, _, **changes: Any) -> set[str]:
     return {*trained(folder, **changes).state.log_history[-1]}
 
 
-def tokens_seen(folder: Path, _, **changes: Any) -> int:
-    return trained(folder, **changes).state.num_input_tokens_seen
-
-
 def checkpoints(folder: Path, _, **changes: Any) -> list[str]:
     steps = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "max_steps": 3}
     trained(folder, **steps | changes)
@@ -239,10 +235,9 @@ EFFECTS: dict[str, tuple[Callable, dict, dict]] = {
     "eval_strategy": (evaluated_steps, {"eval_strategy": "no"}, {"eval_steps": 1}),
     "eval_steps": (evaluated_steps, {"eval_steps": 1}, {}),
     "eval_delay": (evaluated_steps, {"eval_steps": 1, "eval_delay": 2}, {"eval_steps": 1}),
-    "eval_on_start": (evaluated_steps, {"eval_on_start": True}, {}),
+    "eval_on_start": (evaluated_steps, {"eval_on_start": False}, {}),
     "per_device_eval_batch_size": (evaluation_batches, {"per_device_eval_batch_size": 1}, {}),
     "skip_memory_metrics": (last_line, {"skip_memory_metrics": False}, {}),
-    "include_num_input_tokens_seen": (tokens_seen, {"include_num_input_tokens_seen": True}, {}),
     "output_dir": (checkpoints, {"output_dir": "DIR/elsewhere"}, {}),
     "save_strategy": (checkpoints, {"save_strategy": "no"}, {}),
     "save_steps": (checkpoints, {"save_steps": 2}, {}),
@@ -332,7 +327,6 @@ TRAINS = (
     log_steps,
     evaluated_steps,
     last_line,
-    tokens_seen,
     checkpoints,
     tracked,
 )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import ROOT, run_module, save_pair
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from train.sharding import check_replicas
 from train.train import main
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
@@ -30,8 +32,9 @@ def command(teacher: Path, folder: Path, dataset: Path, *flags: str) -> list[str
     return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
 
 
-def train_sharded(*words: str) -> None:
-    done = run_module(*SHARDED, *words, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+def train_sharded(*words: str, num_ranks: int = 2) -> None:
+    launcher = [word.replace("=2", f"={num_ranks}") for word in SHARDED]
+    done = run_module(*launcher, *words, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
 
 
@@ -102,9 +105,9 @@ def test_sharded_ranks_leave_a_checkpoint_on_sigterm(text_file, tmp_path):
         "--gradient_accumulation_steps", "4", "--fsdp_config", str(teacher), "--max_steps", "12",
         "--streaming", "True", "--resume_from_checkpoint", "last",
     ]  # fmt: skip
-    # A rank reads whole batches of documents, so there must be enough for two ranks.
+    # A stream's first documents are held out, and there are more of them than in the file.
     documents = tmp_path / "documents.jsonl"
-    documents.write_text(text_file.read_text() * 60)
+    documents.write_text(text_file.read_text() * 3)
     train_sharded(*command(teacher, whole, documents, *settings))
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -120,9 +123,7 @@ def test_sharded_ranks_leave_a_checkpoint_on_sigterm(text_file, tmp_path):
     assert process.returncode != 0
     assert not (stopped / "config.json").exists()
     (checkpoint,) = (stopped / "checkpoints").glob("checkpoint-*")
-    assert {path.name for path in checkpoint.glob("stream_*")} == {
-        "stream_0_of_2.json", "stream_1_of_2.json",
-    }  # fmt: skip
+    assert (checkpoint / "stream.json").exists()
     train_sharded(*command(teacher, stopped, documents, *settings))
     (log, weights), (resumed_log, resumed_weights) = read(whole), read(stopped)
     assert [line["loss"] for line in resumed_log] == [line["loss"] for line in log]
@@ -167,3 +168,39 @@ def test_sharded_in_bf16_with_activation_checkpointing(text_file, tmp_path):
             assert line[term] == pytest.approx(expected[term], rel=0.02), term
     assert sharded_weights.keys() == weights.keys()
     assert all(tensor.dtype == torch.float32 for tensor in sharded_weights.values())
+
+
+@pytest.mark.slow
+def test_four_ranks_in_two_groups_follow_one_process(text_file, tmp_path):
+    """Each group holds a whole copy of both models, sharded over its two ranks."""
+    teacher, _ = save_pair(tmp_path, "qwen3-tied")
+    one, four = tmp_path / "one", tmp_path / "four"
+    settings = ["--max_steps", "2", "--heldout_documents", "2"]
+    main(command(teacher, one, text_file, *settings))
+    split = ["--gradient_accumulation_steps", "2", "--fsdp_config", str(teacher)]
+    flags = [*settings, *split, "--fsdp_replicas", "2"]
+    train_sharded(*command(teacher, four, text_file, *flags), num_ranks=4)
+    reports = [
+        json.loads((four / f"checkpoints/held_{rank}.json").read_text()) for rank in range(4)
+    ]
+    for name in ("student", "teacher"):
+        for first, second, third, _ in zip(*(report[name].values() for report in reports)):
+            assert first["share"][0] + second["share"][0] == first["whole"][0]
+            assert third["share"] == first["share"]
+    (log, weights), (sharded_log, sharded_weights) = read(one), read(four)
+    for line, expected in zip(sharded_log, log, strict=True):
+        for term in ("loss", "cross_entropy", "kl", "cosine", "grad_norm"):
+            assert line[term] == pytest.approx(expected[term], rel=1e-4), term
+        assert line["tokens_seen"] == expected["tokens_seen"]
+    for name, tensor in weights.items():
+        torch.testing.assert_close(sharded_weights[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("replicas", "ranks"), [(3, 4), (4, 4), (2, 3)])
+def test_replicas_that_the_ranks_do_not_form_are_rejected(replicas, ranks):
+    args = SimpleNamespace(fsdp=True, fsdp_replicas=replicas)
+    with pytest.raises(ValueError, match=f"fsdp_replicas={replicas}: {ranks} ranks do not form"):
+        check_replicas(args, ranks)
+    check_replicas(SimpleNamespace(fsdp=True, fsdp_replicas=2), 4)
+    with pytest.raises(ValueError, match="it needs --fsdp_config and ranks that shard"):
+        check_replicas(SimpleNamespace(fsdp=None, fsdp_replicas=2), 4)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from datasets import IterableDataset
 from torch import Tensor
 
 from patching.files.outputs import write_json
-from train.checkpoints.find import stream_file_name
-from train.data import DOCUMENTS_PER_BATCH, Share
+from train.checkpoints.find import STREAM_FILE_NAME
+from train.data import Share
+from train.dealing import deal
 from train.loss import IGNORED_LABEL, NO_TARGET, count
+from train.stream import Position, Row, Stream
 
 Batch = dict[str, Any]
 """Tensors by name, of shape (B, T), and `teacher_top`, a list of them, if there is a cache."""
@@ -57,49 +58,25 @@ def positions(document_lengths: list[int], row_length: int) -> Tensor:
     return torch.cat([torch.arange(length) for length in lengths])
 
 
-NO_TEXT = (
-    "the stream holds no text for this rank: give each rank at least "
-    f"{DOCUMENTS_PER_BATCH} documents, or use fewer ranks"
-)
-
-
-def check_stream(rows: IterableDataset) -> None:
-    """Raise ValueError if a rank's share of a stream holds no row."""
-    if next(iter(rows), None) is None:
-        raise ValueError(NO_TEXT)
-
-
 class StreamBatches:
-    """Endless micro-batches of a stream, starting over at its end, from any saved position."""
+    """Endless micro-batches of the rows that the first rank reads. Other ranks have none."""
 
-    def __init__(self, rows: IterableDataset, batch_size: int) -> None:
-        self.rows, self.batch_size = rows, batch_size
-        self.state: dict[str, Any] | None = None
-        """Position of the next micro-batch in the stream, None for its start."""
+    def __init__(self, rows: Stream, batch_size: int, share: Share) -> None:
+        self._rows, self._batch_size, self._share = rows, batch_size, share
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield micro-batches. Raises ValueError if the stream holds no text."""
-        num_passes_without_rows = 0
-        while num_passes_without_rows < 2:  # a resumed pass may already be at its end
-            num_passes_without_rows += 1
-            batch = []
-            for row in self.rows:
-                num_passes_without_rows = 0
-                batch.append(row)
-                if len(batch) == self.batch_size:
-                    self.state = self.rows.state_dict()
-                    yield collate(batch)
-                    batch = []
-            if batch:
-                self.state = self.rows.state_dict()
-                yield collate(batch)
-            self.rows.set_epoch(self.rows.epoch + 1)
-        raise ValueError(NO_TEXT)
+    def __iter__(self) -> Iterator[list[Row]]:
+        """Raises ValueError if the stream holds no text."""
+        rows = iter(self._rows) if self._share.rank == 0 else iter(())
+        while batch := list(islice(rows, self._batch_size)):
+            yield batch
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows.set_epoch(state["epoch"])
-        self.rows.load_state_dict(state)
-        self.state = state
+    @property
+    def position(self) -> Position | None:
+        """Where the next micro-batch begins in the stream, None for its start."""
+        return self._rows.position
+
+    def resume(self, position: Position) -> None:
+        self._rows.resume(position)
 
 
 class Cache(Protocol):
@@ -112,57 +89,67 @@ class StepPrefetcher:
     """The micro-batches of each optimizer step, fetched while the step before is computed.
 
     A thread fetches, and for a stream tokenizes, one step ahead of training. A checkpoint must
-    record where the next step begins in the stream, and not how far the thread has read. `share`
-    says whose position it is. The thread also adds the teacher's predictions from a cache, if any.
+    record where the next step begins in the stream, and not how far the thread has read. With a
+    cache, the teacher's predictions are added to the micro-batches.
     """
 
-    def __init__(self, share: Share, cache: Cache | None = None) -> None:
-        self._share = share
+    def __init__(self, share: Share, device: torch.device, cache: Cache | None = None) -> None:
+        self._share, self._device = share, device
         self.complete = (lambda batch: batch) if cache is None else cache.add_to
         """Adds the teacher's predictions to a micro-batch."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="micro-batches")
         self._stream: StreamBatches | None = None
-        self._iterator: Iterator[Batch] | None = None
-        self._next: Future[tuple[list[Batch], dict[str, Any] | None]]
-        self._positions: dict[int, dict[str, Any] | None] = {}
+        self._iterator: Iterator | None = None
+        self._next: Future[tuple[list, Position | None]]
+        self._positions: dict[int, Position | None] = {}
         """Where the current step and the next one begin in the stream."""
 
     def read(self, stream: StreamBatches, checkpoint: str | None) -> None:
         """Take micro-batches from a stream, at a checkpoint's position if one is given."""
         if checkpoint is not None:
-            saved = Path(checkpoint, stream_file_name(self._share)).read_text(encoding="utf-8")
+            saved = Path(checkpoint, STREAM_FILE_NAME).read_text(encoding="utf-8")
             if (position := json.loads(saved)) is not None:
-                stream.load_state_dict(position)
+                stream.resume(position)
         self._stream = stream
 
-    def batches(self, step: int, iterator: Iterator[Batch], num_batches: int) -> list[Batch]:
+    def batches(self, step: int, iterator: Iterator, num_batches: int) -> list[Batch]:
         """Return the micro-batches of a step, fewer than `num_batches` at the end of an epoch."""
         if iterator is not self._iterator:
             self._iterator, self._positions = iterator, {step: self._stream_position()}
             self._next = self._thread.submit(self._fetch, iterator, num_batches)
-        batches, next_position = self._next.result()
+        fetched, next_position = self._result()
         self._next = self._thread.submit(self._fetch, iterator, num_batches)
         self._positions = {step: self._positions[step], step + 1: next_position}
-        return batches
+        if self._stream is None:
+            return fetched
+        mine = deal(fetched, self._share, self._device)
+        return [self.complete(collate(rows)) for rows in mine]
 
     def save_position(self, checkpoint: Path, step: int) -> None:
         """Write where the micro-batches of `step` begin, which is the last step or the next one.
-        Without a stream there is nothing to write.
+        Only the first rank reads a stream, and without one there is nothing to write.
         """
-        if self._stream is not None:
+        if self._stream is not None and self._share.rank == 0:
             # A run resumed after its last step has fetched nothing: it is where it was loaded.
             position = self._positions.get(step, self._stream_position())
-            write_json(checkpoint / stream_file_name(self._share), position)
+            write_json(checkpoint / STREAM_FILE_NAME, position)
 
-    def _fetch(
-        self, iterator: Iterator[Batch], num_batches: int
-    ) -> tuple[list[Batch], dict[str, Any] | None]:
-        batches = list(islice(iterator, num_batches))
-        position = self._stream_position()
-        return [self.complete(batch) for batch in batches], position
+    def _result(self) -> tuple[list, Position | None]:
+        try:
+            return self._next.result()
+        except Exception:
+            if self._stream is not None:
+                deal(None, self._share, self._device)  # the other ranks wait for rows
+            raise
 
-    def _stream_position(self) -> dict[str, Any] | None:
-        return None if self._stream is None else self._stream.state
+    def _fetch(self, iterator: Iterator, num_batches: int) -> tuple[list, Position | None]:
+        if self._stream is None:
+            return [self.complete(batch) for batch in islice(iterator, num_batches)], None
+        batches = list(islice(iterator, num_batches * self._share.world_size))
+        return batches, self._stream_position()
+
+    def _stream_position(self) -> Position | None:
+        return None if self._stream is None else self._stream.position
 
 
 def count_positions(batches: list[Batch], is_masked_model: bool, device: torch.device) -> Tensor:

@@ -1,25 +1,37 @@
-"""Text to rows of tokens: local files or a stream, held-out documents, packing.
+"""Text to rows of tokens: local files, a stream or a mixture, held-out documents, packing.
 
 Documents are joined with the end-of-text token and cut into full rows. The rest of a batch of
 documents becomes a shorter row, so no text is lost. Rows are padded only when they are batched. A
 packed row records the lengths of its documents, or of their parts, unless they may see each other.
 
-Local files are tokenized once, by the main process. A stream is tokenized during training: each
-rank takes every `world_size`-th batch of documents, and can save its position and resume there.
+Local files are tokenized once, by the main process. A stream is tokenized during training (see
+train.stream). A document's place among the rows depends on the seed alone, never on the number of
+ranks or of processes that tokenize.
 """
 
-import random
 from collections.abc import Iterable
+from functools import partial
 from itertools import compress
 from typing import NamedTuple
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from patching.files.texts import load_documents
-from train.data_args import DataArguments, Packing
+from train.data_args import DEFAULT_SHUFFLE_BUFFER, DataArguments, Packing
+from train.stream import (
+    DOCUMENTS_PER_CHUNK,
+    Columns,
+    Cut,
+    Documents,
+    Mixture,
+    Stream,
+    TextStream,
+    Workers,
+)
 
-DOCUMENTS_PER_BATCH = 1000
+ROW_COLUMNS = ("input_ids", "document_lengths")
+"""What a row holds. The second column is only there if its documents do not see each other."""
 
 
 class Share(NamedTuple):
@@ -30,41 +42,60 @@ class Share(NamedTuple):
 
 
 class Rows(NamedTuple):
-    train: Dataset | IterableDataset
+    train: Dataset | Stream
     held_out: Dataset | None
 
     @property
     def is_stream(self) -> bool:
-        return isinstance(self.train, IterableDataset)
+        return not isinstance(self.train, Dataset)
 
 
-def load_rows(
-    arguments: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    share: Share = Share(),  # noqa: B008
-) -> Rows:
-    """Return rows to train on and held-out rows, each row `{"input_ids": [...]}`.
-
-    The training rows of a stream are this rank's share of it.
+def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+    """Return rows to train on and held-out rows, each row `{"input_ids": [...]}` and, unless
+    documents see each other, `document_lengths`.
 
     Raises ValueError if there is no text, no such column, or no file of a known kind.
     """
-    documents = documents_of(arguments, arguments.dataset)
+    cut = partial(
+        rows_of_documents,
+        tokenizer=tokenizer,
+        max_length=arguments.max_length,
+        packing=arguments.packing,
+    )
+    sources = arguments.sources
+    texts = [documents_of(arguments, source.name, len(sources) > 1) for source in sources]
     if arguments.eval_dataset is not None:
         held_out = documents_of(arguments, arguments.eval_dataset)
         if isinstance(held_out, IterableDataset):
             held_out = _in_memory(held_out.take(max(arguments.heldout_documents, 1)))
     else:
-        documents, held_out = split_held_out(documents, arguments.heldout_documents, seed)
-    if isinstance(documents, IterableDataset):
-        train = tokenize_share(documents, tokenizer, arguments, seed, share)
+        total = sum(source.weight for source in sources)
+        parts = [
+            split_held_out(text, -int(-arguments.heldout_documents * source.weight // total), seed)
+            for text, source in zip(texts, sources)
+        ]
+        texts, samples = zip(*parts)
+        held_out = concatenate_datasets(samples) if samples[0] is not None else None
+    if isinstance(texts[0], IterableDataset):
+        workers = Workers(cut, arguments.tokenizer_processes)
+        buffer = arguments.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
+        streams = [
+            TextStream(source.name, text, workers, buffer, seed)
+            for source, text in zip(sources, texts)
+        ]
+        weights = [source.weight for source in sources]
+        train = streams[0] if len(streams) == 1 else Mixture(streams, weights)
     else:
-        train = tokenize(documents, tokenizer, arguments)
-    if isinstance(train, Dataset) and len(train) == 0:
-        raise ValueError(f"dataset={arguments.dataset}: there is no text in it")
+        if arguments.shuffle_buffer is not None:
+            raise ValueError(
+                "--shuffle_buffer is for streams, and all rows of local files are shuffled: leave "
+                "it out, or add --streaming"
+            )
+        train = tokenize(texts[0], cut, arguments.tokenizer_processes)
+        if len(train) == 0:
+            raise ValueError(f"dataset={arguments.dataset}: there is no text in it")
     if held_out is not None:
-        held_out = tokenize(held_out, tokenizer, arguments)
+        held_out = tokenize(held_out, cut)
         if len(held_out) == 0:
             raise ValueError(
                 f"eval_dataset={arguments.eval_dataset or arguments.dataset}: the held-out "
@@ -73,16 +104,19 @@ def load_rows(
     return Rows(train, held_out)
 
 
-def documents_of(arguments: DataArguments, name: str) -> Dataset | IterableDataset:
-    """Return documents in one column, `text`. A hub dataset is always streamed, local files only
-    with `--streaming`.
+def documents_of(
+    arguments: DataArguments, name: str, is_mixed: bool = False
+) -> Dataset | IterableDataset:
+    """Return documents in one column, `text`. A hub dataset and the parts of a mixture are always
+    streamed, local files only with `--streaming`.
     """
     return load_documents(
         name,
-        text_column=arguments.text_column,
+        text_column=arguments.tokens_column or arguments.text_column,
         dataset_config=arguments.dataset_config,
         dataset_split=arguments.dataset_split,
-        streaming=arguments.streaming,
+        streaming=arguments.streaming or is_mixed,
+        holds_tokens=arguments.tokens_column is not None,
     )
 
 
@@ -110,75 +144,67 @@ def _in_memory(documents: IterableDataset) -> Dataset:
     return Dataset.from_list(list(documents))
 
 
-def tokenize(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
-) -> Dataset:
-    """Return documents as rows of at most `max_length` token ids."""
-    return documents.map(
-        rows_of_documents,
+def tokenize(documents: Dataset, cut: Cut, num_processes: int = 1) -> Dataset:
+    """Return documents as rows of token ids. Chunks are the same for any number of processes."""
+    starts = Dataset.from_dict({"start": range(0, len(documents), DOCUMENTS_PER_CHUNK)})
+    num_processes = min(num_processes, len(starts))
+    return starts.map(
+        _rows_from,
         batched=True,
-        batch_size=DOCUMENTS_PER_BATCH,
-        remove_columns=["text"],
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "max_length": arguments.max_length,
-            "packing": arguments.packing,
-        },
+        batch_size=1,
+        remove_columns=["start"],
+        num_proc=num_processes if num_processes > 1 else None,
+        fn_kwargs={"documents": documents, "cut": cut},
     )
 
 
-def tokenize_share(
-    documents: IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: DataArguments,
-    seed: int,
-    share: Share,
-) -> IterableDataset:
-    """Return a rank's share of a stream as rows. Documents are shuffled within their batch."""
-
-    def rows_of_share(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list]:
-        batch_idx = indices[0] // DOCUMENTS_PER_BATCH
-        texts = list(batch["text"]) if batch_idx % share.world_size == share.rank else []
-        # Not IterableDataset.shuffle: its buffer is not saved, so resuming would lose documents.
-        random.Random(f"{seed} {batch_idx}").shuffle(texts)
-        return rows_of_documents(
-            {"text": texts}, tokenizer, arguments.max_length, arguments.packing
-        )
-
-    return documents.map(
-        rows_of_share,
-        with_indices=True,
-        batched=True,
-        batch_size=DOCUMENTS_PER_BATCH,
-        remove_columns=["text"],
-    )
+def _rows_from(batch: dict[str, list[int]], documents: Dataset, cut: Cut) -> Columns:
+    (start,) = batch["start"]
+    return cut(documents[start : start + DOCUMENTS_PER_CHUNK]["text"])
 
 
 def rows_of_documents(
-    batch: dict[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    packing: Packing,
-) -> dict[str, list[list[int]]]:
-    """Return rows of token ids from a batch of documents, with end-of-text after each document.
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_length: int, packing: Packing
+) -> Columns:
+    """Return rows of token ids. Texts are tokenized, with end-of-text after each one and whatever
+    the tokenizer puts before it. Lists of token ids are used as they are.
 
-    A row of one token predicts nothing and is dropped.
+    A row of one token predicts nothing and is dropped. Raises ValueError for token ids that the
+    tokenizer does not have.
     """
-    texts = [text for text in batch["text"] if text and text.strip()]
+    if isinstance(next(filter(None, documents), None), list):
+        token_ids = [ids for ids in documents if ids]
+        _check_token_ids(token_ids, len(tokenizer))
+    else:
+        token_ids = _tokenized(documents, tokenizer)
+    if packing == "False":
+        rows = [ids[:max_length] for ids in token_ids]
+    else:
+        stream = [token for ids in token_ids for token in ids]
+        rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
+    columns = {"input_ids": rows}
+    if packing == "documents":
+        columns["document_lengths"] = lengths_in_rows(map(len, token_ids), max_length)
+    is_kept = [len(row) > 1 for row in rows]
+    return {name: list(compress(values, is_kept)) for name, values in columns.items()}
+
+
+def _tokenized(texts: Documents, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    texts = [text for text in texts if text and text.strip()]
     documents = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     for ids in documents:
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
-    if packing == "False":
-        rows = [ids[:max_length] for ids in documents]
-    else:
-        stream = [token for ids in documents for token in ids]
-        rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
-    columns = {"input_ids": rows}
-    if packing == "documents":
-        columns["document_lengths"] = lengths_in_rows(map(len, documents), max_length)
-    is_kept = [len(row) > 1 for row in rows]
-    return {name: list(compress(values, is_kept)) for name, values in columns.items()}
+    return documents
+
+
+def _check_token_ids(documents: list[list[int]], num_tokens: int) -> None:
+    for ids in documents:
+        if min(ids) < 0 or max(ids) >= num_tokens:
+            raise ValueError(
+                f"tokens_column: a document holds token ids {min(ids)} to {max(ids)}, and the "
+                f"teacher's tokenizer has 0 to {num_tokens - 1}: tokenize the text with that one"
+            )
 
 
 def lengths_in_rows(document_lengths: Iterable[int], max_length: int) -> list[list[int]]:

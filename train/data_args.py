@@ -1,7 +1,10 @@
 """Flags for the text to train on and how it is cut into rows."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+DEFAULT_SHUFFLE_BUFFER = 1000
 
 Packing = Literal["documents", "cross", "False"]
 
@@ -13,8 +16,10 @@ class DataArguments:
     dataset: str = field(
         default="EleutherAI/the_pile_deduplicated",
         metadata={
-            "help": "text to train on: a .txt, .jsonl or .parquet file, a folder of them, or a hub "
-            "dataset, which is streamed. In .txt files, blank lines separate documents"
+            "help": "text to train on: a .txt, .jsonl, .csv or .parquet file (or .gz, .zst), a "
+            "folder of them, or a hub dataset, which is streamed. In .txt files, blank lines "
+            "separate documents. Several texts with their shares of the tokens, such as "
+            "wiki.jsonl=0.7,code.parquet=0.3, are mixed while they are streamed"
         },
     )
     dataset_config: str | None = field(
@@ -26,6 +31,23 @@ class DataArguments:
         metadata={"help": "tokenize local files during training, not before, like a hub dataset"},
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    tokens_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "column that holds token ids of the teacher's tokenizer, which are used as "
+            "they are instead of text"
+        },
+    )
+    shuffle_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "documents of a stream that are shuffled together (default: "
+            f"{DEFAULT_SHUFFLE_BUFFER}); rows of local files are always all shuffled"
+        },
+    )
+    tokenizer_processes: int = field(
+        default=1, metadata={"help": "processes that tokenize; they do not change the rows"}
+    )
     eval_dataset: str | None = field(
         default=None,
         metadata={
@@ -60,5 +82,47 @@ class DataArguments:
             problems.append(f"max_length={self.max_length}: a row needs at least 2 tokens")
         if self.heldout_documents < 0:
             problems.append(f"heldout_documents={self.heldout_documents}: choose 0 or more")
+        for name in ("shuffle_buffer", "tokenizer_processes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}: choose 1 or more")
+        if not problems:
+            parse_sources(self.dataset)
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def sources(self) -> list["Source"]:
+        return parse_sources(self.dataset)
+
+
+class Source(NamedTuple):
+    """A text of a mixture, and its weight among them."""
+
+    name: str
+    weight: float = 1.0
+
+
+def parse_sources(dataset: str) -> list[Source]:
+    """Return the texts that `--dataset` names: one, or several as NAME=WEIGHT with commas between.
+
+    Raises ValueError for a weight that is no positive number, and for one text with a weight.
+    """
+    if "=" not in dataset or Path(dataset).exists():
+        return [Source(dataset)]
+    sources = []
+    for part in dataset.split(","):
+        name, _, weight = part.rpartition("=")
+        try:
+            sources.append(Source(name.strip(), float(weight)))
+        except ValueError:
+            sources.append(Source(name, -1.0))
+        if not sources[-1].name or not 0 < sources[-1].weight < float("inf"):
+            raise ValueError(
+                f"dataset={dataset}: `{part}` is not NAME=WEIGHT with a weight above 0; write a "
+                "mixture as wiki.jsonl=0.7,code.parquet=0.3"
+            )
+    if len(sources) == 1:
+        raise ValueError(
+            f"dataset={dataset}: a single text needs no weight, give {sources[0].name}"
+        )
+    return sources

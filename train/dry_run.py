@@ -38,7 +38,7 @@ def plan(
         teacher,
         args.loss_weights,
         batch,
-        num_shards=num_ranks if is_sharded else 1,
+        num_shards=num_ranks // args.fsdp_replicas if is_sharded else 1,
         num_aligned_pairs=len(layer_map.alignment_pairs),
         is_cpu=not torch.accelerator.is_available(),
         num_replicas=1 if is_sharded else num_ranks,

@@ -33,9 +33,18 @@ class TokenFlops(NamedTuple):
     """Queries with keys and probabilities with values, per position of the token's row."""
     head: int
 
-    def at(self, num_positions: int) -> int:
+    def at(self, num_positions: float) -> float:
         """Return the FLOPs for one token in a row of `num_positions`."""
         return self.layers + self.attention_per_position * num_positions + self.head
+
+    def of_batch(self, input_ids_BT: Tensor, positions_BT: Tensor | None) -> int:
+        """Return the FLOPs for a batch, whose documents do not see each other if their positions
+        are given.
+        """
+        length = input_ids_BT.shape[1]
+        if positions_BT is not None:  # the mean length of documents, counted by their tokens
+            length = 2 * positions_BT.float().mean().item() + 1
+        return round(self.at(length) * input_ids_BT.numel())
 
 
 def flops_per_token(

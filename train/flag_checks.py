@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import is_liger_kernel_available
 
+from train.global_batch import batch_problems
 from train.refused_flags import refused_flags
 
 if TYPE_CHECKING:
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
 LEAST = dict.fromkeys(
     ("kl_loss_weight", "cosine_loss_weight", "learning_rate", "warmup_steps"), 0
 ) | dict.fromkeys(
-    ("per_device_train_batch_size", "gradient_accumulation_steps", "dry_run_ranks"), 1
+    (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_tokens",
+        "global_batch_rows",
+        "dry_run_ranks",
+        "fsdp_replicas",
+    ),
+    1,
 )
 
 
@@ -36,7 +45,12 @@ def check_flags(args: DistillationArguments) -> None:
         problems.append("use_liger_kernel: its kernels need a CUDA GPU, leave it out")
     elif args.use_liger_kernel and not is_liger_kernel_available():
         problems.append("use_liger_kernel: install liger-kernel first, or leave it out")
-    problems += length_problems(args) + precision_problems(args) + best_model_problems(args)
+    problems += (
+        batch_problems(args)
+        + length_problems(args)
+        + precision_problems(args)
+        + best_model_problems(args)
+    )
     problems += refused_flags(args)
     if problems:
         raise ValueError("; ".join(problems))
@@ -108,7 +122,6 @@ def needs_held_out_rows(args: DistillationArguments) -> list[str]:
             ("load_best_model_at_end", args.load_best_model_at_end),
             ("metric_for_best_model", args.metric_for_best_model is not None),
             ("save_strategy best", args.save_strategy.value == "best"),
-            ("eval_on_start", args.eval_on_start),
             (f"lr_scheduler_type {schedule}", schedule in ("reduce_lr_on_plateau", "greedy")),
         )
         if is_given

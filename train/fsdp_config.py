@@ -59,6 +59,8 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
         for name, allowed in SETTINGS.items()
         if allowed and name in values and str(values[name]).lower() not in map(str.lower, allowed)
     ]
+    if str(values.get("sharding_strategy", "")).startswith("HYBRID"):
+        problems.append("to share one copy of the models per node, use --fsdp_replicas NODES")
     if problems:
         raise ValueError(f"fsdp_config: {'; '.join(problems)}")
     return values

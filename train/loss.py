@@ -45,6 +45,8 @@ class LossTerms(NamedTuple):
     cross_entropy: Tensor
     kl: Tensor
     cosine: Tensor
+    cosine_by_state: Tensor
+    """The cosine term of each aligned pair, empty if it is off."""
 
 
 def targets_at(labels_BT: Tensor, is_masked_model: bool) -> Tensor:
@@ -85,7 +87,7 @@ def distillation_loss(
     cache, in place of its states and head.
     """
     zero = torch.zeros((), device=counts.positions.device)
-    loss, cross_entropy, kl, cosine = zero, zero, zero, zero
+    loss, cross_entropy, kl, cosine, cosine_by_state = zero, zero, zero, zero, zero.new_zeros(0)
     if weights.needs_logits:
         sums = vocabulary_loss(
             student_ND,
@@ -103,9 +105,11 @@ def distillation_loss(
         loss = loss + sums.loss / counts.targets
         cross_entropy, kl = sums.cross_entropy / counts.targets, sums.kl / counts.targets
     if weights.cosine:
-        cosine = torch.stack(cosine_distances).mean() / counts.positions
+        cosine_by_state = torch.stack(cosine_distances) / counts.positions
+        cosine = cosine_by_state.mean()
         loss = loss + weights.cosine * cosine
-    return LossTerms(loss, cross_entropy.detach(), kl.detach(), cosine.detach())
+    terms = (cross_entropy, kl, cosine, cosine_by_state)
+    return LossTerms(loss, *(term.detach() for term in terms))
 
 
 def cosine_distance(

@@ -45,6 +45,7 @@ REFUSED = {
     "hub_token": "log in with `hf auth login` or set HF_TOKEN, run.json records the command line",
     "ignore_data_skip": "a resumed run continues with the rows that come next",
     "include_for_metrics": TRAINER_EVALUATION,
+    "include_num_input_tokens_seen": "every line of the log has tokens_seen",
     "label_names": "the labels are the text's own tokens",
     "label_smoothing_factor": "the cross entropy is that of the tokens, raise --kl_loss_weight",
     "length_column_name": "lengths are those of the rows",

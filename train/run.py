@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import IterableDataset
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -29,7 +28,6 @@ from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import logit_change
 from patching.student_config import StudentConfig
-from train.batches import check_stream
 from train.checkpoints.find import check_resumable, find_checkpoint
 from train.checkpoints.identity import (
     ANNOUNCED,
@@ -40,13 +38,14 @@ from train.checkpoints.identity import (
     values_of,
 )
 from train.choose_layers import choose_layers
-from train.data import Rows, Share, load_rows
+from train.data import Rows, load_rows
 from train.data_args import DataArguments
 from train.divergence import Diverged
 from train.dry_run import plan
 from train.flag_checks import check_installed, needs_held_out_rows
 from train.fp8 import check_fp8, use_fp8
 from train.fsdp_config import check_layer_classes
+from train.global_batch import split_global_batch
 from train.gradient_reduction import choose_reduction
 from train.local_batches import check_enough_rows
 from train.masking import Masking
@@ -54,7 +53,7 @@ from train.model_args import ModelArguments
 from train.packing import check_separates_documents
 from train.ranks import first_rank_first
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
-from train.sharding import reads_weights, without_weights
+from train.sharding import check_replicas, reads_weights, without_weights
 from train.speed import check_liger_knows, reuse_freed_memory
 from train.student import cast_parameters, new_student, student_companions
 from train.teacher_cache import TeacherCache, settings_of
@@ -71,6 +70,9 @@ def run(
     """Distill and save a student. What a user can get wrong ends the process with one line and exit
     code 2, almost all of it before weights load.
     """
+    with user_errors():
+        num_ranks = (args.dry_run and args.dry_run_ranks) or args.world_size
+        split_global_batch(args, data_args.max_length, num_ranks)
     flags = values_of((model_args, data_args, args, text_args))
     uploads = args.push_to_hub  # Trainer must not see it
     reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
@@ -209,6 +211,7 @@ def check_acceleration(args: DistillationArguments, teacher_config: PreTrainedCo
 def check_run(args: DistillationArguments, teacher: PreTrainedConfig, uploads: bool) -> None:
     """Raise ValueError, ImportError or OSError for what would fail once weights are loaded."""
     check_acceleration(args, teacher)
+    check_replicas(args, args.world_size)
     check_installed(args)
     if uploads and args.process_index == 0:
         check_can_push(repository_of(args), args.public)
@@ -241,22 +244,22 @@ def read_rows(
     data_args: DataArguments, args: DistillationArguments, tokenizer: PreTrainedTokenizerBase
 ) -> Rows:
     """Return the rows. Raises ValueError for unusable text, for a stream without a number of steps
-    or without text for this rank, and for less text than one step takes.
+    or without text, and for less text than one step takes.
     """
-    share = Share(args.process_index, args.world_size)
     with first_rank_first(args, "tokenizing"):
-        rows = load_rows(data_args, tokenizer, args.text_seed, share)
+        rows = load_rows(data_args, tokenizer, args.text_seed)
     if rows.held_out is None and (names := needs_held_out_rows(args)):
         raise ValueError(f"{', '.join(names)}: no text is held out, raise --heldout_documents")
-    if isinstance(rows.train, IterableDataset):
+    if rows.is_stream:
         if args.max_steps < 0:
             raise ValueError("max_steps=-1: a stream has no length, give a number of --max_steps")
         if args.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy={args.train_sampling_strategy}: a stream is read in its "
-                "own order, shuffled a batch of documents at a time; leave it out"
+                "own order, --shuffle_buffer documents at a time; leave it out"
             )
-        check_stream(rows.train)
+        if args.process_index == 0:
+            rows.train.check()
     elif smaller := check_enough_rows(rows.train, args, data_args.max_length):
         print_on_main_process(args, smaller)
     return rows
@@ -266,8 +269,7 @@ def check_checkpoint(
     checkpoint: str, args: DistillationArguments, rows: Rows, settings: dict[str, Any]
 ) -> None:
     """Say what changes on resuming. Raises ValueError if the run cannot resume."""
-    share, is_stream = Share(args.process_index, args.world_size), rows.is_stream
-    check_resumable(checkpoint, share, is_stream, bool(args.fsdp), settings)
+    check_resumable(checkpoint, rows.is_stream, bool(args.fsdp), settings)
     before = read_settings(checkpoint) or {}
     schedule = args.lr_scheduler_type.value
     if before.get("learning_rate", args.learning_rate) != args.learning_rate and schedule in (
@@ -309,7 +311,7 @@ def open_cache(
     cache = TeacherCache(model_args.teacher_cache)
     cache.check(settings_of(reference, config, tokenizer, args.temperature))
     cache.check_holds(rows.held_out or ())
-    if not isinstance(rows.train, IterableDataset):
+    if not rows.is_stream:
         cache.check_holds(rows.train)
     else:
         needed = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

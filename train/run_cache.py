@@ -40,6 +40,10 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         made_by["top_k"] = arguments.top_k
         writer = CacheWriter(arguments.teacher_cache, made_by)
         rows = load_rows(data_args, tokenizer, arguments.seed)
+        if rows.is_stream and arguments.max_rows is None:
+            raise ValueError(
+                "max_rows: a stream has no end, give as many rows as the run will read"
+            )
         teacher = load_model(
             reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
         )

@@ -53,6 +53,7 @@ def save_run(made: Made, trainer: DistillationTrainer, companions: Companions) -
         "student_step": trainer.student_step,
         "held_out": held_out,
         "log": trainer.state.log_history,
+        "peak_memory_gib": trainer.log_line.peak_memory_gib,
         "environment": environment(),
     }
     save_directory = Path(args.save_directory)

@@ -2,13 +2,14 @@
 
 accelerate shards the student together with its optimizer. The frozen teacher has no optimizer, so
 it is sharded here, by the same function. Only the first rank reads weights, and the others receive
-their shares from it.
+their shares from it. With several replicas, the ranks of a node, for example, share one copy, and
+only gradients are summed between nodes.
 """
 
 from typing import Any
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator, ParallelismConfig, init_empty_weights
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -16,6 +17,31 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patching.architectures.models import auto_class
 from train.training_args import DistillationArguments
+
+
+def check_replicas(args: DistillationArguments, num_ranks: int) -> None:
+    """Raise ValueError unless the ranks form as many groups of at least two as asked for."""
+    if args.fsdp_replicas == 1:
+        return
+    if not args.fsdp:
+        raise ValueError(
+            f"fsdp_replicas={args.fsdp_replicas}: it needs --fsdp_config and ranks that shard"
+        )
+    if num_ranks % args.fsdp_replicas or num_ranks // args.fsdp_replicas < 2:
+        raise ValueError(
+            f"fsdp_replicas={args.fsdp_replicas}: {num_ranks} ranks do not form so many groups of "
+            "two or more, choose a divisor of the ranks, such as the number of nodes"
+        )
+
+
+def parallelism(num_replicas: int, num_ranks: int) -> dict[str, ParallelismConfig]:
+    """Return accelerate's settings for groups of ranks that each hold a whole sharded copy (HSDP),
+    none if all ranks share one copy.
+    """
+    if num_replicas == 1:
+        return {}
+    sizes = {"dp_replicate_size": num_replicas, "dp_shard_size": num_ranks // num_replicas}
+    return {"parallelism_config": ParallelismConfig(**sizes)}
 
 
 def reads_weights(args: DistillationArguments) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
@@ -30,7 +30,7 @@ from train.local_batches import local_loader
 from train.log_line import LogLine
 from train.loss import LossTerms, StepCounts
 from train.masking import Masking
-from train.sharding import place_teacher, release
+from train.sharding import parallelism, place_teacher, release
 from train.speed import speed_up
 from train.student import drop_second_names
 from train.teacher_cache import TeacherCache
@@ -69,8 +69,8 @@ class DistillationTrainer(CheckpointedTrainer):
         self._masking, self._settings = masking, settings
         self._share = Share(args.process_index, args.world_size)
         self._flops = flops_per_token(student.config, teacher and teacher.config, args.loss_weights)
-        self._log_line = LogLine(args.loss_weights.active_terms, args.device)
-        self._prefetcher = StepPrefetcher(self._share, cache)
+        self.log_line = LogLine.of_run(args, layer_map)
+        self._prefetcher = StepPrefetcher(self._share, args.device, cache)
         self._resume_from: str | None = None
         self.stop_on_sigterm = StopOnSigterm()
         super().__init__(
@@ -81,9 +81,10 @@ class DistillationTrainer(CheckpointedTrainer):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # `speed_up` has compiled the layers, so accelerate must not compile the whole model.
-        return super()._build_accelerator_args(**kwargs) | {
-            "dynamo_plugin": TorchDynamoPlugin("no")
-        }
+        settings = {"dynamo_plugin": TorchDynamoPlugin("no")}
+        if self.args.fsdp:
+            settings |= parallelism(self.args.fsdp_replicas, self.args.world_size)
+        return super()._build_accelerator_args(**kwargs) | settings
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
@@ -91,9 +92,9 @@ class DistillationTrainer(CheckpointedTrainer):
     # Data
 
     def get_train_dataloader(self):
-        if not isinstance(self.train_dataset, IterableDataset):
+        if isinstance(self.train_dataset, Dataset):
             return local_loader(self.train_dataset, self.args, self._share)
-        stream = StreamBatches(self.train_dataset, self._train_batch_size)
+        stream = StreamBatches(self.train_dataset, self._train_batch_size, self._share)
         self._prefetcher.read(stream, self._resume_from)
         return stream
 
@@ -109,7 +110,7 @@ class DistillationTrainer(CheckpointedTrainer):
             batches = self._masking.hide_step(batches, self.args.seed, step, size, self._share)
         totals = count_positions(batches, self._masking is not None, device)
         targets, positions, slots = self._sum_over_ranks(totals)
-        self._log_line.add_positions(positions, slots)
+        self.log_line.add_positions(step, positions, slots)
         # A short step may have no masked token.
         return batches, StepCounts(targets=targets.clamp_min(1), positions=positions)
 
@@ -120,19 +121,17 @@ class DistillationTrainer(CheckpointedTrainer):
         parallelism averages gradients over them.
         """
         terms: LossTerms = model(**inputs, counts=num_items_in_batch)
-        self._log_line.add_terms(terms)
+        self.log_line.add_terms(terms)
         loss = terms.loss * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        batch_size, num_positions = inputs["input_ids"].shape
-        return self._flops.at(num_positions) * batch_size * num_positions
+        return self._flops.of_batch(inputs["input_ids"], inputs.get("position_ids"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the unweighted terms and the speed to a line that reports a training loss."""
         if "loss" in logs:
-            logs |= self._log_line.values(self.state, self._sum_over_ranks)
-            self._log_line.start(self.state)
+            logs |= self.log_line.finish(self.state, self._sum_over_ranks, self.accelerator.gather)
         super().log(logs, start_time)
 
     # Held-out rows
@@ -149,7 +148,7 @@ class DistillationTrainer(CheckpointedTrainer):
                 batch = self._prepare_inputs(self._prefetcher.complete(batch))
                 return self.model_wrapped(**batch, counts=counts)
 
-        with self._log_line.paused(), eval_mode(self.model_wrapped):
+        with self.log_line.paused(), eval_mode(self.model_wrapped):
             means = held_out_means(
                 forward, rows, self.args, self._share, self._masking, self._sum_over_ranks
             )
@@ -157,9 +156,8 @@ class DistillationTrainer(CheckpointedTrainer):
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
             check_metrics(self.state.global_step, metrics)
             self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
+            state = (self.args, self.state, self.control, metrics)
+            self.control = self.callback_handler.on_evaluate(*state)
         return metrics
 
     # Checkpoints
@@ -167,7 +165,9 @@ class DistillationTrainer(CheckpointedTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
         self._resume_from = resume_from_checkpoint
         # A stream resumes at its saved position; Trainer would read it again from the start.
-        self.args.ignore_data_skip = isinstance(self.train_dataset, IterableDataset)
+        self.args.ignore_data_skip = not isinstance(self.train_dataset, Dataset)
+        evaluates = self.args.eval_strategy != IntervalStrategy.NO
+        self.args.eval_on_start &= evaluates and resume_from_checkpoint is None
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -175,11 +175,12 @@ class DistillationTrainer(CheckpointedTrainer):
 
     def _init_training_state(self, *args):
         values = super()._init_training_state(*args)
-        self._log_line.start(self.state)
+        self.log_line.start(self.state)
         return values
 
     def _save_checkpoint(self, model, trial) -> None:
-        with self._log_line.paused():
+        with self.log_line.paused():
+            self.log_line.count_tokens(self.state)
             super()._save_checkpoint(model, trial)
 
     def add_to_checkpoint(self, checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from train.flag_checks import check_flags
+from train.global_batch import DEFAULT_MICRO_BATCHES, DEFAULT_ROWS
 from train.loss_weights import LossWeights
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -46,9 +47,14 @@ class PaperArguments(TrainingArguments):
             f"{DEFAULT_EPOCHS:g})"
         },
     )
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "rows per micro-batch"})
-    gradient_accumulation_steps: int = field(
-        default=256, metadata={"help": "micro-batches per optimizer step and rank"}
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": f"rows per micro-batch (default: {DEFAULT_ROWS})"}
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"micro-batches per optimizer step and rank (default: {DEFAULT_MICRO_BATCHES})"
+        },
     )
     bf16: bool = field(default=True, metadata={"help": "compute in bf16; weights stay in fp32"})
     seed: int = field(default=0, metadata={"help": "seed of all random numbers"})
@@ -59,6 +65,9 @@ class PaperArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "not available: rows hold only what the loss reads"}
+    )
+    include_num_input_tokens_seen: bool = field(
+        default=False, metadata={"help": "not available: every line of the log has tokens_seen"}
     )
     push_to_hub: bool = field(
         default=False,
@@ -79,6 +88,10 @@ class PaperArguments(TrainingArguments):
     )
     eval_steps: float | None = field(
         default=100, metadata={"help": "steps between evaluations on held-out rows"}
+    )
+    eval_on_start: bool = field(
+        default=True,
+        metadata={"help": "evaluate on held-out rows before the first step too"},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "search for parameters without gradients (there are none)"}
@@ -116,6 +129,25 @@ class DistillationArguments(PaperArguments):
         metadata={"help": "dtype of the saved student", "choices": SAVE_DTYPES},
     )
 
+    global_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens per optimizer step over all ranks, instead of "
+            "--per_device_train_batch_size and --gradient_accumulation_steps"
+        },
+    )
+    global_batch_rows: int | None = field(
+        default=None, metadata={"help": "the same, as a number of rows"}
+    )
+
+    fsdp_replicas: int = field(
+        default=1,
+        metadata={
+            "help": "with --fsdp_config: groups of ranks that each share a whole copy of the "
+            "models, such as one per node (HSDP)"
+        },
+    )
+
     public: bool = field(
         default=False, metadata={"help": "with --push_to_hub: make the repository public"}
     )
@@ -148,6 +180,10 @@ class DistillationArguments(PaperArguments):
         check_flags(self)
         if self.output_dir is None:
             self.output_dir = os.path.join(self.save_directory, "checkpoints")
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = DEFAULT_ROWS
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = DEFAULT_MICRO_BATCHES
         if self.max_steps is None:
             self.max_steps = -1 if self.num_train_epochs else DEFAULT_STEPS
         if self.max_steps > 0:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BUILDERS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".gz", ".zst")
+"""Endings that may follow those of text files."""
 BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 LONG_LINE = 40
 """Characters from which on a line is unlikely to be in two documents by chance."""
@@ -39,8 +47,10 @@ def load_documents(
     dataset_config: str | None = None,
     dataset_split: str = "train",
     streaming: bool = False,
+    holds_tokens: bool = False,
 ) -> Dataset | IterableDataset:
-    """Return documents in one column, `text`.
+    """Return documents in one column, `text`, whose values are lists of token ids if the named
+    column `holds_tokens`.
 
     `name` is a file, a folder of files or a hub dataset. Plain text is split into documents at
     blank lines. A hub dataset is always streamed, local files only if `streaming` is set.
@@ -62,20 +72,24 @@ def load_documents(
         except DatasetGenerationError as error:
             cause = str(error.__cause__ or error)
             raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
+        if builder == "text" and holds_tokens:
+            raise ValueError(f"tokens_column={column}: {name} is plain text and has no columns")
         column = "text" if builder == "text" else column
     else:
         documents = load_dataset(name, dataset_config, split=dataset_split, streaming=True)
+    flag = "tokens_column" if holds_tokens else "text_column"
     columns = documents.column_names or list(next(iter(documents), {}))
     if not columns:
         raise ValueError(f"dataset={name}: there is no text in it")
     if column not in columns:
         raise ValueError(
-            f"text_column={column}: {name} has the columns {', '.join(columns)}, choose one of them"
+            f"{flag}={column}: {name} has the columns {', '.join(columns)}, choose one of them"
         )
     value = next(iter(documents), {}).get(column)
-    if value is not None and not isinstance(value, str):
+    wanted, expected = (list, "lists of token ids") if holds_tokens else (str, "text")
+    if value is not None and not isinstance(value, wanted):
         raise ValueError(
-            f"text_column={column}: it holds {type(value).__name__} values in {name} and no text, "
+            f"{flag}={column}: it holds {type(value).__name__} values in {name} and no {expected}, "
             f"choose one of {', '.join(columns)}"
         )
     documents = documents.select_columns([column])
@@ -89,18 +103,24 @@ def load_documents(
 def _local_files(path: Path) -> tuple[str, list[str]]:
     """Return the name of the `datasets` builder for a file or folder, and the files in it."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    known = [file for file in files if file.suffix in BUILDERS]
-    builders = {BUILDERS[file.suffix] for file in known}
+    kinds = {file: BUILDERS.get(_kind(file)) for file in files}
+    known = [file for file in files if kinds[file] is not None]
+    builders = {kinds[file] for file in known}
     if len(builders) != 1:
         found = "several kinds" if builders else "none of these"
         raise ValueError(
-            f"dataset={path}: name a .txt, .jsonl or .parquet file or a folder of one kind; "
-            f"there is {found}"
+            f"dataset={path}: name a .txt, .jsonl, .csv or .parquet file, which may be compressed "
+            f"(.gz, .zst), or a folder of one kind; there is {found}"
         )
     files_with_text = [str(file) for file in known if file.stat().st_size]
     if not files_with_text:
         raise ValueError(f"dataset={path}: there is no text in it")
     return builders.pop(), files_with_text
+
+
+def _kind(file: Path) -> str:
+    """Return the ending that says what a file holds, without that of its compression."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
 
 
 def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:

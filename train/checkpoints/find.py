@@ -9,7 +9,6 @@ from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from train.checkpoints.identity import ANNOUNCED, differences, read_settings
-from train.data import Share
 
 LAST = ("last", "true")
 """Values of `--resume_from_checkpoint` that ask for the newest checkpoint."""
@@ -33,17 +32,16 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str 
     return resume_from_checkpoint
 
 
-def stream_file_name(share: Share) -> str:
-    """The name of a checkpoint's file with a rank's position in its share of a stream."""
-    return f"stream_{share.rank}_of_{share.world_size}.json"
+STREAM_FILE_NAME = "stream.json"
+"""A checkpoint's file with the position in the stream. Its run has read none without it."""
 
 
 def check_resumable(
-    checkpoint: str, share: Share, is_stream: bool, is_sharded: bool, settings: dict[str, Any]
+    checkpoint: str, is_stream: bool, is_sharded: bool, settings: dict[str, Any]
 ) -> None:
     """Raise ValueError, naming every reason, unless this run can resume from the checkpoint: it
     must hold the optimizer too, come from a run with the same `settings`, read its data the same
-    way, a stream on the same number of ranks, and shard its models or not as before.
+    way, and shard its models or not as before.
     """
     folder = Path(checkpoint)
     problems = []
@@ -61,16 +59,11 @@ def check_resumable(
     if any(folder.glob(f"{FSDP_MODEL_NAME}*")) != is_sharded:
         was = "was not sharded" if is_sharded else "was sharded"
         problems.append(f"its run {was}, use the same --fsdp_config and ranks")
-    states = {path.name for path in folder.glob("stream_*_of_*.json")}
-    if is_stream and not states:
-        problems.append("its run did not read a stream, use the same --dataset and --streaming")
-    elif is_stream and stream_file_name(share) not in states:
-        problems.append(
-            f"it has stream positions for {len(states)} ranks and this run has "
-            f"{share.world_size}, start {len(states)}"
-        )
-    elif states and not is_stream:
-        problems.append("its run read a stream, use the same --dataset and --streaming")
+    if any(folder.glob("stream_*_of_*.json")):
+        problems.append("each rank of its run, by an older version, read a part of the stream")
+    elif is_stream != (folder / STREAM_FILE_NAME).is_file():
+        how = "did not read a stream" if is_stream else "read a stream"
+        problems.append(f"its run {how}, use the same --dataset and --streaming")
     if problems:
         raise ValueError(
             f"resume_from_checkpoint={checkpoint}: {'; '.join(problems)}, or start over in "

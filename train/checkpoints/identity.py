@@ -22,7 +22,7 @@ MAY_CHANGE = (
     # files, uploads, logs and figures
     "save_*", "output_dir", "dry_run*", "resume_from_checkpoint", "push_to_hub", "public", "hub_*",
     "log*", "disable_tqdm", "report_to", "run_name", "project", "trackio_*", "skip_memory_metrics",
-    "include_num_input_tokens_seen", "eval_*", "per_device_eval_batch_size",
+    "eval_*", "per_device_eval_batch_size",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "do_eval",
     # how the same numbers are computed
     "*_checkpointing*", "torch_compile*", "torch_empty_cache_steps", "*liger_kernel*",
@@ -31,6 +31,7 @@ MAY_CHANGE = (
     # compared as what they lead to: the teacher's weights, the kept layers, rows and their number
     "teacher_model_name_or_path", "revision", "*_layers_to_keep", "alternate_every_n_layers",
     "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_*",
+    "tokenizer_processes",
 )  # fmt: skip
 """Flags, or patterns of their names, that may differ when a run is continued."""
 OF_CHOICE = ("num_kept_layers", "target_params", "longest_block", "calibration*")
