@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from conftest import tiny_model
 from patching_models import family_config
 from training_runs import trainer_for
 
-from conftest import tiny_model  # isort: skip
+KINDS = ["sliding_attention", "full_attention"]
 
 
 @pytest.mark.slow
@@ -16,7 +17,7 @@ def test_mixed_attention_never_runs_eagerly(tmp_path, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
-    teacher = tiny_model(family_config("olmo3", num_hidden_layers=4))
+    teacher = tiny_model(family_config("olmo3", num_hidden_layers=4, layer_types=KINDS * 2))
     flags = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4}
     trainer = trainer_for(tmp_path, teacher, eval_strategy="steps", eval_steps=1, **flags)
     trainer.train()
