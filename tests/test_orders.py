@@ -183,7 +183,7 @@ def test_other_settings_are_refused(exact, flags, capsys):
         (["--beam", "0"], "beam=0: choose 1 or more"),
         (["--order", "klpatch"], "is always searched here"),
         (["--calibration_skip", "40"], "no text in it after its first 40"),
-        (["--order", "middle"], "choose last, first, or an existing JSON file"),
+        (["--order", "middle"], "choose last, first, whole_periods, or an existing JSON file"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, tmp_path, capsys, extra, message):
@@ -216,7 +216,7 @@ def test_evaluate_searches_once(exact, flags, tmp_path, monkeypatch):
     found = read(exact)["orders"]["klpatch"]
     for k in (1, 2):
         result = json.loads((out / f"family_k{k}.json").read_text())
-        assert result["settings"]["order"] == found["order"]
+        assert result["order"] == found["order"]
     monkeypatch.setattr(TeacherKL, "of", lambda *_, **__: pytest.fail("measured before"))
     evaluate_main(asked)
 
@@ -299,7 +299,7 @@ def test_two_ranks_search_once_and_agree(exact, flags, tmp_path):
     assert done.stderr.count("klpatch, k = 1: patched") == 1
     for k in (0, 1):
         result = json.loads((out / f"family_k{k}.json").read_text())
-        assert result["settings"]["order"] == read(exact)["orders"]["klpatch"]["order"]
+        assert result["order"] == read(exact)["orders"]["klpatch"]["order"]
     done = run_module(*launcher, "patching.orders", *flags, "--save_directory", tmp_path / "two")
     assert done.returncode != 0 and not (tmp_path / "two").exists()
     assert "2 processes were started, and this command runs as one" in done.stderr
@@ -365,7 +365,8 @@ def test_an_order_of_ones_own_is_measured_too(exact, flags, tmp_path):
 
 
 def test_in_python_an_order_is_searched_beforehand(pair_folders):
-    with pytest.raises(ValueError, match="order=klpatch: choose last, first, or an existing"):
+    message = "order=klpatch: choose last, first, whole_periods, or an existing"
+    with pytest.raises(ValueError, match=message):
         build_intermediate_model(*map(str, pair_folders), 1, order="klpatch")
 
 
