@@ -152,6 +152,7 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch):
     assert sizes == [5, 2, 3, 1, 2]
 
 
+@pytest.mark.slow
 def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatch):
     """Same text as the members themselves, by a stand-in that reads the saved folder alone."""
     stand_in = Path(__file__).parent / "stand_in_vllm"

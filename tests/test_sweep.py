@@ -74,6 +74,7 @@ def finished(folder: Path) -> dict[tuple[str, str], float]:
     }
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_continues_where_it_stopped(pair_folders, tasks, tmp_path, monkeypatch):
     settings = {"num_layers_to_patch": "all", "baselines": "naive", "include_path": tasks}
     settings |= {"tasks": "choice,slow,generation"}
