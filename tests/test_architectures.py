@@ -178,7 +178,7 @@ def test_an_architecture_without_a_row_works_where_transformers_says_enough(mode
         ("bloom", {"n_layer": 6}, "not clear which of its parts .* come before the layers"),
         ("gpt_bigcode", {"n_layer": 6}, "not clear which of its parts .* come before the layers"),
         ("bart", {}, "model_type=bart: this architecture is not supported, .* lists of"),
-        ("gemma3", {}, "its config has no num_hidden_layers"),
+        ("llava", {}, "its config has no num_hidden_layers"),
         ("gemma4_text", {"num_hidden_layers": 6}, "num_kv_shared_layers|not clear which"),
         ("llama", {"per_layer_config": {1: {"intermediate_size": 16}}}, "per_layer_config=.*share"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "checkpoint is quantized"),
