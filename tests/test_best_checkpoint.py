@@ -35,6 +35,7 @@ def check_best(folder, metric: str) -> int:
     """Check that the saved student is the checkpoint with the lowest metric. Return its step."""
     run = json.loads((folder / "run.json").read_text())
     values = {line["step"]: line[metric] for line in run["log"] if metric in line}
+    del values[0]  # before the first step there is no checkpoint
     best = min(values, key=values.get)
     assert run["student_step"] == best
     assert run["held_out"][metric] == values[best]

@@ -199,7 +199,7 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         (["--gradient_accumulation_steps", "64"], "rows of up to 32 tokens, a step takes 128: "),
         (
             ["--streaming", "True", "--heldout_documents", "40"],
-            "the stream holds no text for this rank",
+            "there is no text in it to train on; its first documents are held out",
         ),
         (
             ["--load_best_model_at_end", "True", "--save_steps", "30"],
