@@ -328,6 +328,8 @@ TRAINS = (
     evaluated_steps,
     last_line,
     checkpoints,
+    checkpointing,
+    caches_emptied,
     tracked,
 )
 

@@ -335,6 +335,7 @@ def test_python_in_the_documents_runs(document, teacher, student, patched, tmp_p
         exec(block, {})
 
 
+@pytest.mark.slow
 def test_published_evaluations_and_their_report_run(
     teacher, student, patched, suite, text_file, tmp_path
 ):

@@ -92,7 +92,8 @@ def check_equal(folder: Path, reference: Path, num_steps: int = NUM_STEPS) -> No
 @pytest.mark.parametrize(
     ("streaming", "signals"),
     [
-        ("True", [signal.SIGKILL, signal.SIGTERM]),
+        ("True", [signal.SIGKILL]),
+        pytest.param("True", [signal.SIGKILL, signal.SIGTERM], marks=pytest.mark.slow),
         pytest.param("False", [signal.SIGKILL, signal.SIGTERM], marks=pytest.mark.slow),
         pytest.param("True", [signal.SIGKILL] * 5, marks=pytest.mark.slow),
         pytest.param("False", [signal.SIGKILL] * 5, marks=pytest.mark.slow),
@@ -120,7 +121,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(
     check_equal(killed, whole)
 
 
-@pytest.mark.parametrize("num_whole_steps", [0, 2])
+@pytest.mark.parametrize("num_whole_steps", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_step_interrupted_by_sigterm_is_discarded(
     teacher, documents, tmp_path, monkeypatch, num_whole_steps
 ):
@@ -150,7 +151,7 @@ def test_a_step_interrupted_by_sigterm_is_discarded(
     check_equal(stopped, whole, num_steps=6)
 
 
-@pytest.mark.parametrize("streaming", ["True", "False"])
+@pytest.mark.parametrize("streaming", ["True", pytest.param("False", marks=pytest.mark.slow)])
 def test_a_run_killed_after_its_last_step_only_saves(teacher, documents, tmp_path, streaming):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--streaming", streaming, "--max_steps", "2"]
@@ -183,7 +184,7 @@ def test_a_run_that_cannot_resume_from_a_checkpoint_says_so(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
-    assert "checkpoint-1: its run read a stream" in refused("False")
+    assert "; its run read a stream, use the same --dataset" in refused("False")
     (checkpoint / "pytorch_model_fsdp_0").mkdir()
     assert "checkpoint-1: its run was sharded, use the same --fsdp_config" in refused("True")
     (checkpoint / "pytorch_model_fsdp_0").rmdir()

@@ -108,6 +108,7 @@ def test_the_whole_run_with_a_local_folder_and_file(pair_folders, text_file, tmp
     assert (config["rope_theta"], config["torch_dtype"]) == (10000.0, "float32")
 
 
+@pytest.mark.slow
 def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text_file, tmp_path):
     """Seven micro-batches in each pass: at its end the second rank has no rows left."""
     rows = tmp_path / "rows.jsonl"
