@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from train.training_args import DistillationArguments
 
@@ -35,8 +35,10 @@ def staged_checkpoint(
     accelerator.wait_for_everyone()
     yield staging / name
     accelerator.wait_for_everyone()
-    if state.best_model_checkpoint is not None:  # Trainer has recorded its path in `staging`
-        state.best_model_checkpoint = str(output_dir / Path(state.best_model_checkpoint).name)
+    # Trainer has looked for it in `staging`, where another rank may not have made it yet.
+    best = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    if best == name or (output_dir / best).is_dir():
+        state.best_model_checkpoint = str(output_dir / best)
     if args.should_save:
         if state.best_model_checkpoint is not None:
             state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
