@@ -10,12 +10,11 @@ KINDS = ["sliding_attention", "full_attention"]
 
 
 @pytest.mark.slow
-def test_mixed_attention_never_runs_eagerly(tmp_path, monkeypatch):
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=1)
+def test_mixed_attention_never_runs_eagerly(tmp_path):
     """Each kind of attention is compiled for student and teacher, with and without gradients, and
     with and without a mask. Beyond dynamo's limit, here 1, it would go on without compiling.
     """
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
     teacher = tiny_model(family_config("olmo3", num_hidden_layers=4, layer_types=KINDS * 2))
     flags = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4}
