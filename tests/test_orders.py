@@ -157,6 +157,7 @@ __main__.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_and_rerun_it_finds_the_same(exact, flags, tmp_path):
     asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
     words = [sys.executable, "-c", KILLED_IN_A_SEARCH, *asked]

@@ -89,15 +89,10 @@ def check_equal(folder: Path, reference: Path, num_steps: int = NUM_STEPS) -> No
         assert torch.equal(weights(folder)[name], tensor), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["True", "False"])
 @pytest.mark.parametrize(
-    ("streaming", "signals"),
-    [
-        ("True", [signal.SIGKILL]),
-        pytest.param("True", [signal.SIGKILL, signal.SIGTERM], marks=pytest.mark.slow),
-        pytest.param("False", [signal.SIGKILL, signal.SIGTERM], marks=pytest.mark.slow),
-        pytest.param("True", [signal.SIGKILL] * 5, marks=pytest.mark.slow),
-        pytest.param("False", [signal.SIGKILL] * 5, marks=pytest.mark.slow),
-    ],
+    "signals", [[signal.SIGKILL, signal.SIGTERM], [signal.SIGKILL] * 5], ids=["both", "five"]
 )
 def test_killed_and_resumed_ends_as_if_never_killed(
     teacher, documents, tmp_path, streaming, signals

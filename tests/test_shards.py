@@ -46,6 +46,7 @@ def without_costs(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_merged_report_is_that_of_the_whole_sweep(pair_folders, tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     tasks = tmp_path / "tasks"
