@@ -119,15 +119,6 @@ class PromptArguments:
         },
     )
     write_out: bool = field(default=False, metadata={"help": "show the first prompt of each task"})
-    cache_requests: str | None = field(
-        default=None,
-        metadata={
-            "help": "keep prompts for further runs; refresh builds them again, delete forgets them",
-            "nargs": "?",
-            "const": "true",
-            "choices": ["true", "refresh", "delete"],
-        },
-    )
 
     def check_prompts(self) -> list[str]:
         """Problems with these flags, one line each."""

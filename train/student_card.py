@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from patching.architectures.models import auto_class, predicts_masked_tokens
+from patching.architectures.models import auto_class
 from patching.blocks import as_layer_list
-from patching.checkpoints.model_card import PAPER
+from patching.checkpoints.model_card import PAPER, TASKS, how_to_load
 from patching.checkpoints.origin import CARD_FILE_NAME, Origin
 from patching.cli.units import count_text
 from patching.student_config import StudentConfig
@@ -43,8 +43,8 @@ def student_card(
     layer_map, order = student_config.layer_map, student_config.patch_order
     family = sizes(teacher, layer_map, order)
     smallest, largest = (count_text(family[i].parameters.stored) for i in (0, -1))
-    task = "fill-mask" if predicts_masked_tokens(teacher) else "text-generation"
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
+    loader = auto_class(teacher).__name__
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": TASKS[loader]}
     metadata["tags"] = ["boomerang-distillation", "distillation"]
     if origin.repository:
         metadata["base_model"] = origin.repository
@@ -73,14 +73,7 @@ def student_card(
             for name in held_out
         ),
         "",
-        "It is an ordinary checkpoint:",
-        "",
-        "```python",
-        f"from transformers import {auto_class(teacher).__name__}, AutoTokenizer",
-        "",
-        f'model = {auto_class(teacher).__name__}.from_pretrained("{title}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
-        "```",
+        *how_to_load(title, loader),
         "",
         f"With the teacher it makes {len(family)} sizes from {smallest} to {largest} parameters, "
         f"patched {order} layer first:",

@@ -80,6 +80,15 @@ def model_card(
         f"| key-value cache per token | {bytes_text(size.kv_cache_bytes_per_token)} |",
         f"| FLOPs per token | {count_text(size.flops_per_token)} |",
         "",
+        *how_to_load(title, loader),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def how_to_load(title: str, loader: str) -> list[str]:
+    """Return the lines of a card that load a model with the transformers class `loader`."""
+    return [
         "It is an ordinary checkpoint:",
         "",
         "```python",
@@ -88,9 +97,7 @@ def model_card(
         f'model = {loader}.from_pretrained("{title}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
         "```",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def runs(recipe: Recipe) -> list[tuple[str, str]]:
