@@ -238,6 +238,8 @@ def main() -> None:
         child(arguments.way, arguments.folder, arguments.num_layers_to_patch, arguments.out)
         return
     logging.set_verbosity_error()
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="patch-benchmark-") as name:
         folder = Path(name)
         make_pair(folder)

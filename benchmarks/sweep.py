@@ -9,8 +9,9 @@ checkpoints.
 
     python -m benchmarks.sweep --student demo_output/student
 
-With `--vocabulary 151936 --length 4096` it measures one task instead: rolling log-likelihoods of
-rows of that many tokens, by a random pair with that vocabulary.
+With `--generation` it measures generation only. With `--vocabulary 151936 --length 4096` it
+measures one other task instead: rolling log-likelihoods of rows of that many tokens, by a random
+pair with that vocabulary.
 """
 
 import argparse
@@ -104,9 +105,9 @@ def random_pair(folder: Path, vocab_size: int = 4096, length: int = 1024) -> tup
     return folder / "teacher", folder / "student"
 
 
-def write_random_pairs_tasks(folder: Path, num_documents: int) -> None:
-    """Write tasks with pieces of modules: texts to score, contexts with four continuations, and
-    contexts to continue.
+def write_random_pairs_tasks(folder: Path, num_documents: int, num_prompts: int) -> None:
+    """Write tasks with pieces of modules: texts to score and contexts with four continuations, and
+    contexts to continue, which may be more.
     """
     draw = random.Random(0)
     texts = [module.text for module in iter_modules() if len(module.text) > 4000]
@@ -121,13 +122,14 @@ def write_random_pairs_tasks(folder: Path, num_documents: int) -> None:
         {"text": cut(piece), "choices": [cut(CHOICE_CHARACTERS) for _ in range(4)]}
         for _ in range(num_documents)
     ]
-    tasks = {"rolling": ROLLING, "choice": CHOICE, "generation": GENERATION}
-    write_tasks_of(folder, documents, tasks)
+    prompts = [{"text": cut(draw.randint(piece // 4, piece))} for _ in range(num_prompts)]
+    write_tasks_of(folder, documents, {"rolling": ROLLING, "choice": CHOICE})
+    write_tasks_of(folder, prompts, {"generation": GENERATION})
 
 
 def write_tasks_of(folder: Path, documents: list[dict], tasks: dict[str, dict]) -> None:
-    folder.mkdir()
-    data = (folder / "documents.jsonl").resolve()
+    folder.mkdir(exist_ok=True)
+    data = (folder / f"{'_'.join(tasks)}.jsonl").resolve()
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     shared = {
         "dataset_path": "json",
@@ -332,23 +334,26 @@ def main(settings: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pair = random_pair(folder)
-        write_random_pairs_tasks(folder / "tasks", settings.num_documents)
+        write_random_pairs_tasks(folder / "tasks", settings.num_documents, settings.num_prompts)
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # where nothing was freed yet
             fresh.apply(report_memory, (*pair, folder / "tasks", settings.batch_size))
-        tasks = ["rolling", "choice", "generation"]
+        tasks = ["generation"] if settings.generation else ["rolling", "choice", "generation"]
         for order in ("last", "first"):
             family = open_family(*pair, order)
             in_one_process("24 layers", family, folder / "tasks", tasks, settings)
-        families = [("24 layers", pair, folder / "tasks", tasks)]
-        if settings.student is not None:
+        demo = settings.student and (TEACHER, settings.student.resolve())
+        if demo:
+            in_one_process("demo", open_family(*demo), folder / "tasks", ["generation"], settings)
+        if settings.generation:
+            return
+        families = [("24 layers", pair, folder / "tasks", ["rolling", "choice"])]
+        if demo:
             write_tasks(
                 (module for module in iter_modules() if is_held_out(module.name)),
                 folder / "demo_tasks",
             )
-            demo = (TEACHER, settings.student.resolve())
             tasks = ["stdlib_bits_per_byte", "stdlib_next_line"]
             in_one_process("demo", open_family(*demo), folder / "demo_tasks", tasks, settings)
-            in_one_process("demo", open_family(*demo), folder / "tasks", ["generation"], settings)
             families.append(("demo", demo, folder / "demo_tasks", tasks))
         for family in families:
             one_process_a_size(*family, folder, settings)
@@ -362,6 +367,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--num_documents", type=int, default=12, help="documents in each task of the random pair"
     )
+    parser.add_argument("--num_prompts", type=int, default=48, help="prompts to continue")
+    parser.add_argument("--generation", action="store_true", help="measure generation only")
     parser.add_argument(
         "--vocabulary", type=int, help="measure long rows by a random pair with this vocabulary"
     )
