@@ -38,7 +38,7 @@ def run_python(code: str, **environment: str) -> str:
             marks=pytest.mark.slow,
         ),
         pytest.param("from evaluate import load, combine", marks=pytest.mark.slow),
-        "import evaluate.loading; evaluate.load",
+        pytest.param("import evaluate.loading; evaluate.load", marks=pytest.mark.slow),
         pytest.param(
             "from evaluate.utils.file_utils import is_relative_path; import evaluate; "
             "evaluate.Metric",

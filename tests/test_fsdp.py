@@ -43,7 +43,8 @@ def read(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return [line for line in log if "loss" in line], load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("tying", [pytest.param("tied", marks=pytest.mark.slow), "untied"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tying", ["tied", "untied"])
 def test_two_sharded_ranks_follow_one_process(tying, text_file, tmp_path):
     teacher, _ = save_pair(tmp_path, f"qwen3-{tying}")
     one, at_once, two = (tmp_path / name for name in ("one", "at_once", "two"))

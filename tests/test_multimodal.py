@@ -147,6 +147,7 @@ def test_other_vision_towers_are_refused(tmp_path):
         Family.from_pretrained(*folders)
 
 
+@pytest.mark.slow
 def test_a_multimodal_student_is_distilled_on_text(tmp_path, text_file):
     """Its tower learns, and the vision tower stays the teacher's."""
     teacher, student = multimodal_pair("gemma3", tied=True)

@@ -43,7 +43,9 @@ def code_cells(name: str) -> list[dict]:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-@pytest.fixture(scope="module", params=[NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def executed(request, tmp_path_factory):
     """A notebook with outputs, run on stand-ins, and the folder of its results."""
     nbformat = pytest.importorskip("nbformat", reason="nbformat runs notebooks")

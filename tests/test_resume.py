@@ -116,7 +116,8 @@ def test_killed_and_resumed_ends_as_if_never_killed(
     check_equal(killed, whole)
 
 
-@pytest.mark.parametrize("num_whole_steps", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_whole_steps", [0, 2])
 def test_a_step_interrupted_by_sigterm_is_discarded(
     teacher, documents, tmp_path, monkeypatch, num_whole_steps
 ):
