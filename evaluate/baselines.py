@@ -1,19 +1,27 @@
 """Baselines: the teacher pruned to each size's depth in other ways, evaluated alongside the family.
 
-A baseline is one row of BASELINES. It takes all layers from the teacher, so it loads and runs
-together with the family. Nothing here is imported for `--help` but the table itself.
+A baseline is one row of BASELINES. If it only takes layers from the teacher, it loads and runs
+together with the family. If it merges layers, its models run on their own. Nothing here is imported
+for `--help` but the table itself.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from evaluate.plan import Plan
     from evaluate.ranks import Ranks
     from patching.recipe import Recipe
+    from patching.running.layer_collapse import CollapsedTeacher
+
+FEW_TEXTS, FEW_TOKENS = 10, 64
+"""Calibration texts, and tokens of each, on which layer collapse compares models. Its authors take
+a few sentences.
+"""
 
 
 class Baseline(NamedTuple):
@@ -23,9 +31,9 @@ class Baseline(NamedTuple):
     """What it prunes, for `--help`."""
     needs_text: str | None
     """Why it needs calibration text; None if it needs none."""
-    recipe_of_size: Callable[[Plan, Ranks], Callable[[int], Recipe]]
-    """Called with a plan and the ranks. Returns the recipe for each size k, of the same depth as
-    the family's member, the same on every rank."""
+    model_of_size: Callable[[Plan, Ranks], Callable[[int], Recipe | CollapsedTeacher]]
+    """Called with a plan and the ranks. Returns what to make the model of each size k from, of the
+    same depth as the family's member, the same on every rank."""
 
 
 def naive(plan: Plan, ranks: Ranks) -> Callable[[int], Recipe]:
@@ -37,6 +45,11 @@ def least_influential_removed(plan: Plan, ranks: Ranks) -> Callable[[int], Recip
 
     influences = ranks.from_first(teacher_influences(plan) if ranks.is_first else None)
     return lambda k: most_influential(influences, plan.family.recipe(k).depth)
+
+
+def layers_collapsed(plan: Plan, ranks: Ranks) -> Callable[[int], CollapsedTeacher]:
+    found = ranks.from_first(ranks.together(lambda: collapsed_teachers(plan), only_first=True))
+    return lambda k: found[plan.family.recipe(k).depth]
 
 
 BASELINES = {
@@ -53,27 +66,75 @@ BASELINES = {
         "block influence is measured on text",
         least_influential_removed,
     ),
+    "laco": Baseline(
+        "layers merged by LaCo",
+        "the teacher with later layers merged into earlier ones, so that its last hidden states on "
+        "the calibration text change little",
+        "the similarity of merged models is measured on text",
+        layers_collapsed,
+    ),
 }
 
 
 def teacher_influences(plan: Plan) -> list[float]:
-    """Return the block influence of each teacher layer, kept in the results folder for further
-    runs.
-    """
-    from patching.files.outputs import write_json
+    """Return the block influence of each teacher layer, kept in the results folder."""
     from patching.running.block_influence import block_influence
 
-    path = plan.arguments.save_directory / "block_influence.json"
-    settings = plan.settings["block_influence"]
-    text = plan.calibration
+    def measure() -> list[float]:
+        teacher = plan.family.parents.load(["teacher"])["teacher"]
+        text = plan.calibration.batches(plan.family.tokenizer, teacher.config)
+        return block_influence(teacher, text)
+
+    return kept(plan, "block_influence", measure)
+
+
+def collapsed_teachers(plan: Plan) -> dict[int, CollapsedTeacher]:
+    """Return the collapsed teacher of each depth in the family, kept in the results folder.
+
+    Raises ValueError for a depth that merging cannot reach.
+    """
+    from patching.running.layer_collapse import (
+        CollapsedLayer,
+        CollapsedTeacher,
+        collapse,
+        similarity_on,
+    )
+
+    family, text = plan.family, plan.calibration
+    num_layers = family.layer_map.num_teacher_layers
+    depths = [family.recipe(k).depth for k in range(family.max_layers_to_patch)]
+
+    def search() -> list[dict[str, Any]]:
+        teacher = family.parents.load(["teacher"])["teacher"]
+        few = replace(text, texts=text.texts[:FEW_TEXTS], length=min(text.length, FEW_TOKENS))
+        similarity = similarity_on(teacher, few.batches(family.tokenizer, teacher.config))
+        found = [collapse(num_layers, depth, similarity) for depth in depths]
+        return [of_depth._asdict() | {"teacher": of_depth.teacher.layers} for of_depth in found]
+
+    found = kept(plan, "laco", search, depths=depths)
+    return {
+        depth: CollapsedTeacher(
+            tuple(CollapsedLayer(t, tuple(map(tuple, weights))) for t, weights in stored["teacher"])
+        )
+        for depth, stored in zip(depths, found)
+    }
+
+
+def kept(plan: Plan, baseline: str, compute: Callable[[], Any], **also_from: Any) -> Any:
+    """Return what a baseline computes from the teacher and the calibration text. It is kept in the
+    results folder for further runs.
+    """
+    from patching.files.outputs import write_json
+
+    path = plan.arguments.save_directory / f"{baseline}.json"
+    settings, text = plan.settings[baseline], plan.calibration
     made_from = {"teacher": settings["teacher"], "dtype": settings["dtype"], "text": text.sha256}
+    made_from |= also_from
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept.get("made_from") == made_from:
-            return kept["block_influence"]
-    teacher = plan.family.parents.load(["teacher"])["teacher"]
-    influences = block_influence(teacher, text.batches(plan.family.tokenizer, teacher.config))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored.get("made_from") == made_from:
+            return stored[baseline]
+    computed = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"block_influence": influences, "text": text.name, "made_from": made_from}
-    write_json(path, values)
-    return influences
+    write_json(path, {baseline: computed, "text": text.name, "made_from": made_from})
+    return computed

@@ -35,40 +35,40 @@ AUTO_TOKENS = 2**14
 """Tokens in the first batch under `batch_size="auto"`, halved each time memory runs out."""
 
 
-class SingleModel:
-    """One model with the interface of a `PrefixTree`. It runs as it is, so it may be of an
+class SeparateModels:
+    """Some models with the interface of a `PrefixTree`. Each runs as it is, so it may be of an
     architecture that patching does not support.
     """
 
-    def __init__(self, name: str, model: PreTrainedModel) -> None:
-        self.names, self.models = [name], {name: model}
+    def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
+        self.names, self.models = [*models], dict(models)
 
     @torch.no_grad()
     def logits(
         self, inputs: Mapping[str, Tensor], positions_N: Tensor
     ) -> Iterator[tuple[str, slice, Tensor]]:
-        """The model's logits at some positions of a batch, as `PrefixTree.logits` gives them."""
-        ((name, model),) = self.models.items()
-        base = model.base_model
-        output = base(**inputs, use_cache=False)
+        """The models' logits at some positions of a batch, as `PrefixTree.logits` gives them."""
         row_length = inputs["input_ids"].shape[1]
         ids_N = inputs["input_ids"].flatten()[positions_N]
-        step = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
-        for chunk in whole_rows(len(positions_N), step, row_length):
-            shape = (-1, min(row_length, chunk.stop - chunk.start))
-            selected_BTD = output[0].flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)
-            # What follows the layers is the architecture's own, at these positions alone.
-            with returning(base, replace(output, last_hidden_state=selected_BTD)):
-                yield name, chunk, model(ids_N[chunk].view(shape)).logits.flatten(0, 1)
+        for name, model in self.models.items():
+            base = model.base_model
+            output = base(**inputs, use_cache=False)
+            step = max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
+            for chunk in whole_rows(len(positions_N), step, row_length):
+                shape = (-1, min(row_length, chunk.stop - chunk.start))
+                selected_BTD = output[0].flatten(0, 1)[positions_N[chunk]].unflatten(0, shape)
+                # What follows the layers is the architecture's own, at these positions alone.
+                with returning(base, replace(output, last_hidden_state=selected_BTD)):
+                    yield name, chunk, model(ids_N[chunk].view(shape)).logits.flatten(0, 1)
 
     @torch.no_grad()
     def prefill(self, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Cache]]:
         """The logits after each row's last token and the cache, as `PrefixTree.prefill` does."""
-        ((name, model),) = self.models.items()
-        cache = DynamicCache(config=model.config)
-        keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        returned = model(**inputs, past_key_values=cache, use_cache=True, **keep)
-        yield name, returned.logits[:, -1], cache
+        for name, model in self.models.items():
+            cache = DynamicCache(config=model.config)
+            keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+            returned = model(**inputs, past_key_values=cache, use_cache=True, **keep)
+            yield name, returned.logits[:, -1], cache
 
 
 class ContinuationScore(NamedTuple):
@@ -92,7 +92,7 @@ class FamilyLM(GeneratingLM):
 
     def __init__(
         self,
-        tree: PrefixTree | SingleModel,
+        tree: PrefixTree | SeparateModels,
         *,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = 1,
@@ -245,7 +245,9 @@ def takes_packed_rows(config: PreTrainedConfig) -> bool:
 
 
 def add_scores(
-    tree: PrefixTree | SingleModel, rows: Sequence[Row], scores: list[dict[str, ContinuationScore]]
+    tree: PrefixTree | SeparateModels,
+    rows: Sequence[Row],
+    scores: list[dict[str, ContinuationScore]],
 ) -> None:
     """Add every member's scores of the rows' requests."""
     model = tree.models[tree.names[0]]

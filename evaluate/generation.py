@@ -88,7 +88,7 @@ def answers_of_members(
 ) -> list[dict[str, str]]:
     """Every member's answer to each request, by its name.
 
-    `lm` tokenizes. `tree` is a `PrefixTree`, or a single model with its interface. `num_rows` are
+    `lm` tokenizes. `tree` is a `PrefixTree`, or separate models with its interface. `num_rows` are
     the prompts in one batch, as many as fit if it is None. Raises ValueError if the models cannot
     read a prompt and write that many tokens.
     """
@@ -296,7 +296,7 @@ def greedy_answers(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield each member's name and its answers to a batch of prompts, padded on the left.
 
-    `tree` is a `PrefixTree`, or a single model with its interface.
+    `tree` is a `PrefixTree`, or separate models with its interface.
     """
     any_model = tree.models[tree.names[0]]
     inputs = prompt_inputs(any_model, ids_BT, mask_BT)

@@ -7,7 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from transformers import PreTrainedTokenizerBase
 
-from evaluate.family import SingleModel
+from evaluate.family import SeparateModels
 from evaluate.pseudo_perplexity import WITHIN_WORDS, both_scores, encode
 from evaluate.ranks import Ranks
 from patching.running.prefix_tree import PrefixTree
@@ -24,7 +24,7 @@ class MaskedFamilyLM(LM):
 
     def __init__(
         self,
-        tree: PrefixTree | SingleModel,
+        tree: PrefixTree | SeparateModels,
         *,
         tokenizer: PreTrainedTokenizerBase,
         tokens_per_batch: int | None = None,

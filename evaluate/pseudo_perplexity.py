@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from evaluate.family import SingleModel
+from evaluate.family import SeparateModels
 from patching.architectures.lookup import max_positions
 from patching.architectures.models import predicts_masked_tokens
 from patching.running.chunks import log_normalizers
@@ -161,7 +161,7 @@ def _copies_of(i: int, text: MaskedText) -> Iterator[tuple[int, int, int, bool, 
 
 @torch.inference_mode()
 def score_members(
-    tree: PrefixTree | SingleModel,
+    tree: PrefixTree | SeparateModels,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[MaskedText],
     tokens_per_batch: int | None = None,
@@ -180,7 +180,7 @@ def score_members(
 
 @torch.inference_mode()
 def both_scores(
-    tree: PrefixTree | SingleModel,
+    tree: PrefixTree | SeparateModels,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[MaskedText],
     tokens_per_batch: int | None = None,

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from evaluate.arguments import EvaluationArguments
 from evaluate.baselines import BASELINES
-from evaluate.family import FamilyLM, SingleModel
+from evaluate.family import FamilyLM, SeparateModels
 from evaluate.generation import Generator
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.plan import Plan
@@ -29,6 +29,7 @@ from patching.assemble import count_parameters
 from patching.checkpoints.fingerprint import GENERATION, TOKENIZER, fingerprint
 from patching.family import Family
 from patching.recipe import Recipe
+from patching.running.layer_collapse import CollapsedTeacher, collapsed_model
 from patching.running.prefix_tree import PrefixTree
 
 
@@ -37,10 +38,14 @@ def all_series(plan: Plan, ranks: Ranks) -> list[Series]:
     family, other = plan.family, plan.random_family
     members = [SeriesMember("family", k, family.recipe(k)) for k in plan.sizes]
     for name in plan.arguments.baseline_names:
-        recipe_of_size = BASELINES[name].recipe_of_size(plan, ranks)
+        model_of_size = BASELINES[name].model_of_size(plan, ranks)
         sizes = below_teacher(family, plan.sizes)
-        members += [SeriesMember(name, k, recipe_of_size(k)) for k in sizes]
+        members += [SeriesMember(name, k, model_of_size(k)) for k in sizes]
+    merged = [member for member in members if isinstance(member.recipe, CollapsedTeacher)]
+    members = [member for member in members if member not in merged]
     series: list[Series] = [FamilySeries(plan, family, members, ranks)]
+    if merged:
+        series.append(CollapsedSeries(plan, family, merged, ranks))
     if other is not None:
         sizes = below_teacher(other, plan.sizes)
         members = [SeriesMember("random_student", k, other.recipe(k)) for k in sizes]
@@ -59,7 +64,7 @@ class SeriesMember(NamedTuple):
     series: str
     num_layers_to_patch: int | None
     """None for a compared model."""
-    recipe: Recipe | None = None
+    recipe: Recipe | CollapsedTeacher | None = None
 
     @property
     def name(self) -> str:
@@ -93,6 +98,9 @@ class FamilySeries:
         """The model that members are compared with. All families share it."""
         return self.plan.family.parents.load(["teacher"])["teacher"]
 
+    def config(self, member: SeriesMember) -> PreTrainedConfig:
+        return self.family.config(member.recipe)
+
     def facts(self, member: SeriesMember) -> dict[str, Any]:
         """Fields of a member's `Result` that are known before it runs."""
         return {
@@ -101,7 +109,7 @@ class FamilySeries:
             "max_layers_to_patch": self.family.max_layers_to_patch,
             "order": self.family.order,
             "depth": member.recipe.depth,
-            "parameters": parameters_of(self.plan, self.family.config(member.recipe)),
+            "parameters": parameters_of(self.plan, self.config(member)),
             "recipe": member.recipe.to_dict(),
         }
 
@@ -115,6 +123,21 @@ class FamilySeries:
     def release(self) -> None:
         """Let go of weights that no other series needs."""
         self.family.parents.release("student")
+
+
+@dataclass(frozen=True)
+class CollapsedSeries(FamilySeries):
+    """Teachers with merged layers. Each member runs on its own: a tree's layers are those of
+    teacher and student.
+    """
+
+    def config(self, member: SeriesMember) -> PreTrainedConfig:
+        return self.family.config(member.recipe.places)
+
+    def load(self, members: Sequence[SeriesMember]) -> MemberLM:
+        models = {member.name: collapsed_model(member.recipe, self.teacher) for member in members}
+        tree = SeparateModels(models)
+        return lm_of(tree, self.teacher.config, self.family.tokenizer, self.plan, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -158,7 +181,7 @@ class ComparedSeries:
             parents.attn_implementation,
             parents.placement,
         ).eval()
-        tree = SingleModel(self.name, model)
+        tree = SeparateModels({self.name: model})
         return lm_of(tree, model.config, tokenizer, self.plan, self.ranks)
 
     def release(self) -> None:
@@ -172,7 +195,7 @@ they computed, and have its `name`, its `model` and a `tokenizer`."""
 
 
 def lm_of(
-    tree: PrefixTree | SingleModel,
+    tree: PrefixTree | SeparateModels,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair, save_models
 from transformers import BloomConfig
 
-from evaluate.family import FamilyLM, SingleModel, longest_to_share
+from evaluate.family import FamilyLM, SeparateModels, longest_to_share
 from evaluate.request_rows import batch_of, rows_of
 from patching.architectures.lookup import architecture_of
 from patching.patch import build_intermediate_model
@@ -260,7 +260,7 @@ def test_a_single_model_may_be_of_any_architecture(model_type):
         model = tiny_model(config)
     else:
         model, _ = family_pair(model_type)
-    tree = SingleModel("model", model)
+    tree = SeparateModels({"model": model})
     lm = FamilyLM(tree, tokenizer=byte_tokenizer(), batch_size=3, max_length=60)
     reference = reference_lm(model, batch_size=2)
     requests = instances("loglikelihood", PAIRS)

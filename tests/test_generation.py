@@ -15,7 +15,7 @@ from transformers import BloomConfig
 
 from evaluate import generation, vllm
 from evaluate.evaluate import main
-from evaluate.family import FamilyLM, SingleModel
+from evaluate.family import FamilyLM, SeparateModels
 from evaluate.result import read_results
 from patching.recipe import intermediate_model
 from patching.running.prefix_tree import PrefixTree
@@ -31,7 +31,7 @@ def instances(*arguments: dict, prompts=PROMPTS) -> list[Instance]:
     return [Instance("generate_until", {}, args, i) for i, args in enumerate(asked)]
 
 
-def lm_of(tree: PrefixTree | SingleModel, **options) -> FamilyLM:
+def lm_of(tree: PrefixTree | SeparateModels, **options) -> FamilyLM:
     return FamilyLM(tree, tokenizer=byte_tokenizer(), max_length=60, **options)
 
 
@@ -131,7 +131,7 @@ def test_a_single_model_of_any_architecture():
     config = BloomConfig(vocab_size=257, hidden_size=32, n_layer=2, n_head=4, eos_token_id=256)
     model = tiny_model(config)
     requests = instances(UNTIL, LONG)
-    lm = lm_of(SingleModel("bloom", model))
+    lm = lm_of(SeparateModels({"bloom": model}))
     assert lm.generate_until(requests, True) == stock_answers(model, requests)
 
 

@@ -20,7 +20,7 @@ from masked_models import (
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from evaluate.family import SingleModel
+from evaluate.family import SeparateModels
 from evaluate.harness import Harness
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.pseudo_perplexity import (
@@ -67,7 +67,7 @@ def one_at_a_time(model, text) -> tuple[float, int]:
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_it_is_that_of_masking_one_token_at_a_time(model_type, tokens_per_batch):
     model = tiny_model(encoder_config(model_type, 3))
-    tree = SingleModel("model", model)
+    tree = SeparateModels({"model": model})
     encoded = encode(TEXTS, TOKENIZER, model.config)
     scores = score_members(tree, TOKENIZER, encoded, tokens_per_batch, False)["model"]
     oracle = [one_at_a_time(model, text) for text in TEXTS]
@@ -126,7 +126,7 @@ def test_within_words_later_tokens_of_a_word_are_masked_too(tokens_per_batch):
                 masked[0, [position, *(p for p in later if p > position)]] = MASK
                 log_p = model(input_ids=masked).logits[0, position].double().log_softmax(-1)
                 expected[text][i] += log_p[ids[position]].item()
-    tree = SingleModel("m", model)
+    tree = SeparateModels({"m": model})
     lm = MaskedFamilyLM(tree, tokenizer=tokenizer, tokens_per_batch=tokens_per_batch)
     task, _ = task_of_texts("t", texts, tokenizer, model.config)
     found = Harness().score(lm, {"tasks": {"t": task}, "groups": {}, "group_map": {}})

@@ -1,6 +1,7 @@
 """Long sweeps: what is stored, killed runs, failing tasks, baselines, samples, ranks."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from evaluate.result import LM_EVAL_KEYS, Result, read_results
 from evaluate.tasks import load_tasks
 from patching.running.block_influence import block_influence, most_influential
 from patching.running.calibration import Calibration
+from patching.running.layer_collapse import collapse, collapsed_model, similarity_on
 
 SLOW_SCORE = """
 import time
@@ -356,6 +358,44 @@ def test_everything_a_family_can_be_compared_with(pair_folders, tasks, tmp_path)
     assert "\n| smaller |" in (out / "summary.md").read_text()
 
 
+@torch.no_grad()
+def test_merged_teachers_are_evaluated_alongside_the_family(
+    pair_folders, tasks, tmp_path, monkeypatch
+):
+    text, out = tmp_path / "calibration.txt", tmp_path / "out"
+    text.write_text("\n\n".join(TEXTS))
+    settings = {"num_layers_to_patch": "all", "tasks": "choice,rolling,generation"}
+    settings |= {"baselines": "laco,naive", "calibration": text, "include_path": tasks}
+    main(flags(pair_folders, out, **settings))
+    results = read_results(out)
+    assert {name for name in results if "laco" in name} == {"laco_k0", "laco_k1"}
+    assert "\n| layers merged by LaCo, k = 0 | 4 |" in (out / "summary.md").read_text()
+
+    teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0]).eval()
+    tokenizer = byte_tokenizer()
+    batches = Calibration.read(str(text)).batches(tokenizer, teacher.config)
+    for k, depth in ((0, 4), (1, 5)):
+        result = results[f"laco_k{k}"]
+        expected = collapse(6, depth, similarity_on(teacher, batches))
+        assert result.depth == results[f"naive_k{k}"].depth == depth
+        assert result.parameters == results[f"naive_k{k}"].parameters
+        assert result.recipe == expected.teacher.to_dict()
+        model = collapsed_model(expected.teacher, teacher)
+        ids = [torch.tensor([tokenizer(f"<eos>{text}")["input_ids"]]) for text in TEXTS]
+        nats = sum(model(i, labels=i).loss.item() * (i.shape[1] - 1) for i in ids)
+        bits = nats / math.log(2) / sum(len(text.encode()) for text in TEXTS)
+        assert result.results["rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+        assert result.results["generation"] and result.similarity.to_teacher < 0.9999
+
+    def nothing_left(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    before = finished(out)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", nothing_left)
+    main(flags(pair_folders, out, **settings))  # the merges are kept in the folder
+    assert finished(out) == before
+
+
 def test_compared_models_and_the_family_are_scored_by_one_arithmetic(pair_folders, tasks, tmp_path):
     """Also in bfloat16, where lm-eval itself rounds every log-probability."""
     settings = {"num_layers_to_patch": 2, "tasks": "choice,rolling", "include_path": tasks}
@@ -376,6 +416,7 @@ def test_compared_models_and_the_family_are_scored_by_one_arithmetic(pair_folder
     ("changes", "message"),
     [
         ({"baselines": "block_influence"}, "name some with --calibration"),
+        ({"baselines": "laco"}, "name some with --calibration"),
         ({"calibration": "/no/such/text"}, "/no/such/text"),
         ({"compare": "/no/such/model"}, "compare=/no/such/model: the model cannot be read"),
         ({"random_student": "/no/such/student"}, "/no/such/student"),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from evaluate.arguments import TextArguments
 from evaluate.evaluate import main
-from evaluate.family import SingleModel
+from evaluate.family import SeparateModels
 from evaluate.masked_family import MaskedFamilyLM
 from evaluate.pseudo_perplexity import encode, score_members, stderr_of_perplexity
 from evaluate.result import read_results
@@ -77,7 +77,7 @@ def test_a_masked_family_is_swept_like_any_other(masked_pair, tmp_path, capsys):
     assert scores.keys() == expected.keys()
     for name, model in expected.items():
         encoded = encode(TEXTS, tokenizer, model.config)
-        of_texts = score_members(SingleModel("m", model), tokenizer, encoded, None, False)["m"]
+        of_texts = score_members(SeparateModels({"m": model}), tokenizer, encoded, None, False)["m"]
         assert scores[name] == pytest.approx(weighted_perplexity(of_texts), rel=1e-5), name
         assert errors[name] == pytest.approx(stderr_of_perplexity(of_texts), rel=1e-4), name
     for suffix in ("md", "png", "svg"):
@@ -122,7 +122,7 @@ def test_a_masked_pair_needs_text(masked_pair, tmp_path, capsys):
 
 def test_a_masked_model_scores_only_whole_texts(masked_pair):
     _, teacher, _ = masked_pair
-    lm = MaskedFamilyLM(SingleModel("teacher", teacher), tokenizer=word_tokenizer())
+    lm = MaskedFamilyLM(SeparateModels({"teacher": teacher}), tokenizer=word_tokenizer())
     for ask in (lm.loglikelihood, lm.generate_until):
         with pytest.raises(ValueError, match="evaluate it on text, with --dataset"):
             ask([])
