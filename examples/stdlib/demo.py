@@ -77,28 +77,38 @@ def main(folder: Path, variants: bool) -> None:
 
 def distill(folder: Path, name: str, *flags: str) -> Path:
     """Distill a student into `folder/name` with `train.train`. Return that folder."""
+    run(*distillation(folder, name, *flags))
+    return folder / name
+
+
+def evaluate(folder: Path, student: Path, name: str, *flags: object) -> Path:
+    """Evaluate every size into `folder/name` with `evaluate.evaluate`. Return that folder."""
+    run(*evaluation(folder, student, name, *flags))
+    return folder / name
+
+
+def distillation(folder: Path, name: str, *flags: object) -> list[object]:
+    """The module and arguments that distill a student into `folder/name`."""
     settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
-    run(
+    return [
         *("train.train", "--teacher_model_name_or_path", TEACHER),
         *("--save_directory", folder / name),
         *("--dataset", folder / "corpus" / "train.jsonl"),
         *("--eval_dataset", folder / "corpus" / "heldout.jsonl"),
         *settings,
         *flags,
-    )
-    return folder / name
+    ]
 
 
-def evaluate(folder: Path, student: Path, name: str, *flags: object) -> Path:
-    """Evaluate every size into `folder/name` with `evaluate.evaluate`. Return that folder."""
-    run(
+def evaluation(folder: Path, student: Path, name: str, *flags: object) -> list[object]:
+    """The module and arguments that evaluate every size into `folder/name`."""
+    return [
         *("evaluate.evaluate", "--teacher_model_name_or_path", TEACHER),
         *("--student_model_name_or_path", student, "--save_directory", folder / name),
         *("--num_layers_to_patch", "all", "--tasks", ",".join(TASK_NAMES)),
         *("--include_path", folder / "tasks", "--eval_batch_size", "16"),
         *flags,
-    )
-    return folder / name
+    ]
 
 
 def run(module: str, *arguments: object) -> None:

@@ -1,0 +1,106 @@
+"""Check the paper's claims on the demo's teacher, with several seeds.
+
+    python -m examples.studies.claims --folder F --seeds 0,1,2
+
+distills eleven students of the shipped teacher for each seed and evaluates their families. It goes
+on where it was stopped; `--sweeps` does a part of it. When everything is there it prints the tables
+and writes `claims.json`, `claims.md` and `claims.png` to `--save_directory`, by default F.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from examples.stdlib.demo import DISTILLATION
+from examples.studies.claims.findings import (
+    ACCURACY,
+    BITS,
+    claims_of,
+    claims_table,
+    read_lines,
+    scores_table,
+)
+from examples.studies.claims.picture import draw
+from examples.studies.claims.students import SWEEPS, make, missing_sweeps
+from patching.cli.command_line import user_errors
+from patching.files.outputs import environment, write_json, write_text
+from patching.files.plot import save_figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    folder = arguments.folder.resolve()
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    sweeps = arguments.sweeps.split(",")
+    with user_errors():
+        if unknown := sorted(set(sweeps) - set(SWEEPS)):
+            raise ValueError(f"sweeps={unknown[0]}: choose from {', '.join(SWEEPS)}")
+        settings = {
+            "max_steps": arguments.steps,
+            "per_device_train_batch_size": arguments.rows,
+        }
+        keep_settings(folder, settings)
+    make(folder, seeds, settings, sweeps)
+    if missing := missing_sweeps(folder, seeds):
+        print(
+            f"\nnot evaluated yet: {', '.join(str(path.relative_to(folder)) for path in missing)}"
+        )
+    else:
+        write_findings(folder, seeds, settings, arguments.save_directory or folder)
+
+
+def keep_settings(folder: Path, settings: dict[str, int]) -> None:
+    """Raise ValueError if students in the folder were distilled with other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if path.is_file() and (before := json.loads(path.read_text())) != settings:
+        raise ValueError(f"{folder} has students made with {before}: choose another --folder")
+    write_json(path, settings)
+
+
+def write_findings(
+    folder: Path, seeds: list[int], settings: dict[str, int], save_directory: Path
+) -> None:
+    """Print and write what all sweeps of all seeds say."""
+    lines, accuracy = (read_lines(folder, seeds, score) for score in (BITS, ACCURACY))
+    claims = claims_of(lines)
+    text = "\n\n".join([claims_table(claims), scores_table(lines), scores_table(accuracy)])
+    print(f"\n{text}")
+    save_directory.mkdir(parents=True, exist_ok=True)
+    write_text(save_directory / "claims.md", f"{text}\n")
+    save_figure(draw(lines), save_directory / "claims.png")
+    laco = json.loads((folder / f"seed_{seeds[0]}" / "results/all_terms/laco.json").read_text())
+    values = {
+        "seeds": seeds,
+        "distillation": DISTILLATION | settings,
+        "environment": {key: value for key, value in environment().items() if key != "command"},
+        "claims": [claim._asdict() | {"here": claim.verdict} for claim in claims],
+        "bits_per_byte": lines,
+        "next_line_accuracy": accuracy,
+        "laco": laco["laco"],
+    }
+    write_json(save_directory / "claims.json", values)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="examples.studies.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="for students and results")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=DISTILLATION["max_steps"])
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=DISTILLATION["per_device_train_batch_size"],
+        help="rows of text per step",
+    )
+    parser.add_argument("--sweeps", default=",".join(SWEEPS), help="a part of the sweeps")
+    parser.add_argument("--save_directory", type=Path, help="for what was found")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

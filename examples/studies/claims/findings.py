@@ -1,0 +1,171 @@
+"""What the sweeps say about each claim.
+
+A claim is a number of gains, in bits per byte and by number of layers: each how much better one
+model is than another, for every seed. It is answered with yes if all of its gains are above 0 in
+all seeds, with no if none is, and with partly otherwise.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from evaluate.baselines import BASELINES
+from evaluate.result import read_results
+from examples.studies.claims.students import SWEEPS, TASKS
+
+BITS = (TASKS[0], "bits_per_byte,none")
+ACCURACY = (TASKS[1], "acc_norm,none")
+NUM_LAYERS = 12
+"""Layers of the demo's teacher."""
+
+Line = dict[int, list[float]]
+"""Scores of the models of one kind by number of layers, one for each seed, or a single one if no
+seed changes them."""
+Lines = dict[str, Line]
+
+LABELS = {
+    "all_terms": "interpolated",
+    "all_terms naive": "naive pruning",
+    "all_terms block_influence": "pruned by block influence",
+    "all_terms laco": "LaCo",
+    "first": "order `first`",
+    "klpatch": "order KLPatch",
+    "random": "student from random weights",
+    "ce": "CE",
+    "ce_kl": "CE + KL",
+    "cosine": "cosine",
+    "every_3": "every 3rd layer kept",
+    "every_4": "every 4th layer kept",
+    "every_5": "every 5th layer kept",
+    "own": "distilled on their own",
+}
+"""Names of lines in tables. The first keeps every 2nd layer, has all three terms and is patched from
+the last layer on."""
+
+
+class Claim(NamedTuple):
+    text: str
+    in_the_paper: str
+    gains: Line
+    """By number of layers: the gain of each seed."""
+
+    @property
+    def verdict(self) -> str:
+        holds = [min(of_depth) > 0 for of_depth in self.gains.values()]
+        fails = [max(of_depth) <= 0 for of_depth in self.gains.values()]
+        return "yes" if all(holds) else "no" if all(fails) else "partly"
+
+
+def read_lines(folder: Path, seeds: Sequence[int], score: tuple[str, str]) -> Lines:
+    """The scores of all sweeps. The name of a line is that of its sweep, followed by that of a
+    baseline.
+    """
+    task, key = score
+    lines: Lines = {}
+    for seed in seeds:
+        for sweep in SWEEPS:
+            results = read_results(folder / f"seed_{seed}" / "results" / sweep)
+            for result in sorted(results.values(), key=lambda result: result.depth):
+                if sweep == "own" and result.series == "family":
+                    continue  # to be had from its own sweep
+                of_baseline = result.series in BASELINES
+                name = f"{sweep} {result.series}" if of_baseline else sweep
+                line = lines.setdefault(name, {})
+                line.setdefault(result.depth, []).append(result.results[task][key])
+    return lines
+
+
+def claims_of(lines: Lines) -> list[Claim]:
+    """The claims of arXiv 2510.05064, and that of arXiv 2607.08170 about KLPatch."""
+    family, cosine, ce_kl = lines["all_terms"], lines["cosine"], lines["ce_kl"]
+    first, klpatch = lines["first"], lines["klpatch"]
+
+    def against(name: str) -> Line:
+        return between(family, lines[name])
+
+    claims = [
+        ("Interpolated sizes beat naive pruning", "yes", against("all_terms naive")),
+        ("... and ShortGPT (block influence)", "yes", against("all_terms block_influence")),
+        ("... and LaCo", "yes", against("all_terms laco")),
+        (
+            "A student from random weights does not interpolate: its sizes are worse than itself",
+            "yes",
+            negative(over_student(lines["random"])),
+        ),
+        ("Cross entropy alone: sizes beat the student", "yes", over_student(lines["ce"])),
+        ("All three terms beat cross entropy alone", "yes", against("ce")),
+        ("All three terms beat CE + KL", "yes", against("ce_kl")),
+        ("All three terms beat the cosine alone", "hardly", against("cosine")),
+        ("The cosine alone beats CE + KL", "yes", between(cosine, ce_kl)),
+        ("Every 2nd layer kept: sizes beat the student", "yes", over_student(family)),
+        ("Every 3rd layer kept: sizes beat the student", "yes", over_student(lines["every_3"])),
+        ("Every 4th layer kept: sizes beat the student", "no", over_student(lines["every_4"])),
+        ("Every 5th layer kept: sizes beat the student", "no", over_student(lines["every_5"])),
+        (
+            "Interpolated sizes beat models of their size distilled on their own",
+            "larger ones do",
+            against("own"),
+        ),
+        ("Patching from the last layer beats from the first", "for a Qwen", against("first")),
+        ("KLPatch beats patching from the last layer", "yes", between(klpatch, family)),
+        ("KLPatch beats patching from the first layer", "yes", between(klpatch, first)),
+    ]
+    return [Claim(*claim) for claim in claims]
+
+
+def between(line: Line, other: Line) -> Line:
+    """How many bits per byte less the first line's sizes take than the other's, where both have
+    one of that depth.
+    """
+    return {
+        depth: differences(other[depth], line[depth]) for depth in sizes(line) if depth in other
+    }
+
+
+def over_student(line: Line) -> Line:
+    """How many bits per byte less a line's sizes take than its student."""
+    return {depth: differences(line[min(line)], line[depth]) for depth in sizes(line)}
+
+
+def negative(gains: Line) -> Line:
+    return {depth: [-gain for gain in of_depth] for depth, of_depth in gains.items()}
+
+
+def sizes(line: Line) -> list[int]:
+    """The numbers of layers between the student's and the teacher's."""
+    return [depth for depth in sorted(line) if min(line) < depth < NUM_LAYERS]
+
+
+def differences(worse: Sequence[float], better: Sequence[float]) -> list[float]:
+    """One for each seed. A single score is that of all seeds."""
+    num_seeds = max(len(worse), len(better))
+    worse, better = (list(of) * (num_seeds if len(of) == 1 else 1) for of in (worse, better))
+    return [a - b for a, b in zip(worse, better, strict=True)]
+
+
+def with_error(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation over seeds if there are several."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    """One row for each claim: the answers, and the gain at each number of layers."""
+    rows = [
+        "| claim | in the paper | here | gain in bits per byte, by layers |",
+        "| --- | --- | --- | --- |",
+    ]
+    for claim in claims:
+        gains = ", ".join(f"{depth}: {with_error(of)}" for depth, of in claim.gains.items())
+        rows.append(f"| {claim.text} | {claim.in_the_paper} | {claim.verdict} | {gains} |")
+    return "\n".join(rows)
+
+
+def scores_table(lines: Lines) -> str:
+    """One row for each line, one column for each number of layers."""
+    depths = sorted(set().union(*lines.values()))
+    rows = [["models", *map(str, depths)], ["---", *["---:"] * len(depths)]]
+    for name, label in LABELS.items():
+        line = lines[name]
+        rows.append([label, *(with_error(line[d]) if d in line else "" for d in depths)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

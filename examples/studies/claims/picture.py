@@ -1,0 +1,61 @@
+"""The picture of the study: one panel for each group of claims, bits per byte against layers."""
+
+from itertools import cycle
+from statistics import mean, stdev
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.studies.claims.findings import Lines
+from patching.files.plot import LOOKS
+
+PANELS: dict[str, dict[str, str]] = {
+    "Pruned without training": {
+        "all_terms": "interpolated",
+        "all_terms naive": "naive",
+        "all_terms block_influence": "block influence",
+        "all_terms laco": "LaCo",
+    },
+    "Student from random weights": {
+        "all_terms": "from teacher layers",
+        "random": "from random weights",
+    },
+    "Loss": {
+        "all_terms": "CE + KL + cosine",
+        "ce": "CE",
+        "ce_kl": "CE + KL",
+        "cosine": "cosine",
+    },
+    "Kept layers": {
+        "all_terms": "every 2nd",
+        "every_3": "every 3rd",
+        "every_4": "every 4th",
+        "every_5": "every 5th",
+    },
+    "Distilled on their own": {"all_terms": "interpolated", "own": "own distillation"},
+    "Order": {"all_terms": "last", "first": "first", "klpatch": "KLPatch"},
+}
+"""By title, the lines of each panel and their labels."""
+
+
+def draw(lines: Lines) -> Figure:
+    """Draw all panels, with the standard deviation over seeds as error bars."""
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    for axes, (title, labels) in zip(figure.subplots(2, 3).flatten(), PANELS.items()):
+        for (name, label), (color, line, marker) in zip(labels.items(), cycle(LOOKS)):
+            style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
+            draw_line(axes, lines[name], label, style)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("layers", fontsize=8)
+        axes.set_ylabel("bits per byte (lower is better)", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_line(axes: Axes, line: dict[int, list[float]], label: str, style: dict) -> None:
+    depths = sorted(line)
+    errors = [stdev(line[depth]) if len(line[depth]) > 1 else 0 for depth in depths]
+    means = [mean(line[depth]) for depth in depths]
+    axes.errorbar(depths, means, yerr=errors, capsize=2, elinewidth=0.8, label=label, **style)

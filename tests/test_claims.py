@@ -1,0 +1,137 @@
+"""The study of the paper's claims: what it runs, what it goes on with, how it answers."""
+
+import pytest
+
+from evaluate.result import Parameters, Result, update_result
+from examples.studies.claims import students
+from examples.studies.claims.__main__ import main
+from examples.studies.claims.findings import (
+    BITS,
+    NUM_LAYERS,
+    Claim,
+    between,
+    over_student,
+    read_lines,
+)
+from examples.studies.claims.students import OWN, STUDENTS, SWEEPS, missing_sweeps
+from patching.blocks import LayerMap, as_layer_list
+from patching.recipe import intermediate_model, naively_pruned
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """What the study would run. Its output folders appear, without models."""
+    ran = []
+
+    def run(module, *arguments):
+        words = [*map(str, arguments)]
+        ran.append((module, words))
+        out = words[words.index("--save_directory") + 1]
+        name = {"train.train": "config.json", "evaluate.evaluate": "summary.json"}[module]
+        path = tmp_path / out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+
+    monkeypatch.setattr(students, "run", run)
+    monkeypatch.setattr(students, "write_texts", lambda folder: None)
+    return ran
+
+
+def test_every_student_and_sweep_runs_once(commands, tmp_path):
+    students.make(tmp_path, [3, 4], {"max_steps": 7}, SWEEPS)
+    trained = [words for module, words in commands if module == "train.train"]
+    evaluated = [words for module, words in commands if module == "evaluate.evaluate"]
+    assert len(trained) == 2 * len(STUDENTS) and len(evaluated) == 2 * len(SWEEPS)
+    for words in trained:
+        name = words[words.index("--save_directory") + 1].rpartition("/")[2]
+        assert words[-len(STUDENTS[name]) - 4 :] == [
+            *STUDENTS[name],
+            "--seed",
+            words[-3],
+            *words[-2:],
+        ]
+        assert words[-2:] == ["--max_steps", "7"]
+    baselines = [words for words in evaluated if "--baselines" in words]
+    assert len(baselines) == 1 and "/seed_3/" in " ".join(baselines[0])
+    assert not missing_sweeps(tmp_path, [3, 4])
+
+    commands.clear()  # what is finished is not done again
+    students.make(tmp_path, [3, 4], {"max_steps": 7}, SWEEPS)
+    assert not commands
+    (tmp_path / "seed_4/results/own/summary.json").unlink()
+    (tmp_path / "seed_4/own_10/config.json").unlink()
+    students.make(tmp_path, [3, 4], {"max_steps": 7}, SWEEPS)
+    assert [module for module, _ in commands] == ["train.train", "evaluate.evaluate"]
+
+
+def test_own_students_are_as_deep_as_sizes_of_the_family():
+    layer_map = LayerMap((0, 2, 4, 6, 8, 10, 11), NUM_LAYERS)
+    for k, name in zip((1, 3, 4), OWN, strict=True):
+        recipe = naively_pruned(layer_map, intermediate_model(layer_map, k, "last"))
+        assert OWN[name] == as_layer_list([layer for _, layer in recipe.layers])
+        assert name == f"own_{recipe.depth}"
+
+
+def test_an_answer_takes_all_seeds():
+    def verdict(*gains):
+        return Claim("c", "yes", {8 + i: of for i, of in enumerate(gains)}).verdict
+
+    assert verdict([0.1, 0.2], [0.3, 0.1]) == "yes"
+    assert verdict([0.1, 0.2], [0.3, -0.1]) == "partly"
+    assert verdict([0.1, -0.2], [-0.3, 0.1]) == "partly"
+    assert verdict([-0.1, -0.2], [-0.3, 0.0]) == "no"
+
+
+def test_gains_are_those_of_sizes_between_the_ends():
+    line = {7: [1.0, 1.1], 8: [0.9, 0.8], 9: [0.7, 1.2], 12: [0.5, 0.5]}
+    assert over_student(line) == {
+        8: pytest.approx([0.1, 0.3]),
+        9: pytest.approx([0.3, -0.1]),
+    }
+    # A baseline without seeds is compared with every seed, at depths that both have.
+    assert between(line, {7: [9.0], 8: [1.0], 11: [1.0]}) == {8: pytest.approx([0.1, 0.2])}
+    with pytest.raises(ValueError):
+        between(line, {8: [1.0, 1.0, 1.0]})
+
+
+def store(folder, seed, sweep, member, series, depth, bits):
+    result = Result(series, None, depth, Parameters(1, 1))
+    result.results = {BITS[0]: {BITS[1]: bits}}
+    update_result(folder / f"seed_{seed}" / "results" / sweep, member, lambda _: result)
+
+
+def test_scores_of_all_seeds_are_read_by_number_of_layers(tmp_path):
+    for seed in (0, 1):
+        for depth in (7, 8, 12):
+            k = depth - 7
+            store(tmp_path, seed, "all_terms", f"family_k{k}", "family", depth, depth + seed)
+        store(tmp_path, seed, "own", "family_k0", "family", 7, 99)
+        store(tmp_path, seed, "own", "compare_own_8", "compare_own_8", 8, 5 + seed)
+    store(tmp_path, 0, "all_terms", "laco_k0", "laco", 7, 3.0)
+    assert read_lines(tmp_path, [0, 1], BITS) == {
+        "all_terms": {7: [7, 8], 8: [8, 9], 12: [12, 13]},
+        "all_terms laco": {7: [3.0]},
+        "own": {8: [5, 6]},
+    }
+
+
+def test_other_settings_in_one_folder_are_refused(commands, tmp_path, capsys):
+    main(["--folder", str(tmp_path), "--steps", "3", "--sweeps", "ce", "--seeds", "0"])
+    assert "not evaluated yet" in capsys.readouterr().out
+    for flags, message in (
+        (["--steps", "4"], "students made with {'max_steps': 3"),
+        (["--steps", "3", "--sweeps", "ce,ec"], "sweeps=ec: choose from"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["--folder", str(tmp_path), *flags])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_part_of_the_study_runs(tmp_path):
+    words = ["--folder", str(tmp_path), "--seeds", "0", "--steps", "1", "--rows", "2"]
+    main([*words, "--sweeps", "every_5"])
+    lines = read_lines(tmp_path, [0], BITS)
+    assert lines["every_5"].keys() == {4, 8, 12}
+    assert 0.5 < lines["every_5"][12][0] < 1.2
