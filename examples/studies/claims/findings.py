@@ -40,8 +40,8 @@ LABELS = {
     "every_5": "every 5th layer kept",
     "own": "distilled on their own",
 }
-"""Names of lines in tables. The first keeps every 2nd layer, has all three terms and is patched from
-the last layer on."""
+"""Names of lines in tables. The first keeps every 2nd layer, has all three terms and is patched
+from the last layer on."""
 
 
 class Claim(NamedTuple):
