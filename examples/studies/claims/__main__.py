@@ -3,8 +3,8 @@
     python -m examples.studies.claims --folder F --seeds 0,1,2
 
 distills eleven students of the shipped teacher for each seed and evaluates their families. It goes
-on where it was stopped; `--sweeps` does a part of it. When everything is there it prints the tables
-and writes `claims.json`, `claims.md` and `claims.png` to `--save_directory`, by default F.
+on where it was stopped, and `--sweeps` does a part of it. It prints what all seeds have by then and
+writes that to `claims.json`, `claims.md` and `claims.png` in `--save_directory`, by default F.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def keep_settings(folder: Path, settings: dict[str, int]) -> None:
 def write_findings(
     folder: Path, seeds: list[int], settings: dict[str, int], save_directory: Path
 ) -> None:
-    """Print and write what all sweeps of all seeds say."""
+    """Print and write what the sweeps say that all seeds have."""
     lines, accuracy = (read_lines(folder, seeds, score) for score in (BITS, ACCURACY))
     claims = claims_of(lines)
     text = "\n\n".join([claims_table(claims), scores_table(lines), scores_table(accuracy)])
@@ -69,7 +69,7 @@ def write_findings(
     save_directory.mkdir(parents=True, exist_ok=True)
     write_text(save_directory / "claims.md", f"{text}\n")
     save_figure(draw(lines), save_directory / "claims.png")
-    laco = json.loads((folder / f"seed_{seeds[0]}" / "results/all_terms/laco.json").read_text())
+    laco = folder / f"seed_{seeds[0]}" / "results/all_terms/laco.json"
     values = {
         "seeds": seeds,
         "distillation": DISTILLATION | settings,
@@ -77,7 +77,7 @@ def write_findings(
         "claims": [claim._asdict() | {"here": claim.verdict} for claim in claims],
         "bits_per_byte": lines,
         "next_line_accuracy": accuracy,
-        "laco": laco["laco"],
+        "laco": json.loads(laco.read_text())["laco"] if laco.is_file() else None,
     }
     write_json(save_directory / "claims.json", values)
 

@@ -5,14 +5,14 @@ model is than another, for every seed. It is answered with yes if all of its gai
 all seeds, with no if none is, and with partly otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 from evaluate.baselines import BASELINES
 from evaluate.result import read_results
-from examples.studies.claims.students import SWEEPS, TASKS
+from examples.studies.claims.students import SWEEPS, TASKS, missing_sweeps
 
 BITS = (TASKS[0], "bits_per_byte,none")
 ACCURACY = (TASKS[1], "acc_norm,none")
@@ -58,60 +58,23 @@ class Claim(NamedTuple):
 
 
 def read_lines(folder: Path, seeds: Sequence[int], score: tuple[str, str]) -> Lines:
-    """The scores of all sweeps. The name of a line is that of its sweep, followed by that of a
-    baseline.
+    """The scores of the sweeps that all seeds have. The name of a line is that of its sweep,
+    followed by that of a baseline.
     """
     task, key = score
     lines: Lines = {}
-    for seed in seeds:
-        for sweep in SWEEPS:
+    for sweep in SWEEPS:
+        if missing_sweeps(folder, seeds, [sweep]):
+            continue
+        for seed in seeds:
             results = read_results(folder / f"seed_{seed}" / "results" / sweep)
             for result in sorted(results.values(), key=lambda result: result.depth):
                 if sweep == "own" and result.series == "family":
                     continue  # to be had from its own sweep
-                of_baseline = result.series in BASELINES
-                name = f"{sweep} {result.series}" if of_baseline else sweep
-                line = lines.setdefault(name, {})
+                is_baseline = result.series in BASELINES
+                line = lines.setdefault(f"{sweep} {result.series}" if is_baseline else sweep, {})
                 line.setdefault(result.depth, []).append(result.results[task][key])
     return lines
-
-
-def claims_of(lines: Lines) -> list[Claim]:
-    """The claims of arXiv 2510.05064, and that of arXiv 2607.08170 about KLPatch."""
-    family, cosine, ce_kl = lines["all_terms"], lines["cosine"], lines["ce_kl"]
-    first, klpatch = lines["first"], lines["klpatch"]
-
-    def against(name: str) -> Line:
-        return between(family, lines[name])
-
-    claims = [
-        ("Interpolated sizes beat naive pruning", "yes", against("all_terms naive")),
-        ("... and ShortGPT (block influence)", "yes", against("all_terms block_influence")),
-        ("... and LaCo", "yes", against("all_terms laco")),
-        (
-            "A student from random weights does not interpolate: its sizes are worse than itself",
-            "yes",
-            negative(over_student(lines["random"])),
-        ),
-        ("Cross entropy alone: sizes beat the student", "yes", over_student(lines["ce"])),
-        ("All three terms beat cross entropy alone", "yes", against("ce")),
-        ("All three terms beat CE + KL", "yes", against("ce_kl")),
-        ("All three terms beat the cosine alone", "hardly", against("cosine")),
-        ("The cosine alone beats CE + KL", "yes", between(cosine, ce_kl)),
-        ("Every 2nd layer kept: sizes beat the student", "yes", over_student(family)),
-        ("Every 3rd layer kept: sizes beat the student", "yes", over_student(lines["every_3"])),
-        ("Every 4th layer kept: sizes beat the student", "no", over_student(lines["every_4"])),
-        ("Every 5th layer kept: sizes beat the student", "no", over_student(lines["every_5"])),
-        (
-            "Interpolated sizes beat models of their size distilled on their own",
-            "larger ones do",
-            against("own"),
-        ),
-        ("Patching from the last layer beats from the first", "for a Qwen", against("first")),
-        ("KLPatch beats patching from the last layer", "yes", between(klpatch, family)),
-        ("KLPatch beats patching from the first layer", "yes", between(klpatch, first)),
-    ]
-    return [Claim(*claim) for claim in claims]
 
 
 def between(line: Line, other: Line) -> Line:
@@ -128,8 +91,9 @@ def over_student(line: Line) -> Line:
     return {depth: differences(line[min(line)], line[depth]) for depth in sizes(line)}
 
 
-def negative(gains: Line) -> Line:
-    return {depth: [-gain for gain in of_depth] for depth, of_depth in gains.items()}
+def under_student(line: Line) -> Line:
+    """How many bits per byte more a line's sizes take than its student."""
+    return {d: [-gain for gain in gains] for d, gains in over_student(line).items()}
 
 
 def sizes(line: Line) -> list[int]:
@@ -149,6 +113,63 @@ def with_error(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
+CLAIMS: tuple[tuple[str, str, Callable[..., Line], tuple[str, ...]], ...] = (
+    (
+        "Interpolated sizes beat naive pruning",
+        "yes",
+        between,
+        ("all_terms", "all_terms naive"),
+    ),
+    (
+        "Interpolated sizes beat ShortGPT (block influence)",
+        "yes",
+        between,
+        ("all_terms", "all_terms block_influence"),
+    ),
+    ("Interpolated sizes beat LaCo", "yes", between, ("all_terms", "all_terms laco")),
+    (
+        "A student from random weights does not interpolate: its sizes are worse than itself",
+        "yes",
+        under_student,
+        ("random",),
+    ),
+    ("Cross entropy alone: sizes beat the student", "yes", over_student, ("ce",)),
+    ("All three terms beat cross entropy alone", "yes", between, ("all_terms", "ce")),
+    ("All three terms beat CE + KL", "yes", between, ("all_terms", "ce_kl")),
+    ("All three terms beat the cosine alone", "hardly", between, ("all_terms", "cosine")),
+    ("The cosine alone beats CE + KL", "yes", between, ("cosine", "ce_kl")),
+    ("Every 2nd layer kept: sizes beat the student", "yes", over_student, ("all_terms",)),
+    ("Every 3rd layer kept: sizes beat the student", "yes", over_student, ("every_3",)),
+    ("Every 4th layer kept: sizes beat the student", "no", over_student, ("every_4",)),
+    ("Every 5th layer kept: sizes beat the student", "no", over_student, ("every_5",)),
+    (
+        "Interpolated sizes beat models of their size distilled on their own",
+        "larger ones do",
+        between,
+        ("all_terms", "own"),
+    ),
+    (
+        "Patching from the last layer beats patching from the first",
+        "for a Qwen",
+        between,
+        ("all_terms", "first"),
+    ),
+    ("KLPatch beats patching from the last layer", "yes", between, ("klpatch", "all_terms")),
+    ("KLPatch beats patching from the first layer", "yes", between, ("klpatch", "first")),
+)
+"""The claims of arXiv 2510.05064, and that of arXiv 2607.08170 about KLPatch: the text, what the
+paper says, and the gain between which lines is to be above 0."""
+
+
+def claims_of(lines: Lines) -> list[Claim]:
+    """The claims about lines that are there."""
+    return [
+        Claim(text, in_the_paper, gain(*(lines[name] for name in names)))
+        for text, in_the_paper, gain, names in CLAIMS
+        if lines.keys() >= {*names}
+    ]
+
+
 def claims_table(claims: Sequence[Claim]) -> str:
     """One row for each claim: the answers, and the gain at each number of layers."""
     rows = [
@@ -165,7 +186,7 @@ def scores_table(lines: Lines) -> str:
     """One row for each line, one column for each number of layers."""
     depths = sorted(set().union(*lines.values()))
     rows = [["models", *map(str, depths)], ["---", *["---:"] * len(depths)]]
-    for name, label in LABELS.items():
-        line = lines[name]
-        rows.append([label, *(with_error(line[d]) if d in line else "" for d in depths)])
+    for name, line in lines.items():
+        scores = (with_error(line[depth]) if depth in line else "" for depth in depths)
+        rows.append([LABELS[name], *scores])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -39,12 +39,13 @@ PANELS: dict[str, dict[str, str]] = {
 
 
 def draw(lines: Lines) -> Figure:
-    """Draw all panels, with the standard deviation over seeds as error bars."""
+    """Draw the lines that are there, with the standard deviation over seeds as error bars."""
     figure = Figure(figsize=(11, 6.6), layout="constrained")
     for axes, (title, labels) in zip(figure.subplots(2, 3).flatten(), PANELS.items()):
         for (name, label), (color, line, marker) in zip(labels.items(), cycle(LOOKS)):
             style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
-            draw_line(axes, lines[name], label, style)
+            if name in lines:
+                draw_line(axes, lines[name], label, style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("layers", fontsize=8)
         axes.set_ylabel("bits per byte (lower is better)", fontsize=8)
