@@ -38,29 +38,25 @@ def commands(tmp_path, monkeypatch):
 
 
 def test_every_student_and_sweep_runs_once(commands, tmp_path):
-    students.make(tmp_path, [3, 4], {"max_steps": 7}, SWEEPS)
+    students.make(tmp_path, [3, 4], SWEEPS, ["--max_steps", "7"], 5)
     trained = [words for module, words in commands if module == "train.train"]
     evaluated = [words for module, words in commands if module == "evaluate.evaluate"]
     assert len(trained) == 2 * len(STUDENTS) and len(evaluated) == 2 * len(SWEEPS)
     for words in trained:
         name = words[words.index("--save_directory") + 1].rpartition("/")[2]
-        assert words[-len(STUDENTS[name]) - 4 :] == [
-            *STUDENTS[name],
-            "--seed",
-            words[-3],
-            *words[-2:],
-        ]
-        assert words[-2:] == ["--max_steps", "7"]
+        ends = [*STUDENTS[name], "--max_steps", "7", "--seed"]
+        assert words[-len(ends) - 1 : -1] == ends and words[-1] in "34"
+    assert all(words[-2:] == ["--limit", "5"] for words in evaluated)
     baselines = [words for words in evaluated if "--baselines" in words]
     assert len(baselines) == 1 and "/seed_3/" in " ".join(baselines[0])
     assert not missing_sweeps(tmp_path, [3, 4])
 
     commands.clear()  # what is finished is not done again
-    students.make(tmp_path, [3, 4], {"max_steps": 7}, SWEEPS)
+    students.make(tmp_path, [3, 4], SWEEPS, ["--max_steps", "7"], 5)
     assert not commands
     (tmp_path / "seed_4/results/own/summary.json").unlink()
     (tmp_path / "seed_4/own_10/config.json").unlink()
-    students.make(tmp_path, [3, 4], {"max_steps": 7}, SWEEPS)
+    students.make(tmp_path, [3, 4], SWEEPS, ["--max_steps", "7"], 5)
     assert [module for module, _ in commands] == ["train.train", "evaluate.evaluate"]
 
 
@@ -108,6 +104,10 @@ def test_scores_of_all_seeds_are_read_by_number_of_layers(tmp_path):
         store(tmp_path, seed, "own", "family_k0", "family", 7, 99)
         store(tmp_path, seed, "own", "compare_own_8", "compare_own_8", 8, 5 + seed)
     store(tmp_path, 0, "all_terms", "laco_k0", "laco", 7, 3.0)
+    store(tmp_path, 0, "ce", "family_k0", "family", 7, 1.0)  # the other seed has none yet
+    for sweep in ("all_terms", "own"):
+        for seed in (0, 1):
+            (tmp_path / f"seed_{seed}" / "results" / sweep / "summary.json").write_text("{}")
     assert read_lines(tmp_path, [0, 1], BITS) == {
         "all_terms": {7: [7, 8], 8: [8, 9], 12: [12, 13]},
         "all_terms laco": {7: [3.0]},
@@ -116,11 +116,11 @@ def test_scores_of_all_seeds_are_read_by_number_of_layers(tmp_path):
 
 
 def test_other_settings_in_one_folder_are_refused(commands, tmp_path, capsys):
-    main(["--folder", str(tmp_path), "--steps", "3", "--sweeps", "ce", "--seeds", "0"])
+    main(["--folder", str(tmp_path), "--max_steps", "3", "--sweeps", "ce", "--seeds", "0"])
     assert "not evaluated yet" in capsys.readouterr().out
     for flags, message in (
-        (["--steps", "4"], "students made with {'max_steps': 3"),
-        (["--steps", "3", "--sweeps", "ce,ec"], "sweeps=ec: choose from"),
+        (["--max_steps", "4"], "was made with {'train.train': ['--max_steps', '3']"),
+        (["--max_steps", "3", "--sweeps", "ce,ec"], "sweeps=ec: choose from"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["--folder", str(tmp_path), *flags])
@@ -130,8 +130,12 @@ def test_other_settings_in_one_folder_are_refused(commands, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_part_of_the_study_runs(tmp_path):
-    words = ["--folder", str(tmp_path), "--seeds", "0", "--steps", "1", "--rows", "2"]
-    main([*words, "--sweeps", "every_5"])
+    main(
+        [
+            *("--folder", str(tmp_path), "--seeds", "0", "--sweeps", "every_5"),
+            *("--documents", "5", "--max_steps", "1", "--per_device_train_batch_size", "2"),
+        ]
+    )
     lines = read_lines(tmp_path, [0], BITS)
     assert lines["every_5"].keys() == {4, 8, 12}
     assert 0.5 < lines["every_5"][12][0] < 1.2

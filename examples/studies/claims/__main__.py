@@ -4,12 +4,14 @@
 
 distills eleven students of the shipped teacher for each seed and evaluates their families. It goes
 on where it was stopped, and `--sweeps` does a part of it. It prints what all seeds have by then and
-writes that to `claims.json`, `claims.md` and `claims.png` in `--save_directory`, by default F.
+writes that to `claims.json`, `claims.md` and `claims.png` in `--save_directory`, by default F. Any
+other flag is one of `train.train`, for all students, such as `--max_steps 30`.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from examples.stdlib.demo import DISTILLATION
 from examples.studies.claims.findings import (
@@ -28,38 +30,32 @@ from patching.files.plot import save_figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    arguments, of_training = parser().parse_known_args(argv)
     folder = arguments.folder.resolve()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     sweeps = arguments.sweeps.split(",")
     with user_errors():
         if unknown := sorted(set(sweeps) - set(SWEEPS)):
             raise ValueError(f"sweeps={unknown[0]}: choose from {', '.join(SWEEPS)}")
-        settings = {
-            "max_steps": arguments.steps,
-            "per_device_train_batch_size": arguments.rows,
-        }
+        settings = {"train.train": of_training, "documents": arguments.documents}
         keep_settings(folder, settings)
-    make(folder, seeds, settings, sweeps)
+    make(folder, seeds, sweeps, of_training, arguments.documents)
+    write_findings(folder, seeds, settings, arguments.save_directory or folder)
     if missing := missing_sweeps(folder, seeds):
-        print(
-            f"\nnot evaluated yet: {', '.join(str(path.relative_to(folder)) for path in missing)}"
-        )
-    else:
-        write_findings(folder, seeds, settings, arguments.save_directory or folder)
+        print("not evaluated yet:", ", ".join(str(path.relative_to(folder)) for path in missing))
 
 
-def keep_settings(folder: Path, settings: dict[str, int]) -> None:
-    """Raise ValueError if students in the folder were distilled with other settings."""
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if what is in the folder was made with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.is_file() and (before := json.loads(path.read_text())) != settings:
-        raise ValueError(f"{folder} has students made with {before}: choose another --folder")
+        raise ValueError(f"{folder} was made with {before}: choose another --folder")
     write_json(path, settings)
 
 
 def write_findings(
-    folder: Path, seeds: list[int], settings: dict[str, int], save_directory: Path
+    folder: Path, seeds: list[int], settings: dict[str, Any], save_directory: Path
 ) -> None:
     """Print and write what the sweeps say that all seeds have."""
     lines, accuracy = (read_lines(folder, seeds, score) for score in (BITS, ACCURACY))
@@ -72,7 +68,8 @@ def write_findings(
     laco = folder / f"seed_{seeds[0]}" / "results/all_terms/laco.json"
     values = {
         "seeds": seeds,
-        "distillation": DISTILLATION | settings,
+        "distillation": DISTILLATION,
+        "settings": settings,
         "environment": {key: value for key, value in environment().items() if key != "command"},
         "claims": [claim._asdict() | {"here": claim.verdict} for claim in claims],
         "bits_per_byte": lines,
@@ -90,12 +87,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--folder", type=Path, required=True, help="for students and results")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=DISTILLATION["max_steps"])
     parser.add_argument(
-        "--rows",
-        type=int,
-        default=DISTILLATION["per_device_train_batch_size"],
-        help="rows of text per step",
+        "--documents", type=int, default=None, help="documents of each task (default: all)"
     )
     parser.add_argument("--sweeps", default=",".join(SWEEPS), help="a part of the sweeps")
     parser.add_argument("--save_directory", type=Path, help="for what was found")

@@ -4,7 +4,7 @@
 
 import importlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
@@ -72,26 +72,32 @@ def write_texts(folder: Path) -> None:
 
 
 def make(
-    folder: Path, seeds: Sequence[int], settings: Mapping[str, int], sweeps: Sequence[str]
+    folder: Path,
+    seeds: Sequence[int],
+    sweeps: Sequence[str] = SWEEPS,
+    flags_of_all: Sequence[str] = (),
+    num_documents: int | None = None,
 ) -> None:
-    """Distill and evaluate what is missing in `folder`. `settings` are flags of `train.train` that
-    all students share. The first seed's sweeps have the baselines.
+    """Distill and evaluate what is missing in `folder`, sweep by sweep.
+
+    `flags_of_all` go to `train.train` for every student. The first seed's sweeps have the
+    baselines. Of each task, `num_documents` are evaluated, by default all.
     """
     write_texts(folder)
-    shared = [part for flag, value in settings.items() for part in (f"--{flag}", value)]
-    for seed in seeds:
-        of_seed = folder / f"seed_{seed}"
-        for sweep in sweeps:
+    limit = () if num_documents is None else ("--limit", num_documents)
+    for sweep in sweeps:
+        for seed in seeds:
+            of_seed = folder / f"seed_{seed}"
             if not missing_sweeps(folder, [seed], [sweep]):
                 continue
             student = student_of(sweep)
             for name in (student, *OWN) if sweep == "own" else (student,):
                 if not (of_seed / name / "config.json").is_file():
-                    flags = (*STUDENTS[name], "--seed", seed, *shared)
+                    flags = (*STUDENTS[name], *flags_of_all, "--seed", seed)
                     run(*distillation(folder, f"{of_seed.name}/{name}", *flags))
             flags = sweep_flags(sweep, of_seed, with_baselines=seed == seeds[0])
             out = f"{of_seed.name}/results/{sweep}"
-            run(*evaluation(folder, of_seed / student, out, *flags))
+            run(*evaluation(folder, of_seed / student, out, *flags, *limit))
 
 
 def missing_sweeps(
