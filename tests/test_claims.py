@@ -14,7 +14,8 @@ from examples.studies.claims.findings import (
     read_lines,
 )
 from examples.studies.claims.students import OWN, STUDENTS, SWEEPS, missing_sweeps
-from patching.blocks import LayerMap, as_layer_list
+from patching.blocks import LayerMap
+from patching.cli.units import parse_sizes
 from patching.recipe import intermediate_model, naively_pruned
 
 
@@ -64,7 +65,7 @@ def test_own_students_are_as_deep_as_sizes_of_the_family():
     layer_map = LayerMap((0, 2, 4, 6, 8, 10, 11), NUM_LAYERS)
     for k, name in zip((1, 3, 4), OWN, strict=True):
         recipe = naively_pruned(layer_map, intermediate_model(layer_map, k, "last"))
-        assert OWN[name] == as_layer_list([layer for _, layer in recipe.layers])
+        assert parse_sizes(OWN[name], 11) == [source.layer_idx for source in recipe.layers]
         assert name == f"own_{recipe.depth}"
 
 

@@ -82,6 +82,7 @@ def write_findings(
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="examples.studies.claims",
+        allow_abbrev=False,  # `--seed` is another flag
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
