@@ -4,7 +4,6 @@ The engines themselves run in `make test-engines`.
 """
 
 import io
-import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -17,12 +16,13 @@ from patching_models import change_config
 from torch.nn.functional import kl_div
 
 from examples.engines import __main__ as command
-from examples.engines import check, environments
+from examples.engines import check, environments, records
+from examples.engines import table as table_module
 from examples.engines.agreement import Agreement, Predictions, Reference, agreement, top_two_gap
 from examples.engines.check import Outcome, SavedMember
 from examples.engines.engines import ENGINES, Limit
 from examples.engines.environments import Environment, Unavailable, python_of
-from examples.engines.table import engines_table
+from examples.engines.table import engines_table, reasons
 from patching.checkpoints.save import plan_save
 from patching.family import Family
 
@@ -105,16 +105,39 @@ def test_a_runner_agrees_with_us_and_a_wrong_config_does_not(tmp_path, monkeypat
     assert not any((member.folder / "predictions").exists() for member in members)
 
 
-def test_a_converter_that_fails_is_a_refusal_and_leaves_no_file(tmp_path, monkeypatch):
-    script = tmp_path / "converter.py"
-    script.write_text("import sys; open(sys.argv[-1], 'w'); sys.exit('no such architecture')")
-    monkeypatch.setattr(check, "converter", lambda: "unused")
+CONVERTER = """
+import logging, sys
+from pathlib import Path
+folder, kind, outfile = sys.argv[1], sys.argv[3], sys.argv[5]
+Path(outfile).write_text(kind)
+if "unsupported" in folder:
+    logging.getLogger("hf-to-gguf").error("Model Mamba9 is not supported")
+    sys.exit(1)
+if "broken" in folder:
+    raise ValueError("no head")
+"""
+
+
+def test_what_the_converter_rejects_is_a_refusal_and_leaves_no_file(tmp_path, monkeypatch):
+    """The real script around a converter that takes one of three members."""
+    (tmp_path / "conversion").mkdir()
+    (tmp_path / "conversion" / "base.py").write_text("class TextModel: get_vocab_base_pre = None")
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setattr(check, "converter", lambda: tmp_path / "convert_hf_to_gguf.py")
     monkeypatch.setattr(check, "python_of", lambda name: Path(sys.executable))
-    monkeypatch.setattr(check, "RUNNERS", tmp_path)
-    shutil.move(script, tmp_path / "convert_to_gguf.py")
-    refusal = check.convert_to_gguf(tmp_path, "f16")
-    assert refusal == "the converter fails: no such architecture"
-    assert not (tmp_path / "f16.gguf").exists()
+    members = []
+    for name in ("unsupported", "good", "broken"):
+        folder = tmp_path / "members" / name
+        folder.mkdir(parents=True)
+        members.append(SavedMember("gpt2", 0, 4, True, folder))
+    for _ in range(2):
+        assert check.convert_to_gguf(members, "f16") == {
+            members[0]: "the converter fails: Model Mamba9 is not supported",
+            members[2]: "the converter fails: ValueError: no head",
+        }
+        assert [file.parent.name for file in tmp_path.rglob("f16.*f")] == ["good"]
+    assert (tmp_path / "members" / "good" / "f16.gguf").read_text() == "f16"
+    assert not [*tmp_path.rglob("*.part")]
 
 
 AGREES = Outcome(Agreement(100, 0, 1.0, 0.0, 10, 0), None)
@@ -152,6 +175,33 @@ def test_a_limit_excuses_what_it_says_and_must_still_be_there(monkeypatch):
     assert problem.startswith("does not agree")
 
 
+def test_outcomes_of_the_same_members_are_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    folder, tokens = tmp_path / "k0", tmp_path / "tokens.npy"
+    folder.mkdir()
+    tokens.write_bytes(b"1 2 3")
+    (folder / "config.json").write_text("{}")
+    members = [SavedMember("gpt2", 0, 4, True, folder)]
+
+    def record(name: str = "llama_cpp") -> records.Record:
+        return records.Record(name, ENGINES[name], members, [tokens])
+
+    assert record().read() is None
+    record().write([REFUSED])
+    assert record().read() is None
+    record().write([DIFFERS])
+    assert record().read() == [DIFFERS]
+    assert record("mlx_lm").read() is None
+    (folder / "f32.gguf").write_bytes(b"made from it")
+    (folder / "provenance.json").write_text("{}")
+    assert record().read() == [DIFFERS]
+    (folder / "config.json").write_text('{"rope_theta": 7}')
+    assert record().read() is None
+    (folder / "config.json").write_text("{}")
+    tokens.write_bytes(b"1 2 4")
+    assert record().read() is None
+
+
 def test_the_table_shows_the_worst_size():
     table = engines_table(
         {"gpt2": [member(True), member(False), member(True)]},
@@ -160,6 +210,20 @@ def test_the_table_shows_the_worst_size():
     )
     assert "| 90.00%, greedy text differs (2 of 3 sizes) | 200 | 0 | 20 |" in table
     assert "| vLLM on CPU, fp32 | no wheel |" in table
+
+
+def test_known_differences_are_sizes_that_an_engine_does_not_take(monkeypatch):
+    limit = Limit("The head is tied.", untied_only=True)
+    monkeypatch.setitem(table_module.LIMITS, ("llama_cpp", "gpt2"), limit)
+    members = {"gpt2": [member(True), member(False), member(True)]}
+    outcomes = {"llama_cpp": {"gpt2": [AGREES, DIFFERS, AGREES]}}
+    table = engines_table(members, outcomes, {})
+    assert "| llama.cpp, fp32 | 100.00% (2 of 3 sizes) | 200 | 0 | 20 |" in table
+    assert reasons(members, outcomes) == (
+        "- llama.cpp, fp32, gpt2, 4 layers, untied: agreement 90.00%. The head is tied."
+    )
+    outcomes["llama_cpp"]["gpt2"][0] = DIFFERS  # a tied size, which the limit does not excuse
+    assert "90.00%, greedy text differs (2 of 3 sizes)" in engines_table(members, outcomes, {})
 
 
 def test_tables_are_written_between_their_markers(tmp_path):

@@ -4,9 +4,9 @@
     python -m examples.engines --architectures llama,gpt2 --engines mlx_lm
 
 Members of small trained pairs are saved, three sizes for each architecture, and run in every engine
-on token ids of held-out text. Environments and pairs are kept in `.engines` and made only once. The
-tables of `docs/engines.md` are written with --write. The exit status is 1 if an engine that must
-agree does not.
+on token ids of held-out text. Environments, pairs and outcomes are kept in `.engines` and made only
+once. The tables of `docs/engines.md` are written with --write. The exit status is 1 if an engine
+that must agree does not.
 """
 
 import argparse
@@ -14,8 +14,10 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
+from examples.engines.agreement import Reference
 from examples.engines.check import (
     NUM_ROWS,
     ROW_TOKENS,
@@ -31,6 +33,7 @@ from examples.engines.engines import ENGINES, LIMITS
 from examples.engines.environments import FOLDER, ROOT, Unavailable
 from examples.engines.pairs import PAIRS
 from examples.engines.quantized import measure_sizes, quantized_table
+from examples.engines.records import Record
 from examples.engines.table import engines_table, reasons
 
 PAGE = ROOT / "docs" / "engines.md"
@@ -41,14 +44,12 @@ def main() -> None:
     members, outcomes, unavailable = {}, {name: {} for name in arguments.engines}, {}
     for architecture in arguments.architectures:
         members[architecture] = save_members(architecture)
-        tokens, prompts = write_inputs(members[architecture], arguments.rows)
-        ours = [reference(member, tokens, prompts) for member in members[architecture]]
+        run = Comparison(members[architecture], arguments.rows)
         for name in arguments.engines:
             if name in unavailable:
                 continue
             try:
-                theirs = predict(ENGINES[name], members[architecture], tokens, prompts)
-                found = [compare(*both) for both in zip(ours, theirs)]
+                found = run.outcomes(name)
             except Unavailable as error:
                 unavailable[name] = str(error)
                 continue
@@ -68,6 +69,32 @@ def main() -> None:
         write_tables(PAGE, tables)
     if problems := failures(members, outcomes, unavailable):
         sys.exit("\n".join(problems))
+
+
+class Comparison:
+    """The comparison of engines with us on the members of one architecture."""
+
+    def __init__(self, members: Sequence[SavedMember], num_rows: int) -> None:
+        self._members = members
+        self._inputs = write_inputs(members, num_rows)
+
+    @cached_property
+    def _ours(self) -> list[Reference]:
+        return [reference(member, *self._inputs) for member in self._members]
+
+    def outcomes(self, name: str) -> list[Outcome]:
+        """Return what an earlier run found with this engine, or run it.
+
+        Raises Unavailable if its environment cannot be made here.
+        """
+        engine = ENGINES[name]
+        record = Record(name, engine, self._members, self._inputs)
+        found = record.read()
+        if found is None:
+            theirs = predict(engine, self._members, *self._inputs)
+            found = [compare(*both) for both in zip(self._ours, theirs)]
+            record.write(found)
+        return found
 
 
 def parse_args() -> argparse.Namespace:

@@ -112,11 +112,7 @@ def predict(
     Raises Unavailable if that environment cannot be made here.
     """
     python = python_of(engine.environment)
-    refusals = {
-        member: refusal
-        for member in members
-        if engine.gguf and (refusal := convert_to_gguf(member.folder, engine.gguf))
-    }
+    refusals = convert_to_gguf(members, engine.gguf) if engine.gguf else {}
     outputs = {member: member.folder / "predictions" for member in members}
     for output in outputs.values():
         shutil.rmtree(output, ignore_errors=True)
@@ -161,24 +157,31 @@ def compare(ours: Reference, theirs: Predictions | str) -> Outcome:
     return Outcome(agreement(ours, theirs), None)
 
 
-def convert_to_gguf(folder: Path, number_type: str) -> str | None:
-    """Convert a member with llama.cpp's converter, to `f32.gguf` or `f16.gguf` next to its weights.
+def convert_to_gguf(members: Sequence[SavedMember], number_type: str) -> dict[SavedMember, str]:
+    """Convert members with llama.cpp's converter, to `f32.gguf` or `f16.gguf` next to the weights.
 
-    Return None, or the reason why the converter rejects the member.
+    Return why the converter rejects a member, for those that it rejects.
     """
-    target, log = folder / f"{number_type}.gguf", folder / "conversion.log"
-    if target.exists():
-        return None
-    script = RUNNERS / "convert_to_gguf.py"
-    words = (converter(), folder, "--outtype", number_type, "--outfile", target)
+    targets = {member: member.folder / f"{number_type}.gguf" for member in members}
+    missing = [target for target in targets.values() if not target.exists()]
+    if not missing:
+        return {}
+    script, log = RUNNERS / "convert_to_gguf.py", members[0].folder.parent / "conversion.log"
     with log.open("w") as file:
-        done = subprocess.run(
-            [python_of("transformers4"), script, *words],
+        subprocess.run(
+            [python_of("transformers4"), script, converter(), *missing],
             env=variables_of("transformers4"),
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    if done.returncode == 0:
-        return None
-    target.unlink(missing_ok=True)
-    return f"the converter fails: {log.read_text().strip().splitlines()[-1]}"
+    return {
+        member: f"the converter fails: {_refusal(target) or f'see {log}'}"
+        for member, target in targets.items()
+        if not target.exists()
+    }
+
+
+def _refusal(target: Path) -> str | None:
+    """Return why there is no GGUF file, if the converter said so."""
+    path = target.with_suffix(".refusal")
+    return path.read_text().strip() if path.exists() else None

@@ -51,5 +51,15 @@ LIMITS: dict[tuple[str, str], Limit] = {
         "It reads the tensor names of the first GPT-2 files, without `transformer.`, which "
         "transformers does not write, and always ties the head."
     ),
+    ("mlx_lm", "gemma2"): Limit(
+        "It runs every layer with full attention, so it is right for texts as long as the window, "
+        "and always ties the head."
+    ),
+    **dict.fromkeys(
+        [("llama_cpp", "gemma2"), ("llama_cpp_f16", "gemma2")],
+        Limit(
+            "Its converter drops the head and uses the embedding in its place.", untied_only=True
+        ),
+    ),
 }
 """By engine and architecture. A member outside its engine's limits must agree."""

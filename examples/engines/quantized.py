@@ -30,17 +30,17 @@ def measure_sizes(num_rows: int) -> dict[SavedMember, dict[str, Quantized]]:
     """Measure every size of the demo's family in every number type."""
     members = save_members(PAIR, all_sizes=True)
     tokens, prompts = write_inputs(members, num_rows)
-    teacher = reference(members[-1], tokens, prompts)
+    ours = {member: reference(member, tokens, prompts).logits_RTV for member in members}
+    teacher_RTV = ours[members[-1]]
     found = {member: {} for member in members}
-    for member, of_kinds in found.items():
-        ours = reference(member, tokens, prompts)
-        for kind, options in KINDS.items():
-            (theirs,) = predict(ENGINES["llama_cpp_f16"], [member], tokens, prompts, options)
+    for kind, options in KINDS.items():
+        predictions = predict(ENGINES["llama_cpp_f16"], members, tokens, prompts, options)
+        for member, theirs in zip(members, predictions):
             assert isinstance(theirs, Predictions), theirs
-            of_kinds[kind] = Quantized(
+            found[member][kind] = Quantized(
                 (member.folder / f"{kind}.gguf").stat().st_size,
-                mean_kl(ours.logits_RTV, theirs.logits_RTV),
-                mean_kl(teacher.logits_RTV, theirs.logits_RTV),
+                mean_kl(ours[member], theirs.logits_RTV),
+                mean_kl(teacher_RTV, theirs.logits_RTV),
             )
     return found
 

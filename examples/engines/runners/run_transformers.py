@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np
 import protocol
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 class TransformersModel:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         # `torch_dtype` is the older spelling of `dtype`, which releases before 4.56 do not know.
-        self.model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype).eval()
+        settings = {"torch_dtype": dtype}
+        if getattr(AutoConfig.from_pretrained(folder), "attn_logit_softcapping", None):
+            settings["attn_implementation"] = "eager"  # transformers 4 leaves the cap out elsewhere
+        self.model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
 
     @torch.inference_mode()
     def predict(self, tokens_RT: np.ndarray) -> dict[str, np.ndarray]:
