@@ -1,13 +1,15 @@
 """The files next to a saved model's weights: the teacher's own, with what the recipe changes."""
 
+import hashlib
 import json
 import shutil
+from difflib import ndiff
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, run_module
 from patching_models import LAYER_MAP, family_config, family_pair, save_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -153,6 +155,52 @@ def test_a_trained_student_has_the_teachers_files(published, tmp_path):
         for name in (*TOKENIZER, "tokenizer.json", "generation_config.json"):
             assert (folder / name).read_bytes() == Path(published[0], name).read_bytes(), name
         assert AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
+
+
+def sha256sums(folder: Path | str) -> dict[str, str]:
+    names = (*TOKENIZER, "tokenizer.json")
+    return {name: hashlib.sha256(Path(folder, name).read_bytes()).hexdigest() for name in names}
+
+
+def config_diff(one: Path | str, other: Path | str) -> list[str]:
+    """The lines that `diff` prints of two config.json."""
+    texts = [Path(folder, "config.json").read_text().splitlines() for folder in (one, other)]
+    return [line for line in ndiff(*texts) if line[0] in "+-"]
+
+
+@pytest.mark.slow
+def test_the_commands_keep_the_teachers_files(published, text_file, tmp_path):
+    """The whole way from a teacher to the sizes of its family, each command in its own process."""
+    teacher, student, family = published[0], tmp_path / "student", tmp_path / "family"
+    done = run_module(
+        *("train.train", "--teacher_model_name_or_path", teacher, "--save_directory", student),
+        *("--dataset", text_file, "--max_length", "32", "--max_steps", "1"),
+        *("--gradient_accumulation_steps", "1", "--save_strategy", "no"),
+    )
+    assert done.returncode == 0, done.stderr
+    done = run_module(
+        *("patching.patch", "--teacher_model_name_or_path", teacher),
+        *("--student_model_name_or_path", student),
+        *("--num_layers_to_patch", "all", "--save_directory", family),
+    )
+    assert done.returncode == 0, done.stderr
+    four_layers = [
+        '-   "max_window_layers": 6,',
+        '+   "max_window_layers": 4,',
+        '-   "num_hidden_layers": 6,',
+        '+   "num_hidden_layers": 4,',
+    ]
+    five_layers = [line.replace("4", "5") for line in four_layers]
+    untied = ['-   "tie_word_embeddings": true,', '+   "tie_word_embeddings": false,']
+    expected = {
+        student: four_layers,
+        family / "k0": four_layers,
+        family / "k1": [*five_layers, *untied],
+        family / "k2": [],
+    }
+    assert {folder: config_diff(teacher, folder) for folder in expected} == expected
+    for folder in expected:
+        assert sha256sums(folder) == sha256sums(teacher), folder
 
 
 LLAMA3 = {

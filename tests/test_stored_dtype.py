@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import byte_tokenizer, tiny_config, tiny_model
 from huggingface_hub.errors import NotASafetensorsRepoError
 from patching_models import family_pair, save_models
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,8 @@ from patching.checkpoints.stored_dtype import stored_dtype
 from patching.family import Family
 from patching.patch import main
 from patching.recipe import Reference
+from train.train import main as train_main
+from train.trainer import DistillationTrainer
 
 
 def without_dtype(folder: str) -> None:
@@ -111,3 +114,49 @@ def test_a_dtype_that_is_too_small_is_refused(way, tmp_path, capsys):
     run(1, "bfloat16")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16")
     assert saved.model.layers[3].mlp.up_proj.weight[3, 5] == 70_144.0  # the nearest in bfloat16
+
+
+@pytest.mark.parametrize("when", ["before training", "after training"])
+def test_a_student_that_is_too_large_for_its_dtype_is_refused(
+    when, tmp_path, text_file, capsys, monkeypatch
+):
+    """A weight overflows in the teacher already, or only once it has been trained."""
+    teacher = tiny_model(tiny_config("gpt2", 4))
+    folder = tmp_path / "teacher"
+    byte_tokenizer().save_pretrained(folder)
+    if when == "before training":
+        teacher.transformer.wpe.weight.data[100, 5] = 70_000.0  # a position that no row has
+    else:
+
+        def train(trainer, **kwargs):
+            trained(trainer, **kwargs)
+            trainer.model.transformer.wpe.weight.data[100, 5] = 70_000.0
+
+        trained = DistillationTrainer.train
+        monkeypatch.setattr(DistillationTrainer, "train", train)
+    teacher.save_pretrained(folder)
+    words = {
+        "teacher_model_name_or_path": folder,
+        "save_directory": tmp_path / "student",
+        "dataset": text_file,
+        "max_length": 32,
+        "max_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": False,
+        "save_dtype": "float16",
+    }
+    flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit) as ended:
+        train_main(flags)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    expected = (
+        "error: save_dtype=float16: transformer.wpe.weight has numbers beyond its range, use "
+        "bfloat16 or float32"
+    )
+    checkpoint = tmp_path / "student" / "checkpoints" / "checkpoint-1"
+    if when == "after training":
+        expected += f"; --resume_from_checkpoint last continues from {checkpoint}"
+    assert error == expected
+    assert checkpoint.exists() == (when == "after training")
+    assert not [*(tmp_path / "student").glob("*.*")]

@@ -23,6 +23,7 @@ from patching.blocks import LayerMap, as_layer_list
 from patching.checkpoints.fingerprint import fingerprint
 from patching.checkpoints.hub import check_can_push
 from patching.checkpoints.origin import origin_of
+from patching.checkpoints.splice import OutOfRange
 from patching.cli.command_line import user_errors
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
@@ -55,7 +56,7 @@ from train.ranks import first_rank_first
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
 from train.sharding import check_replicas, reads_weights, without_weights
 from train.speed import check_liger_knows, reuse_freed_memory
-from train.student import cast_parameters, new_student, student_companions
+from train.student import cast_parameters, check_range, new_student, student_companions
 from train.teacher_cache import TeacherCache, settings_of
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
@@ -130,6 +131,11 @@ def run(
     with user_errors():
         teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)
+    if reads_weights(args):
+        try:
+            check_range(student, getattr(torch, args.save_dtype))
+        except OutOfRange as error:
+            exit_out_of_range(args, error)
     if cache is None:
         cast_parameters(teacher, args.compute_dtype)
         if model_args.teacher_fp8:
@@ -162,6 +168,8 @@ def run(
         if args.process_index == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OutOfRange as error:
+        exit_out_of_range(args, error)
     print_on_main_process(args, f"student saved in {args.save_directory}")
     with user_errors():
         upload_student(args, uploads)
@@ -341,6 +349,14 @@ def exit_after_sigterm(trainer: DistillationTrainer) -> NoReturn:
         "--resume_from_checkpoint last to continue",
     )
     sys.exit(128 + signal.SIGTERM)
+
+
+def exit_out_of_range(args: DistillationArguments, error: OutOfRange) -> NoReturn:
+    """End the process because the student cannot be saved in --save_dtype."""
+    checkpoint = find_checkpoint("last", args.output_dir)
+    again = f"; --resume_from_checkpoint last continues from {checkpoint}" if checkpoint else ""
+    print(f"error: save_{error}{again}", file=sys.stderr)
+    sys.exit(2)
 
 
 def upload_student(args: DistillationArguments, uploads: bool) -> None:

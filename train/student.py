@@ -14,6 +14,7 @@ from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.checkpoints.companions import Companions, plan_companions
 from patching.checkpoints.saved_config import runs_remote_code
+from patching.checkpoints.splice import cast
 from patching.parents import Parents
 from patching.recipe import Reference, initial_student
 from train.sharding import with_room_for_weights
@@ -78,6 +79,13 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def check_range(student: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raise OutOfRange if a weight is too large to be saved in `dtype`."""
+    if dtype == torch.float16:
+        for name, tensor in student.state_dict().items():
+            cast(tensor, dtype, name)
+
+
 def student_companions(
     teacher: Reference,
     teacher_config: PreTrainedConfig,
@@ -101,12 +109,14 @@ def save_student(
 ) -> None:
     """Write a trained student in `dtype`, as transformers does. `state_dict` holds its whole
     tensors, gathered from whatever wraps it.
+
+    Raises OutOfRange before anything is written if a number is too large for `dtype`.
     """
     saved = empty_model(student.config, dtype, runs_remote_code(student.config, type(student)))
     if student.can_generate():
         saved.generation_config = student.generation_config
     state_dict = {
-        name.replace("_checkpoint_wrapped_module.", ""): tensor.to(dtype)
+        (whole := name.replace("_checkpoint_wrapped_module.", "")): cast(tensor, dtype, whole)
         for name, tensor in state_dict.items()
     }
     for name, second in (saved._tied_weights_keys or {}).items():

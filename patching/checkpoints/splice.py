@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -330,18 +331,25 @@ def _cast(
     dtype: torch.dtype,
     name: str,
 ) -> None:
-    """Append bytes start..stop of one file to another, cast from `stored` to `dtype`.
-
-    Raises OutOfRange, with the tensor's `name`, if a number is too large for `dtype`.
+    """Append bytes start..stop of one file to another, cast from `stored` to `dtype`. Errors are
+    those of `cast`.
     """
     while start < stop:
         piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
-        given = torch.frombuffer(piece, dtype=stored)
-        numbers = given.to(dtype)
-        if not numbers.isfinite().all() and (numbers.isinf() & ~given.isinf()).any():
-            raise OutOfRange(name, dtype)
+        numbers = cast(torch.frombuffer(piece, dtype=stored), dtype, name)
         write_all(target, memoryview(numbers.view(torch.uint8).numpy()))
         start += len(piece)
+
+
+def cast(given: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a tensor in `dtype`.
+
+    Raises OutOfRange, with the tensor's `name`, if a number is too large for `dtype`.
+    """
+    numbers = given.to(dtype)
+    if not numbers.isfinite().all() and (numbers.isinf() & ~given.isinf()).any():
+        raise OutOfRange(name, dtype)
+    return numbers
 
 
 def _read_exactly(source: int, start: int, num_bytes: int) -> bytearray:
