@@ -61,7 +61,9 @@ ENVIRONMENTS = {
         {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # packages are imported once for all members
+            # In one process, so that packages are imported once for all members.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         },
         removed=("torchvision", "torchaudio", "torchcodec"),
     ),
