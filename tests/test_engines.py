@@ -202,7 +202,8 @@ def test_outcomes_of_the_same_members_are_used_again(tmp_path, monkeypatch):
     assert record().read() is None
 
 
-def test_the_table_shows_the_worst_size():
+def test_the_table_shows_the_worst_size(monkeypatch):
+    monkeypatch.setattr(table_module, "LIMITS", {})
     table = engines_table(
         {"gpt2": [member(True), member(False), member(True)]},
         {"mlx_lm": {"gpt2": [AGREES, DIFFERS, REFUSED]}},
