@@ -96,7 +96,7 @@ def straightforward(parents: Parents, num_layers_to_patch: int, out: Path) -> No
     config = family.config(recipe)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.model.embed_tokens = models[recipe.embedding].model.embed_tokens
-    for position, (parent, layer_idx) in enumerate(recipe.layers):
+    for position, (parent, layer_idx, _) in enumerate(recipe.layers):
         layer = models[parent].model.layers[layer_idx]
         model.model.layers[position].load_state_dict(layer.state_dict())
     model.model.norm = models[recipe.head].model.norm

@@ -122,6 +122,13 @@ class FamilyArguments:
             "student_config.json, else `first` for a llama and `last` for any other model_type)"
         },
     )
+    match_scale: bool = field(
+        default=True,
+        metadata={
+            "help": "rescale student layers in the sizes for which factors were measured, by "
+            "training or patching.orders; False is the paper's way"
+        },
+    )
     patch_first_k_layers: bool = field(default=False, metadata={"help": "same as --order first"})
     override_llama_patching: bool = field(
         default=False,
@@ -171,6 +178,7 @@ class FamilyArguments:
             revision=self.revision,
             student_revision=self.student_revision,
             kept_layers=None if kept_layers is None else parse_ranges(kept_layers, "kept_layers"),
+            match_scale=self.match_scale,
             trust_remote_code=self.trust_remote_code,
             **how,
         )

@@ -3,7 +3,8 @@ models alike.
 """
 
 import copy
-from typing import NamedTuple
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ def assemble(
     *,
     teacher: PreTrainedModel | None = None,
     student: PreTrainedModel | None = None,
+    rescaled: MutableMapping[Any, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Return the model a recipe describes, in eval mode, sharing its tensors with its parents.
 
     Only tables such as rotary frequencies are copied, and neither parent changes. Training the
     result in place would change the parents, so copy it first. Both parents must have one dtype.
+    Tensors that the recipe rescales are new. They are kept in `rescaled`, if it is given, so that
+    several models of the same parents share them too.
 
     Raises ValueError if a parent or one of its layers is missing, if a parent's config ties head
     and embedding that differ, or if a layer would compute something else at its new position.
@@ -52,9 +56,15 @@ def assemble(
 
     tensors = {parent: parents[parent].state_dict() for parent in recipe.parents}
     state = {}
+    rescaled = {} if rescaled is None else rescaled
     for name in model.state_dict():
-        parent, parent_name = architecture.source_of(name, recipe)
-        state[name] = tensors[parent][parent_name]
+        source = architecture.source_of(name, recipe)
+        state[name] = tensors[source[0]][source[1]]
+        if (rescaling := architecture.rescaling_of(name, recipe)) is not None:
+            key = (*source, rescaling)
+            if key not in rescaled:
+                rescaled[key] = rescaling.of(state[name])
+            state[name] = rescaled[key]
     if not config.tie_word_embeddings:
         # An encoder's head holds its bias under two names. If its parent was tied, both are one
         # tensor, which would be saved under one name only, and loading would lack the other.

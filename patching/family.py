@@ -32,10 +32,12 @@ from patching.blocks import LayerMap, Order, as_layer_list
 from patching.checkpoints.companions import set_generation_config
 from patching.checkpoints.layout import Layout, layout_of
 from patching.checkpoints.sizes import LIMITS, Size, check_cached_text, deepest_within, size_of
+from patching.matched_scale import MatchedScales
 from patching.parents import Model, Parents
 from patching.patch_order import WHOLE_PERIODS, read_order, recommended_order
-from patching.recipe import Parent, Recipe, naively_pruned, patched_model
+from patching.recipe import Parent, Recipe, naively_pruned, patched_model, with_scales
 from patching.running.placement import dispatch
+from patching.running.rescaled import check_rescaling
 from patching.student_config import FILE_NAME, StudentConfig, read_student_config
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -52,7 +54,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A checked teacher and student, their layer map and the order in which layers are patched.
+    """A checked teacher and student, their layer map, the order of patching, and measured factors.
 
     `family[k]` is the member of size k, `len(family)` the number of sizes, and iteration runs from
     the student (k = 0) to the teacher.
@@ -61,6 +63,8 @@ class Family:
     parents: Parents
     layer_map: LayerMap
     order: Order
+    scales: MatchedScales | None = None
+    """None if no layer is rescaled."""
 
     @classmethod
     def from_pretrained(
@@ -73,6 +77,7 @@ class Family:
         student_revision: str | None = None,
         student_config: StudentConfig | None = None,
         kept_layers: Sequence[int] | None = None,
+        match_scale: bool = True,
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         device_map: str | Mapping[str, Any] | None = None,
@@ -85,9 +90,11 @@ class Family:
         one, such as order.json. If None, it is the order recorded in student_config.json, or else
         the one recommended for the architecture. `revision` and `student_revision` are branches,
         tags or commits on the hub. `student_config` or `kept_layers` replaces student_config.json.
-        `dtype` "auto" is the teacher's. A parent given as a name is loaded onto `device`, by
-        default the device of the other parent if that one is in memory, else the CPU; `device_map`
-        places it as in transformers.
+        With `match_scale`, student layers are rescaled in members for which factors were measured:
+        those in the file of the order, else in student_config.json. `dtype` "auto" is the
+        teacher's. A parent given as a name is loaded onto `device`, by default the device of the
+        other parent if that one is in memory, else the CPU; `device_map` places it as in
+        transformers.
 
         Raises ValueError or OSError, before any weights load, if a file is missing, the
         architecture cannot be cut and joined, the two models do not fit together, or one is wrapped
@@ -108,7 +115,12 @@ class Family:
             order = student_config.patch_order
         if order is None:
             order = recommended_order(parents.configs["teacher"].model_type)
-        return _with_order_from(order, cls(parents, student_config.layer_map, "last"))
+        family = cls(parents, student_config.layer_map, "last", student_config.scales)
+        family = _with_order_from(order, family)
+        if match_scale:
+            _check_scales(family)
+            return family
+        return dataclasses.replace(family, scales=None)
 
     @property
     def configs(self) -> dict[Parent, PreTrainedConfig]:
@@ -128,18 +140,6 @@ class Family:
         """The size k at which the member is the teacher."""
         return self.layer_map.max_layers_to_patch
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a searched order belongs to: the layer map, and under `teacher` and `student` a
-        fingerprint of the weights.
-        """
-        return {
-            "model_type": self.configs["teacher"].model_type,
-            "num_teacher_layers": self.layer_map.num_teacher_layers,
-            "kept_layers": list(self.layer_map.kept),
-            **{parent: self.parents.fingerprint(parent) for parent in sorted(self.configs)},
-        }
-
     def patched_layers(self, num_layers_to_patch: int | None = None, **size: Any) -> frozenset[int]:
         """The student layers replaced by their teacher blocks in one member; `size` may name it in
         another way, see `layers_of_size`.
@@ -148,7 +148,9 @@ class Family:
 
     def recipe(self, num_layers_to_patch: int | None = None, **size: Any) -> Recipe:
         """The recipe of one member; sizes are named as in `patched_layers`."""
-        return patched_model(self.layer_map, self.patched_layers(num_layers_to_patch, **size))
+        patched = self.patched_layers(num_layers_to_patch, **size)
+        recipe = patched_model(self.layer_map, patched)
+        return recipe if self.scales is None else with_scales(recipe, self.scales.factors(patched))
 
     def naive_recipe(self, num_layers_to_patch: int) -> Recipe:
         """The teacher pruned to the depth of size k, without distillation."""
@@ -201,6 +203,18 @@ class Family:
 
     def __iter__(self) -> Iterator[Member]:
         return (self[k] for k in range(len(self)))
+
+
+def identity_of(family: Family) -> dict[str, Any]:
+    """What a searched order belongs to: the layer map, and under `teacher` and `student` a
+    fingerprint of the weights.
+    """
+    return {
+        "model_type": family.configs["teacher"].model_type,
+        "num_teacher_layers": family.layer_map.num_teacher_layers,
+        "kept_layers": list(family.layer_map.kept),
+        **{parent: family.parents.fingerprint(parent) for parent in sorted(family.configs)},
+    }
 
 
 def layers_of_size(
@@ -289,11 +303,13 @@ def _with_order_from(source: object, family: Family) -> Family:
     """
     if source == WHOLE_PERIODS:
         return family.with_order(whole_periods_order(family.layer_map, family.configs["teacher"]))
-    order, searched_for = read_order(source)
+    order, searched_for, scales = read_order(source)
     family = family.with_order(order)
+    if scales is not None:
+        family = dataclasses.replace(family, scales=scales.before(family.scales))
     if not searched_for:
         return family
-    for name, own in family.identity.items():
+    for name, own in identity_of(family).items():
         other = searched_for.get(name, own)
         found = f"order={source} was found for {name}={other}"
         if name not in ("teacher", "student"):
@@ -304,3 +320,14 @@ def _with_order_from(source: object, family: Family) -> Family:
         elif str(other).split()[-1:] != own.split()[-1:]:  # a folder may be renamed
             warnings.warn(f"{found}, and this one is {own}", stacklevel=3)
     return family
+
+
+def _check_scales(family: Family) -> None:
+    """Raise ValueError if factors are for sets of layers that this student does not have, or if its
+    architecture cannot be rescaled.
+    """
+    for patched, found in family.scales.sets.items() if family.scales else ():
+        family.layer_map.num_patched(patched)  # raises for unknown layers
+        with_scales(patched_model(family.layer_map, patched), found.factors)
+    if family.scales is not None and any(map(family.scales.factors, family.scales.sets)):
+        check_rescaling(family.configs["teacher"], family.parents.trust_remote_code)

@@ -104,6 +104,7 @@ def build_intermediate_model(
     student_revision: str | None = None,
     student_config: StudentConfig | None = None,
     kept_layers: Sequence[int] | None = None,
+    match_scale: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -130,6 +131,7 @@ def build_intermediate_model(
         student_revision=student_revision,
         student_config=student_config,
         kept_layers=kept_layers,
+        match_scale=match_scale,
         trust_remote_code=trust_remote_code,
     )
     family.recipe(num_layers_to_patch)  # raises for a k out of range
@@ -149,6 +151,7 @@ def iter_family(
     student_revision: str | None = None,
     student_config: StudentConfig | None = None,
     kept_layers: Sequence[int] | None = None,
+    match_scale: bool = True,
     trust_remote_code: bool = False,
 ) -> Iterator[Member]:
     """Iterate over every size of a family, or the given ones, with one copy of teacher and student
@@ -167,6 +170,7 @@ def iter_family(
         student_revision=student_revision,
         student_config=student_config,
         kept_layers=kept_layers,
+        match_scale=match_scale,
         trust_remote_code=trust_remote_code,
     )
     chosen = list(range(len(family)) if sizes is None else sizes)

@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from patching.blocks import Order
+from patching.matched_scale import MatchedScales
 
 NAMED_ORDERS = ("last", "first")
 WHOLE_PERIODS = "whole_periods"
@@ -24,11 +25,18 @@ def current_spelling(name: str) -> str:
     return OLD_SPELLINGS.get(name, name)
 
 
-def read_order(
-    order: Order | Sequence[int] | str | os.PathLike[str],
-) -> tuple[Order, Mapping[str, Any]]:
-    """An order by name, as a list of student layers, or from a JSON file; and for a searched order
-    the settings it was found with, which say for which family.
+class FoundOrder(NamedTuple):
+    """An order, and what came with it."""
+
+    order: Order
+    settings: Mapping[str, Any] = {}
+    """What a searched order was found with, which says for which family."""
+    scales: MatchedScales | None = None
+    """Factors that were measured along it."""
+
+
+def read_order(order: Order | Sequence[int] | str | os.PathLike[str]) -> FoundOrder:
+    """An order by name, as a list of student layers, or from a JSON file.
 
     The file holds a list, or an object with the list as `order`. The first layer of the list is
     patched at k = 1; `LayerMap.sequence` says what a list must hold.
@@ -36,9 +44,9 @@ def read_order(
     Raises ValueError if it is none of these.
     """
     if not isinstance(order, str | os.PathLike):
-        return order_from_json(list(order), "order"), {}
+        return FoundOrder(order_from_json(list(order), "order"))
     if order in NAMED_ORDERS:
-        return order, {}
+        return FoundOrder(order)
     path = Path(order)
     if not path.is_file():
         raise ValueError(
@@ -50,11 +58,14 @@ def read_order(
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"order={order}: the file is not JSON ({error})") from error
-    settings = None
-    if isinstance(values, dict):
-        settings, values = values.get("settings"), values.get("order")
-    found = order_from_json(values, f"order in {order}")
-    return found, settings if isinstance(settings, dict) else {}
+    whole = values if isinstance(values, dict) else {"order": values}
+    found = order_from_json(whole.get("order"), f"order in {order}")
+    settings, scales = whole.get("settings"), whole.get("scales")
+    return FoundOrder(
+        found,
+        settings if isinstance(settings, dict) else {},
+        None if scales is None else MatchedScales.from_dict(scales, f"order={order}"),
+    )
 
 
 def order_from_json(value: object, where: str) -> Order:

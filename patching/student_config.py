@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 
 from patching.blocks import LayerMap, Order
 from patching.files.outputs import write_text
+from patching.matched_scale import MatchedScales
 from patching.patch_order import order_from_json
 
 FILE_NAME = "student_config.json"
@@ -41,6 +42,8 @@ class StudentConfig:
     layer_map: LayerMap
     patch_order: Order | None = None
     """The order that the student's author recommends, if any."""
+    scales: MatchedScales | None = None
+    """Factors that were measured for some sizes, if any."""
 
     def to_dict(self) -> dict[str, object]:
         kept = self.layer_map.kept
@@ -51,6 +54,8 @@ class StudentConfig:
         }
         if self.patch_order is not None:
             values["patch_order"] = self.patch_order
+        if self.scales is not None:
+            values["scales"] = self.scales.to_dict()
         return values
 
     def save(self, folder: Path) -> None:
@@ -86,11 +91,14 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
         if order is not None:
             order = order_from_json(order, "patch_order")
             layer_map.sequence(order)
+        scales = values.get("scales")
+        if scales is not None:
+            scales = MatchedScales.from_dict(scales, FILE_NAME)
     except KeyError as error:
         raise ValueError(f"{where} lacks the list {error}") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where} is not a valid student config: {_first_line(error)}") from error
-    return StudentConfig(layer_map, order)
+    return StudentConfig(layer_map, order, scales)
 
 
 def _first_line(error: Exception) -> str:

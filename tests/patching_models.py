@@ -153,7 +153,7 @@ def hand_written(
     model = copy.deepcopy(parents[recipe.embedding])
     layers_path, norm_path = PATHS.get(model.config.model_type, ("model.layers", "model.norm"))
     layers = torch.nn.ModuleList()
-    for position, (parent, layer_idx) in enumerate(recipe.layers):
+    for position, (parent, layer_idx, _) in enumerate(recipe.layers):
         layer = copy.deepcopy(parents[parent].get_submodule(layers_path)[layer_idx])
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
@@ -173,7 +173,7 @@ def hand_written(
         model.set_output_embeddings(copy.deepcopy(head.get_output_embeddings()))
     if "layer_types" in model.config.to_dict():
         model.config.layer_types = [
-            parents[parent].config.layer_types[layer_idx] for parent, layer_idx in recipe.layers
+            parents[parent].config.layer_types[layer_idx] for parent, layer_idx, _ in recipe.layers
         ]
     if model.config.model_type in ("gemma3_text", "olmo3"):
         # A student whose layers are all of one kind has no rotary table for the other.

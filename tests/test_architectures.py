@@ -163,7 +163,7 @@ def test_an_architecture_without_a_row_works_where_transformers_says_enough(mode
         expected = copy.deepcopy(parents[recipe.embedding])
         head = parents[recipe.head]
         expected.model.layers = torch.nn.ModuleList(
-            copy.deepcopy(parents[parent].model.layers[i]) for parent, i in recipe.layers
+            copy.deepcopy(parents[parent].model.layers[i]) for parent, i, _ in recipe.layers
         )
         expected.model.set_submodule(norm, head.model.get_submodule(norm))
         expected.set_output_embeddings(head.get_output_embeddings())

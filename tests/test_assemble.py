@@ -50,7 +50,7 @@ def run_layers(recipe, teacher, student, tokens_BT):
     else:
         hidden = first.model.embed_tokens(tokens_BT)
         extra = {"position_embeddings": first.model.rotary_emb(hidden, positions_1T)}
-    for parent, layer in recipe.layers:
+    for parent, layer, _ in recipe.layers:
         layers = {
             "gpt2": lambda m: m.transformer.h,
             "gpt_neox": lambda m: m.gpt_neox.layers,

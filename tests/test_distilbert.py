@@ -94,7 +94,7 @@ def chain(ids_BT, mask_BT, distilbert, bert, recipe):
     own = {"student": distilbert.distilbert, "teacher": bert.bert}
     layers = {"student": own["student"].transformer.layer, "teacher": own["teacher"].encoder.layer}
     hidden_BTD = own[recipe.embedding].embeddings(input_ids=ids_BT)
-    for parent, layer_idx in recipe.layers:
+    for parent, layer_idx, _ in recipe.layers:
         hidden_BTD = layers[parent][layer_idx](hidden_BTD, mask_B11T)
     if recipe.head == "teacher":
         return bert.cls(hidden_BTD)

@@ -62,7 +62,7 @@ def test_members_of_hybrids(model_type, tmp_path):
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"k{k}")
         recipe = family.recipe(k)
         parents = {"teacher": teacher, "student": student}
-        kinds = [parents[parent].config.layer_types[i] for parent, i in recipe.layers]
+        kinds = [parents[parent].config.layer_types[i] for parent, i, _ in recipe.layers]
         assert saved.config.layer_types == kinds
         assert len(set(kinds)) == 2
         by_hand = hand_written(recipe, teacher, student)

@@ -372,15 +372,15 @@ def test_in_python_an_order_is_searched_beforehand(pair_folders):
 
 
 def test_a_model_that_overflows_never_wins(flags, tmp_path, monkeypatch):
-    kl_sums = teacher_kl.kl_sums
+    kl_of_tokens = teacher_kl.kl_of_tokens
 
     def overflowing(teacher_ND, head, models, change):
         """NaN for the models whose head is the student's: some sets of each size."""
-        sums = kl_sums(teacher_ND, head, models, change)
-        sums[[o.weight.data_ptr() != head.weight.data_ptr() for _, o in models]] = torch.nan
-        return sums
+        kl_KN = kl_of_tokens(teacher_ND, head, models, change)
+        kl_KN[[o.weight.data_ptr() != head.weight.data_ptr() for _, o in models]] = torch.nan
+        return kl_KN
 
-    monkeypatch.setattr(teacher_kl, "kl_sums", overflowing)
+    monkeypatch.setattr(teacher_kl, "kl_of_tokens", overflowing)
     asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
     with pytest.warns(UserWarning, match="KL of models in float32: .* rank last"):
         orders.main(asked)

@@ -7,7 +7,7 @@ from patching_models import LAYER_MAP, family_pair, save_models
 
 from patching.blocks import LayerMap
 from patching.patch import main
-from patching.patch_order import read_order
+from patching.patch_order import FoundOrder, read_order
 from patching.student_config import StudentConfig, read_student_config
 
 
@@ -59,7 +59,7 @@ def test_an_order_by_hand():
     assert sizes == [[], [1], [1, 2, 3], [0, 1, 2, 3]]
     assert layer_map.sequence("last") == (3, 2, 1, 0)
     assert layer_map.sequence((3, 1, 0)) == (3, 1, 0, 2)
-    assert read_order("first") == ("first", {})
+    assert read_order("first") == FoundOrder("first")
 
 
 def test_an_order_recorded_beside_the_student(tmp_path):

@@ -13,7 +13,7 @@ from patching.orders.search import search
 from patching.recipe import patched_model
 from patching.running import teacher_kl
 from patching.running.calibration import padded_batches
-from patching.running.teacher_kl import TeacherKL, kl_sums
+from patching.running.teacher_kl import TeacherKL, kl_of_tokens
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19], [20, 21, 22, 23, 24]]
 SETS = [frozenset(), frozenset({0}), frozenset({2, 3}), frozenset({0, 1}), frozenset({0, 1, 2, 3})]
@@ -59,7 +59,9 @@ def test_a_small_divergence_is_not_lost_in_rounding():
         heads[1].weight.copy_(heads[0].weight + 1e-3 * torch.randn(500, 16))
         q, p = (head.double()(hidden.double()).softmax(-1) for head in heads)
     expected = (q * (q.log() - p.log())).sum()
-    found = kl_sums(hidden, heads[0].float(), [(hidden, head.float()) for head in heads])
+    found = kl_of_tokens(hidden, heads[0].float(), [(hidden, head.float()) for head in heads]).sum(
+        1
+    )
     assert found[0] == 0
     assert found[1].item() == pytest.approx(expected.item(), rel=1e-2)
 

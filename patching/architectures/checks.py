@@ -112,7 +112,7 @@ def check_recipe(
     sources = {
         parent: parents[parent].get_submodule(architecture.layers) for parent in recipe.parents
     }
-    for position, (parent, layer_idx) in enumerate(recipe.layers):
+    for position, (parent, layer_idx, _) in enumerate(recipe.layers):
         check_same_layer(
             sources[parent][layer_idx],
             layers[position],

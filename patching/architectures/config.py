@@ -21,15 +21,15 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
     settings of the text tower follow the recipe.
 
     Depth, per-layer entries and tying follow the recipe. Embedding and head stay tied only if one
-    tied model supplies both. Otherwise the config must say that they are not tied, or every loader
-    would tie them again and silently change the model. All other fields are the teacher's where its
-    config is given.
+    tied model supplies both and the embedding is not rescaled. Otherwise the config must say that
+    they are not tied, or every loader would tie them again and silently change the model. All other
+    fields are the teacher's where its config is given.
 
     Raises ValueError if a parent lacks a layer of the recipe, or if a per-layer list is in the
     config of only one parent.
     """
     embedding = parents[recipe.embedding]
-    tied = recipe.embedding == recipe.head and bool(embedding.tie_word_embeddings)
+    tied = recipe.may_tie and bool(embedding.tie_word_embeddings)
     towers = {parent: config.get_text_config() for parent, config in parents.items()}
     whole = parents.get("teacher", embedding)
     tower = _tower_config_for(recipe, towers, tied)
@@ -42,7 +42,7 @@ def config_for(recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig]) -> Pr
 def _tower_config_for(
     recipe: Recipe, parents: Mapping[Parent, PreTrainedConfig], tied: bool
 ) -> PreTrainedConfig:
-    for parent, layer_idx in recipe.layers:
+    for parent, layer_idx, _ in recipe.layers:
         if layer_idx >= parents[parent].num_hidden_layers:
             raise ValueError(
                 f"the recipe takes layer {layer_idx} of the {parent}, which has layers "

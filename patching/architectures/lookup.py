@@ -111,7 +111,11 @@ def declared_architecture(
     if len(deeper_model.get_submodule(paths[layers])) != depth + 1:
         raise refuse(f"the number of its layers does not follow {depth_field(config)}")
     return Architecture(
-        layers=paths[layers], norm=paths[norms[0]], head=paths[head], takes_packed_rows=False
+        layers=paths[layers],
+        norm=paths[norms[0]],
+        head=paths[head],
+        embeddings=(paths[embedding],),
+        takes_packed_rows=False,
     )
 
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
+from patching.architectures.rescaling import Rescaling
 from patching.recipe import Parent, Recipe
+
+WRITERS = (
+    *("o_proj", "out_proj", "c_proj", "dense"),
+    *("down_proj", "fc2", "dense_4h_to_h", "output_linear"),
+)
+"""Usual names of the modules whose output a layer adds to the residual stream: projections of
+attention and of other mixers, then those of MLPs and experts. They hold wherever each layer reads
+the stream through a norm and adds to it without one, which is shown before a model is rescaled: see
+`patching.running.rescaled`.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,16 @@ class Architecture:
     """Config flags that make what a layer computes depend on its position. They must be off."""
     count_positions: Callable[[PreTrainedConfig], int] | None = None
     """Return the most tokens the model can read. None if positions are computed, not learned."""
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    """What the residual stream begins with: the embeddings of tokens and positions."""
+    writers: tuple[str, ...] = WRITERS
+    """Names of the modules, at any depth in a layer, that write to the residual stream: the last
+    ones with parameters before it.
+    """
+    readers: tuple[str, ...] = ()
+    """Names of those that read it without a norm before them."""
+    norm_offset: float = 0.0
+    """What norms add to their weight, if they are the writers."""
     takes_packed_rows: bool = True
     """Whether a 4-D attention mask and explicit position ids fully determine what each token sees,
     so that several continuations of one context can share a row.
@@ -49,12 +70,31 @@ class Architecture:
         """Return the parent of tensor `name` of an assembled model, and the name it has there."""
         position = self.layer_of(name)
         if position is not None:
-            parent, layer_idx = recipe.layers[position]
+            parent, layer_idx, _ = recipe.layers[position]
             rest = name.removeprefix(f"{self.layers}.{position}.")
             return parent, f"{self.layers}.{layer_idx}.{rest}"
         if name.startswith(tuple(f"{path}." for path in self.carried)):
             return ("teacher" if "teacher" in recipe.parents else "student"), name
         return (recipe.head if self.goes_with_head(name) else recipe.embedding), name
+
+    def rescaling_of(self, name: str, recipe: Recipe) -> Rescaling | None:
+        """Return how tensor `name` of an assembled model follows from its source, None for a tensor
+        that is equal to it.
+        """
+        position = self.layer_of(name)
+        if position is None:
+            is_scaled = name.startswith(tuple(f"{path}." for path in self.embeddings))
+            scale = recipe.embedding_scale if is_scaled else 1.0
+            return None if scale == 1 else Rescaling(scale)
+        scale = recipe.layers[position].scale
+        if scale == 1:
+            return None
+        modules = set(name.removeprefix(f"{self.layers}.").split("."))
+        if modules & set(self.writers):
+            return Rescaling(scale, self.norm_offset)
+        if modules & set(self.readers) and "bias" not in modules:
+            return Rescaling(1 / scale)
+        return None
 
     def layer_of(self, name: str) -> int | None:
         """Return the position of the layer a tensor belongs to, None for a tensor outside them."""
@@ -78,6 +118,14 @@ def _positions_after_padding(config: PreTrainedConfig) -> int:
 
 
 LLAMA_LAYOUT = Architecture(layers="model.layers", norm="model.norm")
+NORMS_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""Norms between the projections of a layer and the residual stream."""
+GEMMA_LAYOUT = replace(LLAMA_LAYOUT, writers=NORMS_AFTER, norm_offset=1.0)
+OLMO_LAYOUT = replace(
+    LLAMA_LAYOUT,
+    writers=NORMS_AFTER,
+    readers=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+)
 TEXT_TOWER = Architecture(
     layers="model.language_model.layers",
     norm="model.language_model.norm",
@@ -95,26 +143,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         count_positions=_all_positions,
         masks_by_position=False,
     ),
-    "gemma2": LLAMA_LAYOUT,
+    "gemma2": GEMMA_LAYOUT,
     "gemma3": replace(TEXT_TOWER, carried=("model.vision_tower", "model.multi_modal_projector")),
-    "gemma3_text": LLAMA_LAYOUT,
+    "gemma3_text": GEMMA_LAYOUT,
     "gpt2": Architecture(
         layers="transformer.h",
         norm="transformer.ln_f",
+        embeddings=("transformer.wte", "transformer.wpe"),
         position_dependent_flags=("scale_attn_by_inverse_layer_idx",),
         count_positions=_all_positions,
     ),
-    "gpt_neox": Architecture(layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm"),
+    "gpt_neox": Architecture(
+        layers="gpt_neox.layers",
+        norm="gpt_neox.final_layer_norm",
+        embeddings=("gpt_neox.embed_in",),
+    ),
     "granite": LLAMA_LAYOUT,
     "llama": LLAMA_LAYOUT,
     "mistral": LLAMA_LAYOUT,
     "mixtral": LLAMA_LAYOUT,
-    "olmo2": LLAMA_LAYOUT,
-    "olmo3": LLAMA_LAYOUT,
+    "olmo2": OLMO_LAYOUT,
+    "olmo3": OLMO_LAYOUT,
     "opt": Architecture(
         layers="model.decoder.layers",
         norm="model.decoder.final_layer_norm",
         between_norm_and_head=("model.decoder.project_out",),
+        embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         count_positions=_all_positions,
         masks_by_position=False,
     ),

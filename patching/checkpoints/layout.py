@@ -29,6 +29,7 @@ from patching.architectures.config import untie
 from patching.architectures.experts import expert_shares
 from patching.architectures.lookup import architecture_of
 from patching.architectures.models import empty_model
+from patching.architectures.rescaling import Rescaling
 from patching.architectures.table import PER_LAYER_LISTS, Architecture
 from patching.checkpoints.file_sizes import TensorBytes
 from patching.checkpoints.safetensors_files import StoredTensor
@@ -67,6 +68,8 @@ class SourcedTensor(NamedTuple):
     tensor: StoredTensor
     parent: Parent
     parent_name: str
+    rescaling: Rescaling | None = None
+    """What is done to the copy, if anything."""
 
 
 @dataclass(frozen=True)
@@ -230,16 +233,23 @@ def layout_of(
 def tensors_of(recipe: Recipe, layouts: Mapping[Parent, Layout]) -> list[SourcedTensor]:
     """Return the tensors of a recipe's checkpoint, in the sequence of the model."""
     embedding, head = layouts[recipe.embedding], layouts[recipe.head]
-    is_tied = recipe.embedding == recipe.head and embedding.is_tied
+    is_tied = recipe.may_tie and embedding.is_tied
+    architecture = embedding.architecture
     tensors = []
     for tensor in embedding.parts["embedding"]:
         memory_name, _ = embedding.memory_name(tensor.name)
-        parent, _ = embedding.architecture.source_of(memory_name, recipe)
-        tensors.append(SourcedTensor(tensor, parent, tensor.name))
-    for position, (parent, layer_idx) in enumerate(recipe.layers):
+        parent, _ = architecture.source_of(memory_name, recipe)
+        rescaling = architecture.rescaling_of(memory_name, recipe)
+        tensors.append(SourcedTensor(tensor, parent, tensor.name, rescaling))
+    for position, (parent, layer_idx, scale) in enumerate(recipe.layers):
         for tensor in layouts[parent].parts[layer_idx]:
-            name = renumbered(tensor.name, layer_idx, position)
-            tensors.append(SourcedTensor(tensor._replace(name=name), parent, tensor.name))
+            name, rescaling = renumbered(tensor.name, layer_idx, position), None
+            if scale != 1:
+                memory_name, _ = layouts[parent].memory_name(tensor.name)
+                memory_name = renumbered(memory_name, layer_idx, position)
+                rescaling = architecture.rescaling_of(memory_name, recipe)
+            copied = tensor._replace(name=name)
+            tensors.append(SourcedTensor(copied, parent, tensor.name, rescaling))
     tensors += _sourced(head_tensors(head, is_tied), recipe.head)
     return tensors
 
@@ -255,9 +265,9 @@ def bytes_of(recipe: Recipe, layouts: Mapping[Parent, Layout]) -> TensorBytes:
     same sequence.
     """
     embedding, head = layouts[recipe.embedding], layouts[recipe.head]
-    is_tied = recipe.embedding == recipe.head and embedding.is_tied
+    is_tied = recipe.may_tie and embedding.is_tied
     parts = [embedding.bytes_of_parts["embedding"]]
-    for position, (parent, layer_idx) in enumerate(recipe.layers):
+    for position, (parent, layer_idx, _) in enumerate(recipe.layers):
         part = layouts[parent].bytes_of_parts[layer_idx]
         parts.append(part.with_longer_names(digits(position) - digits(layer_idx)))
     parts.append(TensorBytes.of(head_tensors(head, is_tied)))

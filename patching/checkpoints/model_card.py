@@ -30,8 +30,11 @@ def model_card(
     size: Size,
     origins: Mapping[Parent, Origin],
     config: PreTrainedConfig,
+    matched_scale: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the text of the card. `config` is that of the model, or of a parent."""
+    """Return the text of the card. `config` is that of the model, or of a parent, and
+    `matched_scale` says how its student layers were rescaled, if they were.
+    """
     loader = auto_class(config).__name__
     task = TASKS[loader]
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
@@ -64,11 +67,14 @@ def model_card(
         revision = origin.commit or origin.revision or origin.fingerprint or ""
         stated = origin.license or "not stated in its card"
         lines.append(f"| {parent} | {origin.title} | {revision} | {stated} |")
-    lines += ["", "| layers | from |", "| --- | --- |", f"| embedding | {recipe.embedding} |"]
+    scale = recipe.embedding_scale
+    embedding = recipe.embedding if scale == 1 else f"{recipe.embedding}, times {scale:g}"
+    lines += ["", "| layers | from |", "| --- | --- |", f"| embedding | {embedding} |"]
     lines += [f"| {layers} | {source} |" for layers, source in runs(recipe)]
     lines += [
         f"| final norm and head | {recipe.head} |",
         *(f"| {name}, unchanged | {owner} |" for name in carried),
+        *([] if matched_scale is None else how_scaled(matched_scale)),
         "",
         "| size | |",
         "| --- | --- |",
@@ -100,18 +106,34 @@ def how_to_load(title: str, loader: str) -> list[str]:
     ]
 
 
+def how_scaled(matched_scale: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a card about factors, given what provenance.json says about them."""
+    before, after, error = (matched_scale[name] for name in ("kl_before", "kl", "gain_error"))
+    return [
+        "",
+        "What student layers write to the residual stream is multiplied by the factors above, so "
+        "that teacher layers read a stream of the length they know. The factors have the lowest KL "
+        f"from the teacher on {matched_scale['found_on'].get('text', 'calibration text')}: "
+        f"{after:.4f} nats per token, and {before:.4f} without them (standard error of the "
+        f"difference {error:.4f}).",
+    ]
+
+
 def runs(recipe: Recipe) -> list[tuple[str, str]]:
     """Return runs of layers, such as `0-3` from `student 0-3`: positions in the model and
     sources.
     """
     found = []
     layers = enumerate(recipe.layers)
-    # A run continues while the parent is the same and its layer numbers are consecutive.
-    for (parent, _), run in groupby(layers, key=lambda item: (item[1][0], item[1][1] - item[0])):
+    # A run continues while parent and factor are the same and its layer numbers are consecutive.
+    for (parent, scale, _), run in groupby(
+        layers, key=lambda item: (item[1].parent, item[1].scale, item[1].layer_idx - item[0])
+    ):
         members = list(run)
         positions = [position for position, _ in members]
         numbers = [source.layer_idx for _, source in members]
-        found.append((_range(positions), f"{parent} {_range(numbers)}"))
+        times = "" if scale == 1 else f", times {scale:g}"
+        found.append((_range(positions), f"{parent} {_range(numbers)}{times}"))
     return found
 
 

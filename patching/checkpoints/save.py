@@ -32,7 +32,7 @@ from patching.files.outputs import (
     write_text,
 )
 from patching.patch_order import WHOLE_PERIODS
-from patching.recipe import Parent, Recipe, patched_model
+from patching.recipe import Parent, Recipe
 
 PROVENANCE_FILE_NAME = "provenance.json"
 
@@ -100,13 +100,17 @@ class SavePlan:
             weights.write(folder, same_files)
         else:
             _write_weights(weights, folder, self.max_shard_bytes)
-        config = family.configs["teacher"]
-        write_text(folder / CARD_FILE_NAME, model_card(title, recipe, self.size, origins, config))
+        config, scale = family.configs["teacher"], None
+        if family.scales is not None:
+            scale = family.scales.described(self.patched_layers)
+        card = model_card(title, recipe, self.size, origins, config, scale)
+        write_text(folder / CARD_FILE_NAME, card)
         provenance: dict[str, Any] = {
             "order": family.order,
             "num_layers_to_patch": self.num_layers_to_patch,
             "patched_layers": sorted(self.patched_layers),
             "recipe": recipe.to_dict(),
+            **({} if scale is None else {"matched_scale": scale}),
             **self.size.to_dict(),
             "parents": {parent: origin.to_dict() for parent, origin in origins.items()},
             "copied_file_to_file": isinstance(weights, Splice),
@@ -199,7 +203,7 @@ def plan_save(
     configs, if the tokenizer is missing, or if there is too little space for the weights in
     `folder`.
     """
-    recipe = patched_model(family.layer_map, patched_layers)
+    recipe = family.recipe(patched_layers=patched_layers)
     size = family.size(recipe, max_shard_bytes)
     check_space(folder, size.bytes_on_disk)
     reason = None

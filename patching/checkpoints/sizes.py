@@ -74,11 +74,11 @@ def size_of(recipe: Recipe, layouts: Mapping[Parent, Layout], max_shard_bytes: i
     """
     embedding, head = layouts[recipe.embedding], layouts[recipe.head]
     parts = [(embedding, "embedding"), (head, "head")]
-    parts += [(layouts[parent], layer_idx) for parent, layer_idx in recipe.layers]
+    parts += [(layouts[parent], layer_idx) for parent, layer_idx, _ in recipe.layers]
     costs = [layout.costs[part] for layout, part in parts]
     both = sum(cost.parameters for cost in costs)
     again = 0
-    if recipe.embedding == recipe.head and embedding.is_tied:
+    if recipe.may_tie and embedding.is_tied:
         tied = {head.memory_name(name)[0] for name in head.tied_names}
         again = sum(head.memory[name].numel() for name in tied)
     stored = bytes_of(recipe, layouts)
@@ -99,7 +99,7 @@ def _caches(
 ) -> tuple[tuple[LayerCache, int], ...] | None:
     if any(layouts[parent].caches is None for parent in recipe.parents):
         return None
-    caches = Counter(layouts[parent].caches[layer_idx] for parent, layer_idx in recipe.layers)
+    caches = Counter(layouts[parent].caches[layer_idx] for parent, layer_idx, _ in recipe.layers)
     return tuple(caches.items())
 
 

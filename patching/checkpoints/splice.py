@@ -1,8 +1,8 @@
 """Write the checkpoint of a recipe from its parents on disk, without a model in memory.
 
 The headers of both parents are read, the output files are planned, and the kernel copies the bytes
-of each tensor under its new name. A tensor passes through memory only if its dtype changes, piece
-by piece.
+of each tensor under its new name. A tensor passes through memory only if its dtype changes or it is
+rescaled, piece by piece.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from patching.architectures.checks import check_recipe
 from patching.architectures.config import config_for
 from patching.architectures.models import empty_model
+from patching.architectures.rescaling import Rescaling
 from patching.checkpoints.file_sizes import TensorBytes, file_slices
 from patching.checkpoints.layout import DTYPE_NAMES, Layout, tensors_of
 from patching.checkpoints.parent_files import read_json
@@ -38,7 +40,7 @@ from patching.files.outputs import write_json
 from patching.recipe import Parent, Recipe, Reference
 
 CAST_BYTES = 2**24
-"""Bytes in memory at once of a tensor whose dtype changes."""
+"""Bytes in memory at once of a tensor that is not copied as it is."""
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -58,16 +60,19 @@ class OutOfRange(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A planned weights file: its tensors in sequence, and where to copy each one from."""
+    """A planned weights file: its tensors in sequence, where to copy each one from, and how some
+    are rescaled.
+    """
 
     file_name: str
     tensors: list[StoredTensor]
     sources: list[TensorOnDisk]
+    rescalings: list[Rescaling | None]
 
     @property
     def content(self) -> tuple[object, ...]:
         """What decides the bytes of the file."""
-        return (*self.tensors, *self.sources)
+        return (*self.tensors, *self.sources, *self.rescalings)
 
     @property
     def num_bytes(self) -> int:
@@ -152,7 +157,8 @@ def plan_splice(
         for parent in sorted(recipe.parents)
     }
     sources: dict[str, TensorOnDisk] = {}
-    for tensor, parent, parent_name in planned:
+    rescalings = {tensor.name: rescaling for tensor, _, _, rescaling in planned}
+    for tensor, parent, parent_name, _ in planned:
         found = on_disk[parent].get(parent_name)
         where = references[parent].name_or_path
         if found is None:
@@ -171,7 +177,12 @@ def plan_splice(
     files = plan_files([tensor for tensor, *_ in planned], max_shard_bytes)
     names = file_names(len(files))
     shards = [
-        Shard(name, tensors, [sources[tensor.name] for tensor in tensors])
+        Shard(
+            name,
+            tensors,
+            [sources[tensor.name] for tensor in tensors],
+            [rescalings[tensor.name] for tensor in tensors],
+        )
         for name, tensors in zip(names, files)
     ]
     return Splice(config, type(model), shards)
@@ -290,63 +301,77 @@ def _write_tensors(target: int, shard: Shard) -> None:
     for path, wanted in _by_file(shard):
         source = os.open(path, os.O_RDONLY)
         try:
-            for start, stop, stored, dtype, name in wanted:
-                if stored == dtype:
-                    copy_bytes(source, target, start, stop)
+            for wanted_range in wanted:
+                if wanted_range.is_copy:
+                    copy_bytes(source, target, wanted_range.start, wanted_range.stop)
                 else:
-                    dtypes = TORCH_DTYPES[stored], TORCH_DTYPES[dtype]
-                    _cast(source, target, start, stop, *dtypes, name)
+                    _write_changed(source, target, wanted_range)
         finally:
             os.close(source)
 
 
-def _by_file(shard: Shard) -> Iterator[tuple[Path, list[tuple[int, int, str, str, str]]]]:
-    """Yield the files that a shard's tensors are copied from, in sequence, each with byte ranges.
+class ByteRange(NamedTuple):
+    """Bytes of a parent's file, and what becomes of them."""
 
-    A range is (start, stop, stored dtype, dtype to write, name). Adjacent ranges are merged unless
-    they are cast.
+    start: int
+    stop: int
+    stored: str
+    dtype: str
+    rescaling: Rescaling | None
+    name: str
+    """The first tensor in it."""
+
+    @property
+    def is_copy(self) -> bool:
+        return self.stored == self.dtype and self.rescaling is None
+
+
+def _by_file(shard: Shard) -> Iterator[tuple[Path, list[ByteRange]]]:
+    """Yield the files that a shard's tensors are copied from, in sequence, each with byte ranges.
+    Adjacent ranges are merged if they are copied as they are.
     """
     path: Path | None = None
-    ranges: list[tuple[int, int, str, str, str]] = []
-    for tensor, source in zip(shard.tensors, shard.sources):
+    ranges: list[ByteRange] = []
+    for tensor, source, rescaling in zip(shard.tensors, shard.sources, shard.rescalings):
         if source.path != path:
             if path is not None:
                 yield path, ranges
             path, ranges = source.path, []
         dtypes = (source.tensor.dtype, tensor.dtype)
-        if ranges and ranges[-1][1:4] == (source.start, *dtypes) and dtypes[0] == dtypes[1]:
-            ranges[-1] = (ranges[-1][0], source.stop, *ranges[-1][2:])
+        new = ByteRange(source.start, source.stop, *dtypes, rescaling, tensor.name)
+        last = ranges[-1] if ranges else None
+        if last and last.is_copy and new.is_copy and last[1:4] == (new.start, *dtypes):
+            ranges[-1] = last._replace(stop=new.stop)
         else:
-            ranges.append((source.start, source.stop, *dtypes, tensor.name))
+            ranges.append(new)
     if path is not None:
         yield path, ranges
 
 
-def _cast(
-    source: int,
-    target: int,
-    start: int,
-    stop: int,
-    stored: torch.dtype,
-    dtype: torch.dtype,
-    name: str,
-) -> None:
-    """Append bytes start..stop of one file to another, cast from `stored` to `dtype`. Errors are
-    those of `cast`.
+def _write_changed(source: int, target: int, wanted: ByteRange) -> None:
+    """Append a range of one file to another, cast, and then rescaled as in memory. Errors are those
+    of `cast`.
     """
+    start, stop = wanted.start, wanted.stop
+    stored, dtype = TORCH_DTYPES[wanted.stored], TORCH_DTYPES[wanted.dtype]
     while start < stop:
         piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
-        numbers = cast(torch.frombuffer(piece, dtype=stored), dtype, name)
+        given = torch.frombuffer(piece, dtype=stored)
+        numbers = cast(given, dtype, wanted.name, wanted.rescaling)
         write_all(target, memoryview(numbers.view(torch.uint8).numpy()))
         start += len(piece)
 
 
-def cast(given: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return a tensor in `dtype`.
+def cast(
+    given: Tensor, dtype: torch.dtype, name: str, rescaling: Rescaling | None = None
+) -> Tensor:
+    """Return a tensor in `dtype`, and then rescaled.
 
     Raises OutOfRange, with the tensor's `name`, if a number is too large for `dtype`.
     """
     numbers = given.to(dtype)
+    if rescaling is not None:
+        numbers = rescaling.of(numbers)
     if not numbers.isfinite().all() and (numbers.isinf() & ~given.isinf()).any():
         raise OutOfRange(name, dtype)
     return numbers

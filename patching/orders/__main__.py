@@ -7,15 +7,21 @@ Each order is judged by the mean KL(teacher || model) of its sizes, per token of
 text: `last`, `first`, `block_influence` (restore the most influential teacher layers first) and
 `klpatch` (at each size, add the layer that gives the lowest KL). --beam widens the search. --exact
 measures every set of layers, which gives the best set of each size, the best nested family, and the
-regret of each order.
+regret of each order. Each size along each order then gets its matched scale: factors for its
+student layers that lower the KL further, where the architecture allows it (--match_scale False
+leaves it out).
 
-DIR receives order.json, with the best order found, and kl.png. patching.patch and evaluate.evaluate
-take that file as --order. A search that was stopped resumes when the same command runs again.
-Nothing is random: the same text and models give the same order.
+DIR receives order.json, with the best order found and the factors, and kl.png. patching.patch and
+evaluate.evaluate take that file as --order. A search that was stopped resumes when the same command
+runs again. Nothing is random: the same text and models give the same order.
 """
 
+from __future__ import annotations
+
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from patching.arguments import CalibrationArguments, MeasuringArguments
 from patching.cli.command_line import (
@@ -24,7 +30,10 @@ from patching.cli.command_line import (
     print_search_step,
     user_errors,
 )
-from patching.files.outputs import check_writable, environment, finite_or_none, write_json
+from patching.files.outputs import check_writable, write_json
+
+if TYPE_CHECKING:
+    from patching.family import Family
 
 ORDER_FILE_NAME = "order.json"
 PLOT_FILE_NAME = "kl.png"
@@ -61,7 +70,15 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(folder)
 
         from patching.files.plot import save_figure
-        from patching.orders.findings import findings, kl_figure, table, tried_orders
+        from patching.orders.findings import (
+            best_order_text,
+            findings,
+            kl_figure,
+            matched_scales,
+            order_file,
+            table,
+            tried_orders,
+        )
         from patching.orders.measurements import MEASURED_FILE_NAME, Measurements
         from patching.orders.search import all_sets
         from patching.parents import usable_device
@@ -77,27 +94,31 @@ def main(argv: list[str] | None = None) -> None:
             all_sets(family.layer_map)  # raises if there are too many
         text = arguments.read_calibration()
         _ = family.tokenizer  # raises here, not after minutes, if it is missing
+        matches = arguments.match_scale and can_match(family)
         measure = Measurements(family, text, folder / MEASURED_FILE_NAME)
     given = family.order if arguments.requested_order() not in (None, "last", "first") else None
     with user_errors((FloatingPointError,)):
         tried = tried_orders(measure, given, arguments.beam, arguments.exact, print_search_step)
-    found = findings(measure, tried)
-    best = min(found["orders"], key=lambda name: found["orders"][name]["mean_kl"])
+    scales = matched_scales(measure, tried) if matches else None
+    found = findings(measure, tried, scales)
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(kl_figure(found), folder / PLOT_FILE_NAME)
-    write_json(
-        folder / ORDER_FILE_NAME,
-        {
-            "order": found["orders"][best]["order"],
-            "name": best,
-            **finite_or_none(found),
-            "settings": measure.settings,
-            "arguments": asdict(arguments),
-            "environment": environment(),
-        },
-    )
+    values = order_file(measure, found, scales, asdict(arguments))
+    write_json(folder / ORDER_FILE_NAME, values)
     print(table(found))
-    print(f"{folder / ORDER_FILE_NAME}: {best}, mean KL {found['orders'][best]['mean_kl']:.4f}")
+    print(f"{folder / ORDER_FILE_NAME}: {best_order_text(found)}")
+
+
+def can_match(family: Family) -> bool:
+    """Whether the scale of a family can be matched. If not, one line says why."""
+    from patching.running.rescaled import check_rescaling
+
+    try:
+        check_rescaling(family.configs["teacher"], family.parents.trust_remote_code)
+    except ValueError as error:
+        print(f"no matched scale: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":

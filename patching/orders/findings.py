@@ -8,8 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 from patching.blocks import LayerMap, Order, as_layer_list
+from patching.files.outputs import environment, finite_or_none
 from patching.files.plot import plot_lines
+from patching.matched_scale import MatchedScales
 from patching.orders.measurements import Measurements
+from patching.orders.scales import search_scales
 from patching.orders.search import PatchedLayers, all_sets, order_of_sets, search
 from patching.recipe import patched_model
 
@@ -79,10 +82,27 @@ def tried_orders(
     return tried
 
 
-def findings(measure: Measurements, tried: Mapping[str, Sets]) -> dict[str, Any]:
+def matched_scales(measure: Measurements, tried: Mapping[str, Sets]) -> MatchedScales:
+    """The factors of every set along the orders tried, those of the best order first."""
+    layer_map, found = measure.family.layer_map, {}
+    for name in sorted(tried, key=lambda name: measure.mean_kl(tried[name])):
+        sets = [patched for patched in tried[name] if patched not in found]
+        tokens = measure.tokens_of_rows
+        for scale in search_scales(layer_map, sets, measure.ratios, measure.of_rows, tokens):
+            found[scale.patched_layers] = scale
+    names = ("text", "text_sha256", "dtype")
+    found_on = {name: measure.settings[name] for name in names}
+    found_on |= {"documents": len(measure.tokens_of_rows), "tokens": sum(measure.tokens_of_rows)}
+    return MatchedScales(found, found_on)
+
+
+def findings(
+    measure: Measurements, tried: Mapping[str, Sets], scales: MatchedScales | None = None
+) -> dict[str, Any]:
     """What order.json holds about the orders: their sizes with KL, areas, and regrets if every set
     was measured (the order `exact`).
 
+    `scales` adds to each member its factors and `kl_matched`, and to each order the mean of these.
     `mean_kl` is the mean over the sizes between student and teacher, which a search minimizes, and
     `area` is the mean along the parameter axis from student to teacher. `regret` is how much higher
     the mean is than that of the best nested family, and `regret_of_best_sets` than that of the best
@@ -103,7 +123,8 @@ def findings(measure: Measurements, tried: Mapping[str, Sets]) -> dict[str, Any]
         found["num_sets"] = sum(map(len, by_size.values()))
     for name, sets in tried.items():
         members = [
-            _member(measure, k, patched) for k, patched in enumerate([frozenset(), *sets, teacher])
+            _member(measure, k, patched, scales)
+            for k, patched in enumerate([frozenset(), *sets, teacher])
         ]
         result = {
             "order": order_of_sets(layer_map, sets),
@@ -111,6 +132,9 @@ def findings(measure: Measurements, tried: Mapping[str, Sets]) -> dict[str, Any]
             "area": _area(members),
             "members": members,
         }
+        if scales is not None:
+            between = [member["kl_matched"] for member in members[1:-1]]
+            result["mean_kl_matched"] = sum(between) / len(between)
         if best_sets:
             result["regret"] = result["mean_kl"] - measure.mean_kl(tried["exact"])
             result["regret_of_best_sets"] = result["mean_kl"] - measure.mean_kl(best_sets)
@@ -118,16 +142,63 @@ def findings(measure: Measurements, tried: Mapping[str, Sets]) -> dict[str, Any]
     return found
 
 
-def _member(measure: Measurements, k: int, patched: PatchedLayers) -> dict[str, Any]:
+def best_order(found: Mapping[str, Any]) -> str:
+    """The name of the order with the lowest mean KL, with matched scale where it was measured."""
+    orders = found["orders"]
+
+    def mean(name: str) -> float:
+        return orders[name].get("mean_kl_matched", orders[name]["mean_kl"])
+
+    return min(orders, key=mean)
+
+
+def best_order_text(found: Mapping[str, Any]) -> str:
+    """The best order and its mean KL, for users."""
+    best = best_order(found)
+    result = found["orders"][best]
+    matched = result.get("mean_kl_matched")
+    text = f"{best}, mean KL {result['mean_kl']:.4f}"
+    return text if matched is None else f"{text}, with matched scale {matched:.4f}"
+
+
+def order_file(
+    measure: Measurements,
+    found: Mapping[str, Any],
+    scales: MatchedScales | None,
+    arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What order.json holds: the best order, and how it was found."""
+    best = best_order(found)
+    return {
+        "order": found["orders"][best]["order"],
+        "name": best,
+        **({} if scales is None else {"scales": scales.to_dict()}),
+        **finite_or_none(found),
+        "settings": measure.settings,
+        "arguments": arguments,
+        "environment": environment(),
+    }
+
+
+def _member(
+    measure: Measurements, k: int, patched: PatchedLayers, scales: MatchedScales | None = None
+) -> dict[str, Any]:
     family = measure.family
     size = family.size(patched_model(family.layer_map, patched))
     is_teacher = len(patched) == len(family.layer_map.kept)
+    kl = 0.0 if is_teacher else measure.kl[patched]
+    matched = {}
+    if scales is not None:
+        factors = scales.factors(patched)
+        matched["factors"] = {str(run): factor for run, factor in factors.items()}
+        matched["kl_matched"] = scales.sets[patched].kl if factors else kl
     return {
         "num_layers_to_patch": k,
         "patched_layers": sorted(patched),
         "layers": size.depth,
         "parameters": size.parameters._asdict(),
-        "kl": 0.0 if is_teacher else measure.kl[patched],
+        "kl": kl,
+        **matched,
     }
 
 
@@ -150,15 +221,19 @@ def table(found: Mapping[str, Any]) -> str:
         numbers = [member["kl"] for member in result["members"]] + [result[key] for key in keys]
         cells = (f"{number:.4f}" for number in numbers)
         rows.append([name, as_layer_list(result["order"]), *cells])
+        if "mean_kl_matched" in result:
+            numbers = [member["kl_matched"] for member in result["members"]]
+            cells = (f"{number:.4f}" for number in (*numbers, result["mean_kl_matched"]))
+            rows.append([f"{name}, scaled", "", *cells, *[""] * (len(keys) - 1)])
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def kl_figure(found: Mapping[str, Any]):
-    """KL against parameters, with a line for each order."""
+    """KL against parameters, with a line for each order, of rescaled sizes where there are any."""
     lines = {
         name: [
-            (m["parameters"]["both_counted"] / 1e6, m["kl"])
+            (m["parameters"]["both_counted"] / 1e6, m.get("kl_matched", m["kl"]))
             for m in result["members"]
             if math.isfinite(m["kl"])
         ]

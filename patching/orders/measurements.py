@@ -1,10 +1,10 @@
-"""What a search knows about a family: the KL of its members, and the teacher's block influence.
+"""What a search knows about a family: the KL of its members and of rescaled ones, the teacher's
+block influence, and how long the residual stream is in both models.
 
-Both are measured when first asked for. With a file they are kept on disk, so that a search that was
+All are measured when first asked for. With a file they are kept on disk, so that a search that was
 stopped resumes where it was.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Collection, Mapping
@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import as_layer_list
-from patching.family import Family
-from patching.files.outputs import finite_or_none, write_json
+from patching.family import Family, identity_of
+from patching.orders.measured import Measured, point_name
+from patching.orders.scales import BudgetSpent, Point, RowSums
 from patching.orders.search import PatchedLayers
-from patching.recipe import patched_model
+from patching.recipe import Recipe, patched_model, with_scales
 from patching.running.block_influence import block_influence
 from patching.running.calibration import Calibration
+from patching.running.lengths import length_ratios
 from patching.running.logits import logit_change
 from patching.running.teacher_kl import TeacherKL
 
@@ -29,6 +31,8 @@ MEASURED_FILE_NAME = "order_kl.json"
 
 SETS_PER_TREE = 64
 """Sets whose models are measured together, so that shared prefixes of layers run only once."""
+RESCALED_PER_TREE = 4
+"""The same for rescaled models, each of which has tensors of its own."""
 
 
 class Measurements:
@@ -36,16 +40,22 @@ class Measurements:
 
     Calling it with sets measures the missing ones. Weights load with the first of them. A model
     whose logits overflow has an infinite KL; if all have, FloatingPointError is raised. `path`
-    is the file to keep the numbers in, rewritten after every tree of models.
+    is the file to keep the numbers in, rewritten after every tree of models. `budget` is how many
+    models may be measured besides those in the file; what would take more raises BudgetSpent.
 
     Raises ValueError for a file made from other models, text or dtype, for encoders, and for models
     whose logits cannot be reproduced.
     """
 
-    def __init__(self, family: Family, text: Calibration, path: Path | None = None) -> None:
-        self.family, self.text, self.path = family, text, path
-        self.kl: dict[PatchedLayers, float] = {}
-        self._influences: list[float] | None = None
+    def __init__(
+        self,
+        family: Family,
+        text: Calibration,
+        path: Path | None = None,
+        budget: int | None = None,
+    ) -> None:
+        self.family, self.text = family, text
+        self.budget, self.num_measured = math.inf if budget is None else budget, 0
         for config in family.configs.values():
             if predicts_masked_tokens(config):
                 raise ValueError(
@@ -53,17 +63,22 @@ class Measurements:
                     f"{config.model_type}: choose --order last, first or a file"
                 )
         logit_change(family.layouts["teacher"].model)  # raises here, before weights load
-        self.settings = family.identity | {
+        self.settings = identity_of(family) | {
             "dtype": str(family.dtype).removeprefix("torch."),
             "text": text.name,
             "text_sha256": text.sha256,
         }
-        if path is not None and path.is_file():
-            self._read(path)
+        self.known = Measured.open(self.settings, path)
+        self.kl, self.rows = self.known.kl, self.known.rows
 
     @cached_property
     def batches(self) -> list[dict[str, torch.Tensor]]:
         return self.text.batches(self.family.tokenizer, self.family.configs["teacher"])
+
+    @cached_property
+    def tokens_of_rows(self) -> list[int]:
+        """Tokens of each row of text."""
+        return [n for batch in self.batches for n in batch["attention_mask"].sum(-1).tolist()]
 
     @cached_property
     def teacher_kl(self) -> TeacherKL:
@@ -77,6 +92,7 @@ class Measurements:
         missing = sorted(
             set(sets) - self.kl.keys(), key=lambda patched: [i in patched for i in layers]
         )
+        self._spend(len(missing))
         starts = range(0, len(missing), SETS_PER_TREE)
         for start in tqdm(starts, desc="trees of models", disable=len(starts) < 2):
             group = missing[start : start + SETS_PER_TREE]
@@ -86,18 +102,57 @@ class Measurements:
                 remember=len(missing) <= SETS_PER_TREE,
             )
             self.kl |= {patched: found[name] for patched, name in names.items()}
-            self._write()
+            self.known.write()
         self._check_finite([self.kl[patched] for patched in missing])
         return self.kl
+
+    def of_rows(self, points: Collection[Point]) -> Mapping[Point, RowSums]:
+        """Measure rescaled models. Return the KL of all known ones, summed over each row of text.
+        What is not a number is infinite.
+        """
+        missing = sorted(set(points) - self.rows.keys(), key=point_name)
+        self._spend(len(missing))
+        starts = range(0, len(missing), RESCALED_PER_TREE)
+        for start in tqdm(starts, desc="trees of rescaled models", disable=len(starts) < 2):
+            group = missing[start : start + RESCALED_PER_TREE]
+            names = {point: point_name(point) for point in group}
+            found = self.teacher_kl.sums_of_rows(
+                {name: self._recipe(point) for point, name in names.items()}
+            )
+            for point, name in names.items():
+                self.rows[point] = [x if math.isfinite(x) else math.inf for x in found[name]]
+            self.known.write()
+        return self.rows
+
+    def _recipe(self, point: Point) -> Recipe:
+        recipe = patched_model(self.family.layer_map, point.patched_layers)
+        starts = [run[0] for run in recipe.student_runs]
+        return with_scales(recipe, dict(zip(starts, point.factors, strict=True)))
+
+    def _spend(self, num_models: int) -> None:
+        if self.num_measured + num_models > self.budget:
+            raise BudgetSpent(f"{num_models} models more than the {self.budget} allowed")
+        self.num_measured += num_models
 
     @property
     def influences(self) -> list[float]:
         """Block influence of each teacher layer."""
-        if self._influences is None:
+        if self.known.influences is None:
             teacher = self.family.parents.load(["teacher"])["teacher"]
-            self._influences = block_influence(teacher, self.batches)
-            self._write()
-        return self._influences
+            self.known.influences = block_influence(teacher, self.batches)
+            self.known.write()
+        return self.known.influences
+
+    @property
+    def ratios(self) -> list[float]:
+        """Median ratio of lengths before each student layer, teacher over student."""
+        if self.known.ratios is None:
+            parents = self.family.parents.load(("teacher", "student"))
+            self.known.ratios = length_ratios(
+                **parents, layer_map=self.family.layer_map, batches=self.batches
+            )
+            self.known.write()
+        return self.known.ratios
 
     def _check_finite(self, new: Collection[float]) -> None:
         """Warn if some of the KL just measured are infinite. Raise FloatingPointError if all are
@@ -119,37 +174,3 @@ class Measurements:
     def mean_kl(self, sets: Collection[PatchedLayers]) -> float:
         """Mean over measured sets."""
         return sum(self.kl[patched] for patched in sets) / len(sets)
-
-    def _write(self) -> None:
-        if self.path is None:
-            return
-        kl = {as_layer_list(sorted(patched)): value for patched, value in self.kl.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            self.path,
-            {
-                "settings": self.settings,
-                "block_influence": self._influences,
-                "kl": finite_or_none(kl),
-            },
-        )
-
-    def _read(self, path: Path) -> None:
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            before, kl, influences = stored["settings"], stored["kl"], stored["block_influence"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it") from error
-        for name, value in self.settings.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{path} was measured with {name}={before.get(name)}, not {value}: choose "
-                    "another folder, or the same settings"
-                )
-        self._influences = influences
-        self.kl = {
-            frozenset(map(int, filter(None, layers.split(",")))): math.inf
-            if value is None
-            else value
-            for layers, value in kl.items()
-        }

@@ -26,11 +26,15 @@ from patching.running.chunks import CHUNK_LOGITS, slices
 from patching.running.placement import over_devices
 
 LayerPath = tuple[Any, ...]
-"""The embedding's parent and the sources of some first layers. Equal paths have equal states."""
+"""The embedding's parent and factor, and the sources of some first layers. Equal paths have equal
+states.
+"""
 
 
 class PrefixTree:
-    """The models of `recipes`, by name, which share their tensors with teacher and student."""
+    """The models of `recipes`, by name, which share their tensors with teacher and student, and
+    rescaled ones with each other.
+    """
 
     def __init__(
         self,
@@ -39,8 +43,11 @@ class PrefixTree:
         teacher: PreTrainedModel | None = None,
         student: PreTrainedModel | None = None,
     ) -> None:
+        rescaled: dict[Any, Tensor] = {}
         self.models = {
-            name: over_devices(assemble(recipe, teacher=teacher, student=student))
+            name: over_devices(
+                assemble(recipe, teacher=teacher, student=student, rescaled=rescaled)
+            )
             for name, recipe in recipes.items()
         }
         self._layers = {
@@ -165,7 +172,7 @@ class PrefixTree:
 
 
 def _path(recipe: Recipe) -> LayerPath:
-    return (recipe.embedding, *recipe.layers)
+    return ((recipe.embedding, recipe.embedding_scale), *recipe.layers)
 
 
 def _shared_depth(a: tuple, b: tuple) -> int:

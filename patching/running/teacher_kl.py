@@ -4,7 +4,7 @@ Models that are measured together share their common prefixes of layers. They ca
 kept from the call before. Only the last hidden states of the teacher are kept, and its
 probabilities are computed once per chunk of tokens for all models.
 
-Shapes: B rows, T positions, N tokens that are not padding, D hidden size, V vocabulary.
+Shapes: B rows, T positions, N tokens that are not padding, D hidden size, V vocabulary, K models.
 """
 
 import math
@@ -72,7 +72,13 @@ class TeacherKL:
         self.positions = [
             batch["attention_mask"].flatten().nonzero().squeeze(1) for batch in self.batches
         ]
-        self.num_tokens = sum(map(len, self.positions))
+        self.tokens_of_rows = [
+            num_tokens
+            for batch in self.batches
+            for num_tokens in batch["attention_mask"].sum(-1).tolist()
+        ]
+        """Tokens of each row of text that are not padding."""
+        self.num_tokens = sum(self.tokens_of_rows)
         if self.num_tokens == 0:
             raise ValueError("there is no text to measure models on")
         self._known = [KnownStates(MOST_KNOWN_BYTES // len(self.batches)) for _ in self.batches]
@@ -92,55 +98,66 @@ class TeacherKL:
         `remember` keeps states for a next call with models that have more patched layers, as in the
         next step of a search.
         """
+        return {
+            name: sum(rows) / self.num_tokens if math.isfinite(sum(rows)) else math.inf
+            for name, rows in self.sums_of_rows(recipes, remember).items()
+        }
+
+    def sums_of_rows(
+        self, recipes: Mapping[str, Recipe], remember: bool = False
+    ) -> dict[str, list[float]]:
+        """Return the KL of each recipe's model by name, in nats, summed over the tokens of each row
+        of text. The arguments are those of `of`.
+        """
         tree = PrefixTree(recipes, teacher=self.teacher, student=self.student)
         heads = {name: model.get_output_embeddings() for name, model in tree.models.items()}
-        totals = dict.fromkeys(recipes, 0.0)
+        found: dict[str, list[float]] = {name: [] for name in recipes}
         parts = list(zip(self.batches, self.positions, self._teacher_states, self._known))
         for batch, positions_N, teacher_ND, known in tqdm(
             parts, desc=f"KL of {len(recipes)} models", leave=False
         ):
             known.only_for(tree.paths)
             states = dict(tree.head_inputs(batch, positions_N, known if remember else None))
-            sums = kl_sums(
+            kl_KN = kl_of_tokens(
                 teacher_ND,
                 self.teacher.get_output_embeddings(),
                 [(states[name], heads[name]) for name in recipes],
                 self.logit_change,
             )
-            for name, total in zip(recipes, sums.tolist()):
-                totals[name] += total
+            num_rows, row_length = batch["input_ids"].shape
+            sums_KB = kl_KN.new_zeros(len(kl_KN), num_rows)
+            sums_KB.index_add_(1, (positions_N // row_length).to(kl_KN.device), kl_KN)
+            for name, sums in zip(recipes, sums_KB.tolist()):
+                found[name] += sums
         self.num_layer_forwards += tree.num_layers_run
-        return {
-            name: total / self.num_tokens if math.isfinite(total) else math.inf
-            for name, total in totals.items()
-        }
+        return found
 
 
 @torch.no_grad()
-def kl_sums(
+def kl_of_tokens(
     teacher_hidden_ND: Tensor,
     teacher_head: nn.Linear,
     models: Sequence[tuple[Tensor, nn.Linear]],
     change: LogitChange = UNCHANGED,
 ) -> Tensor:
-    """Return the sum over tokens of KL(teacher || model) for each model, in nats.
+    """Return KL(teacher || model) of each model at each token, in nats.
 
     A model is given as the input of its head, of shape (N, D), and the head. `change` is what all
-    models do to the output of their heads. The result is float64 of shape (number of models,).
-    Softmaxes are computed in fp32, those of the teacher only once.
+    models do to the output of their heads. The result is float64 of shape (K, N). Softmaxes are
+    computed in fp32, those of the teacher only once.
     """
     num_tokens, device = teacher_hidden_ND.shape[0], teacher_hidden_ND.device
     vocab_size = len(teacher_head.weight)
     at_once = CPU_SOFTMAX_LOGITS if device.type == "cpu" else CHUNK_LOGITS
-    sums = torch.zeros(len(models), dtype=torch.float64, device=device)
+    kl_KN = torch.empty(len(models), num_tokens, dtype=torch.float64, device=device)
     for chunk in slices(num_tokens, CHUNK_LOGITS // vocab_size):
         teacher_logits_NV = change.apply_(teacher_head(teacher_hidden_ND[chunk]))
         log_q_NV = teacher_logits_NV.log_softmax(-1, dtype=torch.float32)
         q_NV = log_q_NV.exp()
         for i, (hidden_ND, head) in enumerate(models):
             logits_NV = change.apply_(head(hidden_ND[chunk]))
-            for rows in slices(len(logits_NV), at_once // vocab_size):
-                log_p_NV = logits_NV[rows].log_softmax(-1, dtype=torch.float32)
-                difference_NV = torch.sub(log_q_NV[rows], log_p_NV, out=log_p_NV)
-                sums[i] += difference_NV.mul_(q_NV[rows]).sum()
-    return sums
+            for part in slices(len(logits_NV), at_once // vocab_size):
+                log_p_NV = logits_NV[part].log_softmax(-1, dtype=torch.float32)
+                difference_NV = torch.sub(log_q_NV[part], log_p_NV, out=log_p_NV)
+                kl_KN[i, chunk][part] = difference_NV.mul_(q_NV[part]).sum(-1)
+    return kl_KN
