@@ -1,6 +1,7 @@
 """What a command line asks to evaluate, checked from configs alone, before any weights load."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ from patching.running.calibration import Calibration
 
 MODELS = ("teacher", "student", "model")
 """Settings that identify models."""
+SCALES = "scales"
+"""The setting that says how student layers are rescaled."""
 SHARED_SETTINGS = ("teacher", "dtype", "limit", "num_fewshot", "seed")
 """Settings that all results in a folder must agree on."""
 
@@ -129,12 +132,14 @@ class Plan:
             if of_series is not None:
                 student, order = of_series.parents.fingerprint("student"), of_series.order
                 settings[series] = shared | {"student": student, "order": order}
+                settings[series][SCALES] = scales_of(of_series)
+        unscaled = {name: value for name, value in settings["family"].items() if name != SCALES}
         for name, baseline in BASELINES.items():
             if not baseline.needs_text:
-                settings[name] = settings["family"]
+                settings[name] = unscaled
             elif self.calibration is not None:
                 calibration = {"calibration": self.calibration.sha256}
-                settings[name] = settings["family"] | calibration
+                settings[name] = unscaled | calibration
         for series, model in self.compared.items():
             name_or_path = model.reference.name_or_path
             settings[series] = shared | {"model": fingerprint(name_or_path, model.config)}
@@ -152,6 +157,8 @@ class Plan:
             wanted = now.get(result.series) or {key: now["family"][key] for key in SHARED_SETTINGS}
             for task in result.tasks:
                 before = result.settings_of(task)
+                if before:  # earlier versions rescaled nothing
+                    before = {SCALES: None} | before
                 not_comparable = MODELS if result.is_unverified(task) else ()
                 for key in wanted.keys() & before.keys() - {*not_comparable}:
                     if before[key] != wanted[key]:
@@ -160,6 +167,18 @@ class Plan:
                             f"{wanted[key]} is asked for now: choose another --save_directory, or "
                             "the same settings"
                         )
+
+
+def scales_of(family: Family) -> str | None:
+    """A short text that differs for other factors of the family's sizes, None if it has none."""
+    if family.scales is None:
+        return None
+    factors = [
+        sorted(family.scales.factors(family.patched_layers(k)).items()) for k in range(len(family))
+    ]
+    if not any(factors):
+        return None
+    return f"matched {hashlib.sha256(json.dumps(factors).encode()).hexdigest()[:12]}"
 
 
 def second_family(family: Family, arguments: EvaluationArguments) -> Family:

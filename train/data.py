@@ -50,9 +50,60 @@ class Rows(NamedTuple):
         return not isinstance(self.train, Dataset)
 
 
-def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+class Texts(NamedTuple):
+    """The documents of `--dataset` in three parts, each given source by source."""
+
+    train: list[Dataset | IterableDataset]
+    held_out: list[Dataset | None]
+    set_aside: list[Dataset | IterableDataset]
+    """Documents that are neither trained on nor held out, to measure orders on."""
+
+
+def split_texts(arguments: DataArguments, seed: int, num_set_aside: int) -> Texts:
+    """Split each source. Held-out documents do not depend on the number of those set aside. With
+    `--eval_dataset` none are held out.
+
+    Raises ValueError as `load_rows` does.
+    """
+    sources = arguments.sources
+    total = sum(source.weight for source in sources)
+    num_held_out = 0 if arguments.eval_dataset is not None else arguments.heldout_documents
+    parts = Texts([], [], [])
+    for source in sources:
+
+        def share(num_documents: int, weight: float = source.weight) -> int:
+            return -int(-num_documents * weight // total)
+
+        text = documents_of(arguments, source.name, len(sources) > 1)
+        text, held_out = split_held_out(text, share(num_held_out), seed)
+        parts.held_out.append(held_out)
+        num_here = share(num_set_aside)
+        if num_here and isinstance(text, IterableDataset):
+            parts.set_aside.append(text.take(num_here))
+            text = text.skip(num_here)
+        elif num_here and len(text) > 1:
+            text, set_aside = split_held_out(text, num_here, seed)
+            parts.set_aside.append(set_aside)
+        parts.train.append(text)
+    return parts
+
+
+def documents_set_aside(arguments: DataArguments, seed: int, num_set_aside: int) -> Documents:
+    """Return the documents that are neither trained on nor held out, texts or lists of token ids.
+    There are none if the text is a single document.
+    """
+    parts = split_texts(arguments, seed, num_set_aside).set_aside
+    return [document["text"] for part in parts for document in part if document["text"]]
+
+
+def load_rows(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    num_set_aside: int = 0,
+) -> Rows:
     """Return rows to train on and held-out rows, each row `{"input_ids": [...]}` and, unless
-    documents see each other, `document_lengths`.
+    documents see each other, `document_lengths`. `num_set_aside` documents are in neither.
 
     Raises ValueError if there is no text, no such column, or no file of a known kind.
     """
@@ -63,18 +114,12 @@ def load_rows(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed
         packing=arguments.packing,
     )
     sources = arguments.sources
-    texts = [documents_of(arguments, source.name, len(sources) > 1) for source in sources]
+    texts, samples, _ = split_texts(arguments, seed, num_set_aside)
     if arguments.eval_dataset is not None:
         held_out = documents_of(arguments, arguments.eval_dataset)
         if isinstance(held_out, IterableDataset):
             held_out = _in_memory(held_out.take(max(arguments.heldout_documents, 1)))
     else:
-        total = sum(source.weight for source in sources)
-        parts = [
-            split_held_out(text, -int(-arguments.heldout_documents * source.weight // total), seed)
-            for text, source in zip(texts, sources)
-        ]
-        texts, samples = zip(*parts)
         held_out = concatenate_datasets(samples) if samples[0] is not None else None
     if isinstance(texts[0], IterableDataset):
         workers = Workers(cut, arguments.tokenizer_processes)

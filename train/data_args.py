@@ -62,6 +62,21 @@ class DataArguments:
             "at most a tenth of it, or the first ones of a stream; 0 for none"
         },
     )
+    measure_order: bool = field(
+        default=True,
+        metadata={
+            "help": "after training, search the order of patching and the scale of each size on "
+            "documents that are neither trained on nor held out (of models that predict the next "
+            "token)"
+        },
+    )
+    order_documents: int = field(
+        default=64,
+        metadata={
+            "help": "with --measure_order: number of documents of --dataset to set aside for it, "
+            "chosen like those held out"
+        },
+    )
     max_length: int = field(default=2048, metadata={"help": "tokens per row"})
     packing: str = field(
         default="documents",
@@ -82,13 +97,18 @@ class DataArguments:
             problems.append(f"max_length={self.max_length}: a row needs at least 2 tokens")
         if self.heldout_documents < 0:
             problems.append(f"heldout_documents={self.heldout_documents}: choose 0 or more")
-        for name in ("shuffle_buffer", "tokenizer_processes"):
+        for name in ("shuffle_buffer", "tokenizer_processes", "order_documents"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: choose 1 or more")
         if not problems:
             parse_sources(self.dataset)
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def num_set_aside(self) -> int:
+        """Documents that are neither trained on nor held out."""
+        return self.order_documents if self.measure_order else 0
 
     @property
     def sources(self) -> list["Source"]:

@@ -6,7 +6,15 @@ from transformers import PreTrainedConfig
 from patching.blocks import LayerMap, as_layer_list
 from patching.patch_order import recommended_order
 from train.data_args import DataArguments
-from train.estimate import MicroBatch, flops_per_token, memory, sizes, student_config
+from train.estimate import (
+    MicroBatch,
+    flops_per_token,
+    forward_flops,
+    memory,
+    sizes,
+    student_config,
+)
+from train.order_of_student import cost_of_order, why_not
 from train.training_args import DistillationArguments
 
 GIB = 2**30
@@ -78,6 +86,14 @@ def plan(
         lines.append(f"in {args.max_steps} steps: {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
     else:
         lines.append(f"{args.num_train_epochs:g} passes over the text; its length sets the steps")
+    if data_args.measure_order and why_not(teacher, layer_map) is None:
+        documents = data_args.order_documents
+        cost = cost_of_order(teacher, layer_map, documents, data_args.max_length, args.order_budget)
+        between = (forward_flops(student).layers + forward_flops(teacher).layers) // 2
+        lines.append(
+            f"then the order of patching on {documents} documents set aside: "
+            f"{cost.text(between, None)}"
+        )
     lines += ["", f"memory per rank, {args.optim.value}{', sharded' * is_sharded} (estimate, GiB)"]
     lines += [f"  {name:12}{num_bytes / GIB:8.2f}" for name, num_bytes in parts._asdict().items()]
     lines.append(f"  {'total':12}{parts.total / GIB:8.2f}")

@@ -23,6 +23,7 @@ LEAST = dict.fromkeys(
         "global_batch_rows",
         "dry_run_ranks",
         "fsdp_replicas",
+        "order_budget",
     ),
     1,
 )

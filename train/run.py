@@ -51,6 +51,7 @@ from train.gradient_reduction import choose_reduction
 from train.local_batches import check_enough_rows
 from train.masking import Masking
 from train.model_args import ModelArguments
+from train.order_of_student import flops_per_second_of_rank, measure_order
 from train.packing import check_separates_documents
 from train.ranks import first_rank_first
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
@@ -96,6 +97,7 @@ def run(
         settings = run_settings(flags, layer_map, weights, args.world_size)
         if is_finished(args, settings):
             print_on_main_process(args, f"{args.save_directory} already holds the finished student")
+            measure_order(model_args, data_args, args)
             upload_student(args, uploads)
             return
         check_run(args, teacher_config, uploads)
@@ -116,7 +118,8 @@ def run(
             tokenizer,
             model_args.trust_remote_code,
         )
-        rows = read_rows(data_args, args, tokenizer)
+        num_set_aside = 0 if masking is not None else data_args.num_set_aside
+        rows = read_rows(data_args, args, tokenizer, num_set_aside)
         settings["text"] = text_fingerprint(rows, data_args.dataset)
         if checkpoint is not None:
             check_checkpoint(checkpoint, args, rows, settings)
@@ -171,6 +174,9 @@ def run(
     except OutOfRange as error:
         exit_out_of_range(args, error)
     print_on_main_process(args, f"student saved in {args.save_directory}")
+    flops_per_second = flops_per_second_of_rank(trainer.state.log_history, args.world_size)
+    del trainer, student, teacher  # their memory is needed
+    measure_order(model_args, data_args, args, flops_per_second)
     with user_errors():
         upload_student(args, uploads)
 
@@ -249,13 +255,16 @@ def kept_layers(
 
 
 def read_rows(
-    data_args: DataArguments, args: DistillationArguments, tokenizer: PreTrainedTokenizerBase
+    data_args: DataArguments,
+    args: DistillationArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    num_set_aside: int,
 ) -> Rows:
     """Return the rows. Raises ValueError for unusable text, for a stream without a number of steps
     or without text, and for less text than one step takes.
     """
     with first_rank_first(args, "tokenizing"):
-        rows = load_rows(data_args, tokenizer, args.text_seed)
+        rows = load_rows(data_args, tokenizer, args.text_seed, num_set_aside)
     if rows.held_out is None and (names := needs_held_out_rows(args)):
         raise ValueError(f"{', '.join(names)}: no text is held out, raise --heldout_documents")
     if rows.is_stream:

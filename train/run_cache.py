@@ -39,7 +39,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         made_by = settings_of(reference, config, tokenizer, arguments.temperature)
         made_by["top_k"] = arguments.top_k
         writer = CacheWriter(arguments.teacher_cache, made_by)
-        rows = load_rows(data_args, tokenizer, arguments.seed)
+        rows = load_rows(data_args, tokenizer, arguments.seed, data_args.num_set_aside)
         if rows.is_stream and arguments.max_rows is None:
             raise ValueError(
                 "max_rows: a stream has no end, give as many rows as the run will read"

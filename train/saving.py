@@ -21,7 +21,12 @@ from train.training_args import DistillationArguments
 
 RUN_FILE_NAME = "run.json"
 PLOT_FILE_NAME = "loss.png"
-PRIVATE = (RUN_FILE_NAME, PLOT_FILE_NAME, ".*", "checkpoint-*")
+ORDER_FILE_NAME = "order.json"
+MEASURED_ORDER_FILE_NAME = "order_kl.json"
+PRIVATE = (
+    *(RUN_FILE_NAME, PLOT_FILE_NAME, ORDER_FILE_NAME, MEASURED_ORDER_FILE_NAME),
+    *(".*", "checkpoint-*"),
+)
 """Files of a student's folder that are never uploaded: checkpoints, and what names the machine."""
 
 

@@ -8,7 +8,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from patching.architectures.models import auto_class
-from patching.blocks import as_layer_list
+from patching.blocks import Order, as_layer_list
 from patching.checkpoints.model_card import PAPER, TASKS, how_to_load
 from patching.checkpoints.origin import CARD_FILE_NAME, Origin
 from patching.cli.units import count_text
@@ -76,7 +76,7 @@ def student_card(
         *how_to_load(title, loader),
         "",
         f"With the teacher it makes {len(family)} sizes from {smallest} to {largest} parameters, "
-        f"patched {order} layer first:",
+        f"patched {order_text(order)}:",
         "",
         "| layers patched | layers | parameters |",
         "| --- | --- | --- |",
@@ -94,6 +94,13 @@ def student_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def order_text(order: Order) -> str:
+    """Return an order in words."""
+    if isinstance(order, str):
+        return f"{order} layer first"
+    return f"in the sequence of student layers {as_layer_list(order)}"
 
 
 def training_facts(arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -129,6 +129,13 @@ class DistillationArguments(PaperArguments):
         metadata={"help": "dtype of the saved student", "choices": SAVE_DTYPES},
     )
 
+    order_budget: int = field(
+        default=1000,
+        metadata={
+            "help": "with --measure_order: most models to measure, each on the documents set aside"
+        },
+    )
+
     global_batch_tokens: int | None = field(
         default=None,
         metadata={

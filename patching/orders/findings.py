@@ -4,6 +4,7 @@ each order is from the best one.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from patching.files.outputs import environment, finite_or_none
 from patching.files.plot import plot_lines
 from patching.matched_scale import MatchedScales
 from patching.orders.measurements import Measurements
-from patching.orders.scales import search_scales
+from patching.orders.scales import BudgetSpent, search_scales
 from patching.orders.search import PatchedLayers, all_sets, order_of_sets, search
 from patching.recipe import patched_model
 
@@ -57,9 +58,13 @@ def tried_orders(
     beam: int = 1,
     exact: bool = False,
     report: Report = lambda *_: None,
+    searches: Sequence[str] = ("block_influence", "klpatch"),
 ) -> dict[str, Sets]:
-    """The sets of every order tried, by its name: `last`, `first`, `given`, both searches, a wider
+    """The sets of every order tried, by its name: `last`, `first`, `given`, the `searches`, a wider
     beam, and with `exact` the best nested family of all.
+
+    A search that would take more than the budget is left out. Raises BudgetSpent if there is not
+    even enough for the named orders.
     """
     layer_map = measure.family.layer_map
     named: dict[str, Order] = {"last": "last", "first": "first"}
@@ -72,8 +77,9 @@ def tried_orders(
     }
     student = frozenset()
     measure({student, *(patched for sets in tried.values() for patched in sets)})
-    for name in ("block_influence", "klpatch"):
-        tried[name] = searched_sets(measure, name, report=report)
+    for name in searches:
+        with suppress(BudgetSpent):
+            tried[name] = searched_sets(measure, name, report=report)
     if beam > 1:
         tried[f"beam {beam}"] = searched_sets(measure, f"beam {beam}", beam, report)
     if exact:

@@ -1,6 +1,7 @@
 """Calibration text: the few documents on which models and layers are compared."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,8 @@ class Calibration:
 
     name: str
     """What to call them in reports."""
-    texts: list[str]
+    texts: list[str] | list[list[int]]
+    """As text, or as token ids."""
     length: int
     """Tokens that are read of each document."""
 
@@ -64,7 +66,8 @@ class Calibration:
     @property
     def sha256(self) -> str:
         """A hash that differs for different texts of the same name."""
-        return hashlib.sha256("\0".join([*self.texts, str(self.length)]).encode()).hexdigest()
+        texts = [text if isinstance(text, str) else json.dumps(text) for text in self.texts]
+        return hashlib.sha256("\0".join([*texts, str(self.length)]).encode()).hexdigest()
 
     def batches(
         self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
@@ -73,7 +76,10 @@ class Calibration:
         right and not longer than a model of this config can read.
         """
         length = min(self.length, getattr(config, "max_position_embeddings", self.length))
-        rows = tokenizer(self.texts, truncation=True, max_length=length)["input_ids"]
+        if isinstance(self.texts[0], str):
+            rows = tokenizer(self.texts, truncation=True, max_length=length)["input_ids"]
+        else:
+            rows = [ids[:length] for ids in self.texts]
         return padded_batches([row for row in rows if row])
 
 

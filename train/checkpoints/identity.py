@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "teacher_model_name_or_path", "revision", "*_layers_to_keep", "alternate_every_n_layers",
     "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_*",
     "tokenizer_processes",
+    # what is measured once the student is saved
+    "order_budget",
 )  # fmt: skip
 """Flags, or patterns of their names, that may differ when a run is continued."""
 OF_CHOICE = ("num_kept_layers", "target_params", "longest_block", "calibration*")
