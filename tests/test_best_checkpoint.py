@@ -25,6 +25,7 @@ def command(teacher, folder, dataset, *flags) -> list[str]:
         "gradient_accumulation_steps": 2, "learning_rate": 0.05, "warmup_steps": 0,
         "lr_scheduler_type": "constant", "eval_steps": 1, "save_steps": 1, "disable_tqdm": True,
         "load_best_model_at_end": True, "save_total_limit": 10, "heldout_documents": 2,
+        "measure_order": False,
     }  # fmt: skip
     words = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
     return [*words, *map(str, flags)]

@@ -42,7 +42,7 @@ def flags(teacher_folder, folder, text_file, *extra: str) -> list[str]:
         *("--teacher_model_name_or_path", str(teacher_folder), "--save_directory", str(folder)),
         *("--dataset", str(text_file), "--calibration", str(text_file), "--kept_layers", "auto"),
         *("--max_steps", "1", "--max_length", "32", "--gradient_accumulation_steps", "1"),
-        *("--save_strategy", "no", *extra),
+        *("--save_strategy", "no", "--measure_order", "False", *extra),
     ]
 
 

@@ -18,7 +18,7 @@ def command(teacher, folder, dataset, *flags: str) -> list[str]:
         "teacher_model_name_or_path": teacher, "save_directory": folder, "dataset": dataset,
         "max_length": 32, "max_steps": 6, "logging_steps": 1, "warmup_steps": 0, "save_steps": 1,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": False,
-        "disable_tqdm": True, "eval_strategy": "no",
+        "disable_tqdm": True, "eval_strategy": "no", "measure_order": False,
     }  # fmt: skip
     return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
 

@@ -222,7 +222,8 @@ def measured_command(folder: Path, text_file: Path, bf16: bool, *flags: str) -> 
         str(folder / "student"), "--dataset", str(text), "--max_length", "128",
         "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2",
         "--max_steps", "2", "--save_strategy", "no", "--bf16", str(bf16),
-        "--heldout_documents", "0", "--warmup_steps", "0", "--disable_tqdm", "True", *flags,
+        "--heldout_documents", "0", "--warmup_steps", "0", "--disable_tqdm", "True",
+        "--measure_order", "False", *flags,
     ]  # fmt: skip
 
 

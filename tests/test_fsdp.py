@@ -28,6 +28,7 @@ def command(teacher: Path, folder: Path, dataset: Path, *flags: str) -> list[str
         "max_length": 32, "max_steps": 4, "logging_steps": 1, "warmup_steps": 0,
         "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True,
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "bf16": False,
+        "measure_order": False,
     }  # fmt: skip
     return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
 

@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, run_module, save_pair
+from conftest import ROOT, byte_tokenizer, run_module, save_pair, tiny_model, trained_student
 from local_tasks import ROLLING, TEXTS, write_task
+from patching_models import family_config, save_models
 from transformers import AutoModelForCausalLM
 
 from evaluate.evaluate import EvaluationArguments
@@ -80,7 +81,8 @@ def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
     best = found["orders"]["exact"]
     assert best["regret"] == 0
     assert found["order"] == found["orders"][found["name"]]["order"]
-    assert found["orders"][found["name"]]["mean_kl"] == best["mean_kl"]
+    matched = {name: order["mean_kl_matched"] for name, order in found["orders"].items()}
+    assert matched[found["name"]] == min(matched.values())
     for k, member in enumerate(found["best_sets"], start=1):
         assert member["kl"] <= min(order["members"][k]["kl"] for order in found["orders"].values())
     first = [sorted(LAYERS.patched_layers(k, "first")) for k in range(4)]
@@ -97,41 +99,106 @@ def test_every_order_is_measured_and_compared(exact, pair_folders, text_file):
     assert measure.of({"it": patched_model(LAYERS, patched)})["it"] == kl[patched]
 
 
+def test_every_size_of_every_order_gets_its_scale(exact, pair_folders, text_file):
+    found = read(exact)
+    assert found["scales"]["found_on"] | {"text_sha256": ""} == {
+        "text": "the first 6 texts of text.jsonl",
+        "text_sha256": "",
+        "dtype": "float32",
+        "documents": 6,
+        "tokens": 72,
+    }
+    family = Family.from_pretrained(*map(str, pair_folders), exact / "order.json", dtype="float32")
+    text = Calibration.read(str(text_file), num_texts=6, length=12)
+    measure = TeacherKL(
+        **family.parents.load(("teacher", "student")),
+        batches=text.batches(family.tokenizer, family.configs["teacher"]),
+    )
+    num_gains, recipes, expected = 0, {}, {}
+    for name, order in found["orders"].items():
+        means = []
+        for member in order["members"]:
+            patched = frozenset(member["patched_layers"])
+            is_between = 0 < member["num_layers_to_patch"] < 3
+            assert (patched in family.scales.sets) == is_between
+            factors = {int(run): factor for run, factor in member["factors"].items()}
+            assert factors == family.scales.factors(patched)
+            assert member["kl_matched"] <= member["kl"]
+            assert (member["kl_matched"] < member["kl"]) == bool(factors)
+            means += [member["kl_matched"]] * is_between
+            num_gains += bool(factors)
+            label = str(sorted(patched))
+            recipes[label] = family.recipe(patched_layers=patched)
+            expected[label] = member["kl_matched"]
+        assert order["mean_kl_matched"] == pytest.approx(sum(means) / 2), name
+    assert num_gains
+    assert measure.of(recipes) == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_matched_scale(exact, flags, tmp_path, capsys):
+    shutil.copy(exact / "order_kl.json", tmp_path)
+    orders.main([*flags, "--save_directory", str(tmp_path), "--match_scale", "False"])
+    found, whole = read(tmp_path), read(exact)
+    assert "scales" not in found
+    for name, order in found["orders"].items():
+        assert "mean_kl_matched" not in order
+        assert order["mean_kl"] == whole["orders"][name]["mean_kl"]
+    assert found["name"] == min(found["orders"], key=lambda name: found["orders"][name]["mean_kl"])
+
+
+def test_an_architecture_that_cannot_be_rescaled_gets_an_order_alone(text_file, tmp_path, capsys):
+    teacher = tiny_model(family_config("opt", do_layer_norm_before=False, num_hidden_layers=8))
+    names = save_models(tmp_path, teacher, trained_student(teacher, LAYERS), LAYERS)
+    orders.main(
+        [
+            *("--teacher_model_name_or_path", names[0], "--student_model_name_or_path", names[1]),
+            *("--calibration", str(text_file), "--calibration_texts", "2"),
+            *("--calibration_length", "8", "--save_directory", str(tmp_path / "out")),
+        ]
+    )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "no matched scale" in line]
+    assert line.startswith("no matched scale: model_type=opt: the scale of its layers cannot be")
+    assert "scales" not in read(tmp_path / "out")
+
+
 def test_the_area_is_the_mean_along_parameters():
     points = [(0, 4.0), (10, 2.0), (40, 0.0)]
     members = [{"parameters": {"both_counted": p}, "kl": kl} for p, kl in points]
     assert findings._area(members) == pytest.approx((30 + 30) / 40)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [1, 3, 9])
 def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_after):
-    of, num_trees = TeacherKL.of, 0
+    """After 9 trees, it is stopped in the search for scales."""
+    of, num_trees = TeacherKL.sums_of_rows, 0
 
-    def stopping(self, recipes, **settings):
+    def stopping(self, recipes, *settings):
         nonlocal num_trees
         num_trees += 1
         if num_trees > stop_after:
             raise KeyboardInterrupt
-        return of(self, recipes, **settings)
+        return of(self, recipes, *settings)
 
     monkeypatch.setattr(measurements, "SETS_PER_TREE", 5)
     asked = [*flags, "--save_directory", str(tmp_path), "--exact", "--beam", "2"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TeacherKL, "of", stopping)
+        patch.setattr(TeacherKL, "sums_of_rows", stopping)
         orders.main(asked)
     assert not (tmp_path / "order.json").exists()
-    kept = json.loads((tmp_path / "order_kl.json").read_text())["kl"]
+    stored = json.loads((tmp_path / "order_kl.json").read_text())
+    kept = {**stored["kl"], **stored["rows"]}
     assert 0 < len(kept) <= 5 * stop_after
+    assert bool(stored["rows"]) == (stop_after == 9)
     measured = []
     monkeypatch.setattr(
         TeacherKL,
-        "of",
-        lambda self, recipes, **settings: measured.extend(recipes) or of(self, recipes, **settings),
+        "sums_of_rows",
+        lambda self, recipes, *settings: measured.extend(recipes) or of(self, recipes, *settings),
     )
     orders.main(asked)
-    assert not set(measured) & set(kept)
+    assert measured and not set(measured) & set(kept)
     again, whole = read(tmp_path), read(exact)
-    for name in ("order", "orders", "best_sets", "settings"):
+    for name in ("order", "orders", "best_sets", "settings", "scales"):
         assert again[name] == whole[name]
 
     monkeypatch.setattr(Parents, "load", lambda *_: pytest.fail("everything is measured"))
@@ -142,7 +209,7 @@ KILLED_IN_A_SEARCH = """
 import os, signal, sys
 from patching.orders import __main__, measurements
 
-of, num_trees = measurements.TeacherKL.of, 0
+of, num_trees = measurements.TeacherKL.sums_of_rows, 0
 
 def killing(*arguments, **settings):
     global num_trees
@@ -151,7 +218,7 @@ def killing(*arguments, **settings):
         os.kill(os.getpid(), signal.SIGKILL)
     return of(*arguments, **settings)
 
-measurements.TeacherKL.of = killing
+measurements.TeacherKL.sums_of_rows = killing
 measurements.SETS_PER_TREE = 5
 __main__.main(sys.argv[1:])
 """
@@ -218,7 +285,7 @@ def test_evaluate_searches_once(exact, flags, tmp_path, monkeypatch):
     for k in (1, 2):
         result = json.loads((out / f"family_k{k}.json").read_text())
         assert result["order"] == found["order"]
-    monkeypatch.setattr(TeacherKL, "of", lambda *_, **__: pytest.fail("measured before"))
+    monkeypatch.setattr(TeacherKL, "sums_of_rows", lambda *_, **__: pytest.fail("measured before"))
     evaluate_main(asked)
 
 

@@ -94,6 +94,7 @@ def english_pair(data, tmp_path_factory) -> tuple[Path, Path]:
             *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1"),
             *("--max_steps", "60", "--learning_rate", "5e-4", "--cosine_loss_weight", "10"),
             *("--heldout_documents", "0", "--eval_strategy", "no", "--save_strategy", "no"),
+            *("--measure_order", "False"),
         ]
     )
     return folder / "teacher", folder / "student"

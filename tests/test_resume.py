@@ -44,6 +44,7 @@ def command(teacher: Path, folder: Path, documents: Path, *flags: str) -> list[s
         "max_length": 32, "max_steps": NUM_STEPS, "logging_steps": 1, "save_steps": 1,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "disable_tqdm": True,
         "eval_strategy": "no", "bf16": False, "resume_from_checkpoint": "last",
+        "measure_order": False,
     }  # fmt: skip
     return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *flags]
 

@@ -293,6 +293,7 @@ def test_ranks_train_on_the_same_rows_of_a_stream_as_one_process(pair_folders, t
         *("--teacher_model_name_or_path", pair_folders[0], "--dataset"),
         *(f"{texts['a']}=2,{texts['b']}=1", "--max_length", "16", "--bf16", "False"),
         *("--max_steps", "3", "--save_steps", "2", "--heldout_documents", "3"),
+        *("--measure_order", "False"),
     ]
     two = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
     for name, launcher, accumulation in (("one", [], "4"), ("two", two, "2")):

@@ -33,7 +33,7 @@ def documented_command(teacher, folder, dataset) -> list[str]:
 
 SMALL = [
     "--max_steps", "2", "--max_length", "32", "--gradient_accumulation_steps", "2",
-    "--logging_steps", "1",
+    "--logging_steps", "1", "--measure_order", "False",
 ]  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
     size = [
         "--num_train_epochs", "3", "--max_length", "32", "--bf16", "False", "--save_strategy", "no",
         "--per_device_train_batch_size", "1", "--eval_dataset", str(text_file),
+        "--measure_order", "False",
     ]  # fmt: skip
     folders = [tmp_path / "one", tmp_path / "two"]
     launchers = [
@@ -364,6 +365,8 @@ def test_resuming_ends_with_the_same_weights(pair_folders, text_file, tmp_path):
         "6",
         "--save_steps",
         "3",
+        "--measure_order",
+        "False",
     ]
     whole, again = tmp_path / "whole", tmp_path / "again"
     main(

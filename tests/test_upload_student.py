@@ -15,7 +15,7 @@ def command(teacher, folder, dataset, *flags) -> list[str]:
         "teacher_model_name_or_path": teacher, "save_directory": folder, "dataset": dataset,
         "max_length": 32, "max_steps": 2, "per_device_train_batch_size": 4, "bf16": False,
         "gradient_accumulation_steps": 2, "save_steps": 1, "disable_tqdm": True,
-        "resume_from_checkpoint": "last",
+        "resume_from_checkpoint": "last", "measure_order": False,
     }  # fmt: skip
     words = [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
     return [*words, *map(str, flags)]

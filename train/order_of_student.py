@@ -19,7 +19,6 @@ from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import LayerMap
 from patching.checkpoints.origin import origin_of
 from patching.cli.command_line import USER_ERRORS
-from patching.cli.units import count_text
 from patching.family import Family
 from patching.files.outputs import write_json
 from patching.orders.findings import (
@@ -69,7 +68,7 @@ class Cost(NamedTuple):
         if flops_per_token is None:
             return text
         flops = self.num_models * self.num_tokens * flops_per_token
-        text = f"{text}, {count_text(flops)} FLOPs"
+        text = f"{text}, {flops:.3g} FLOPs"
         return f"{text}, {flops / flops_per_second:,.0f} s" if flops_per_second else text
 
 

@@ -234,6 +234,7 @@ def distill(pair: Pair, teacher: Path, folder: Path) -> None:
     text.write_text("".join(lines))
     settings = {
         **DISTILLATION,
+        "measure_order": False,
         "teacher_model_name_or_path": teacher,
         "save_directory": folder / "student",
         "dataset": text,

@@ -38,6 +38,7 @@ DISTILLATION = {
     "eval_strategy": "no",
     "logging_steps": 10,
     "per_device_eval_batch_size": 16,
+    "measure_order": False,
 }
 
 

@@ -301,6 +301,7 @@ def train_student(arguments: argparse.Namespace) -> None:
             **write_pieces(folder, tokenizer),
             "teacher_model_name_or_path": arguments.teacher,
             "save_directory": folder / "student",
+            "measure_order": False,
         }
         words = [str(word) for flag, value in settings.items() for word in (f"--{flag}", value)]
         subprocess.run([sys.executable, "-m", "train.train", *words], check=True)

@@ -120,7 +120,7 @@ def search_scales(
 
 def _search(patched: PatchedLayers, starts: Mapping[int, float], tokens: Sequence[int]) -> Search:
     """Search one set. Yield factors to measure and receive the row sums of each; an answer that
-    lacks some ends the search. Return None if not even the set as it is was measured.
+    lacks some ends the search. Return None if the KL of the set as it is is not known.
     """
     plain: Factors = (1.0,) * len(starts)
     known: dict[Factors, RowSums] = {}
@@ -160,7 +160,8 @@ def _search(patched: PatchedLayers, starts: Mapping[int, float], tokens: Sequenc
 
     logs = [math.log(start) for start in starts.values()]
     halves, wholes = (tuple(_factor(x * share) for x in logs) for share in (0.5, 1.0))
-    if not (yield from ask([plain, halves, wholes])) and plain not in known:
+    yield from ask([plain, halves, wholes])
+    if plain not in known or not math.isfinite(kl(plain)):
         return None
     at = min(known, key=lambda factors: (kl(factors), factors))
     for sweep in range(SWEEPS if len(starts) > 1 else 1):
