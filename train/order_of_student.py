@@ -157,7 +157,7 @@ def measure_order(
             flush=True,
         )
         _search(family, text, folder, model_args, data_args, args)
-    except (*USER_ERRORS, BudgetSpent, torch.OutOfMemoryError) as error:
+    except (*USER_ERRORS, BudgetSpent, RuntimeError) as error:  # memory may run out too
         first_line = str(error).partition("\n")[0]
         print(
             f"the order could not be measured ({first_line}): the student is complete, and "
