@@ -13,8 +13,15 @@ from patching.blocks import LayerMap
 from patching.recipe import LayerSource, Recipe, intermediate_model, naively_pruned
 
 PARENTS = st.sampled_from(["student", "teacher"])
-SOURCES = st.builds(LayerSource, PARENTS, st.integers(0, 10**6))
-RECIPES = st.builds(Recipe, st.lists(SOURCES, min_size=1).map(tuple), PARENTS, PARENTS)
+LAYERS = st.integers(0, 10**6)
+SCALES = st.just(1.0) | st.floats(1e-6, 1e6)
+SOURCES = st.builds(LayerSource, PARENTS, LAYERS, st.just(1.0)) | st.builds(
+    LayerSource, st.just("student"), LAYERS, SCALES
+)
+LISTS = st.lists(SOURCES, min_size=1).map(tuple)
+RECIPES = st.builds(Recipe, LISTS, PARENTS, PARENTS, st.just(1.0)) | st.builds(
+    Recipe, LISTS, st.just("student"), PARENTS, SCALES
+)
 VALID = {"embedding": "student", "layers": ["student 0", "teacher 1"], "norm_and_head": "teacher"}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),

@@ -29,16 +29,22 @@ from patching.recipe import LayerSource, Recipe, naively_pruned, patched_model, 
 from patching.running.prefix_tree import PrefixTree
 from patching.running.rescaled import check_rescaling, rescaled
 
-FAST = ("qwen3", "gemma2", "gpt2", "qwen3_moe")
 ENCODERS = {"bert", "roberta"}
-CAUSAL = [
-    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
-    for name in SETTINGS
-    if name not in ENCODERS
-]
 LAST = frozenset({2, 3})  # student 0-1, teacher 3-5
 MIDDLE = frozenset({0, 3})  # teacher 0-1, student 1-2, teacher 5
 TOKENS = torch.arange(20)[None] * 7 % 257
+
+
+def causal(*fast: str):
+    """Parametrize over all causal models of the table, of which few are fast."""
+    names = [name for name in SETTINGS if name not in ENCODERS]
+    marks = {name: [] if name in fast else pytest.mark.slow for name in names}
+    return pytest.mark.parametrize(
+        "model_type", [pytest.param(name, marks=marks[name]) for name in names]
+    )
+
+
+TIED = pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 
 
 def scales_of(factors: dict[frozenset[int], dict[int, float]]) -> MatchedScales:
@@ -71,8 +77,8 @@ def with_long_embeddings(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", CAUSAL)
+@TIED
+@causal("qwen3", "gemma2", "gpt2")
 def test_layers_compute_the_same_up_to_the_factor(model_type, tied):
     teacher, student = family_pair(model_type, tied)
     teacher, student = with_long_embeddings(teacher), with_long_embeddings(student)
@@ -100,7 +106,7 @@ def test_layers_compute_the_same_up_to_the_factor(model_type, tied):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", CAUSAL)
+@causal("qwen3", "olmo2")
 def test_only_what_is_rescaled_is_new(model_type):
     """A run in the middle leaves embeddings and teacher layers alone, which stay shared."""
     teacher, student = family_pair(model_type, tied=True)
@@ -121,8 +127,8 @@ def test_only_what_is_rescaled_is_new(model_type):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", CAUSAL)
+@TIED
+@causal("qwen3_moe", "gemma2")
 def test_a_saved_member_equals_the_one_in_memory(model_type, tied, tmp_path):
     teacher, student = family_pair(model_type, tied)
     names = save_models(tmp_path, teacher, student, max_shard_size="20KB" if tied else "5GB")
@@ -191,7 +197,7 @@ def test_what_becomes_too_large_is_refused(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", CAUSAL)
+@causal("gpt2")
 def test_rescaled_members_of_a_tree_have_their_own_logits(model_type):
     teacher, student = family_pair(model_type, tied=True)
     recipes = {}
