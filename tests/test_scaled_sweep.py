@@ -50,7 +50,7 @@ def tasks(tmp_path):
 
 def sweep(pair, tasks, out, *more: str) -> dict[int, dict]:
     asked = flags(pair, out, num_layers_to_patch="all", include_path=tasks, baselines="naive")
-    evaluate_main([*asked, "--tasks", "rolling,choice,generation", "--log_samples", *more])
+    evaluate_main([*asked, *more])
     return {k: json.loads((out / f"family_k{k}.json").read_text()) for k in range(4)}
 
 
@@ -59,9 +59,11 @@ def answers(folder, name: str) -> list:
     return [json.loads(line)["filtered_resps"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_member_scores_as_its_saved_model_does(pair, tasks, tmp_path):
-    found = sweep(pair, tasks, tmp_path / "out")
+    names = ("--tasks", "rolling,choice,generation", "--log_samples")
+    found = sweep(pair, tasks, tmp_path / "out", *names)
     for k in range(4):
         saved = tmp_path / f"k{k}"
         patch_main(flags(pair, saved, num_layers_to_patch=k))
@@ -95,8 +97,9 @@ def test_each_member_scores_as_its_saved_model_does(pair, tasks, tmp_path):
 
 def test_scores_of_other_factors_are_not_mixed(pair, tasks, tmp_path, capsys):
     out = tmp_path / "out"
-    scaled = sweep(pair, tasks, out)
-    plain = sweep(pair, tasks, tmp_path / "plain", "--match_scale", "False")
+    rolling, plainly = ("--tasks", "rolling"), ("--match_scale", "False")
+    scaled = sweep(pair, tasks, out, *rolling)
+    plain = sweep(pair, tasks, tmp_path / "plain", *rolling, *plainly)
     for k, of in scaled.items():
         (run,) = of["runs"].values()
         (plain_run,) = plain[k]["runs"].values()
@@ -112,14 +115,14 @@ def test_scores_of_other_factors_are_not_mixed(pair, tasks, tmp_path, capsys):
             assert "scales" not in next(iter(one["runs"].values()))["settings"]
     capsys.readouterr()
     for more, message in (
-        (["--match_scale", "False"], "was made with scales=matched"),
-        ([], "and matched"),
+        (plainly, "was made with scales=matched"),
+        ((), "and matched"),
     ):
         if not more:
             other = scales_of({**FACTORS, 1: {0: 1.2}})
             StudentConfig(LAYERS, "last", other).save(pair[1])
         with pytest.raises(SystemExit, match="2"):
-            sweep(pair, tasks, out, *more)
+            sweep(pair, tasks, out, *rolling, *more)
         assert message in capsys.readouterr().err
     # Results of an earlier version, which knew no factors, are those of members as they are.
     path = tmp_path / "plain" / "family_k1.json"
@@ -128,10 +131,10 @@ def test_scores_of_other_factors_are_not_mixed(pair, tasks, tmp_path, capsys):
         del run["settings"]["scales"]
     path.write_text(json.dumps(old))
     with pytest.raises(SystemExit, match="2"):
-        sweep(pair, tasks, tmp_path / "plain")
+        sweep(pair, tasks, tmp_path / "plain", *rolling)
     assert "was made with scales=None and matched" in capsys.readouterr().err
     before = path.read_text()
-    sweep(pair, tasks, tmp_path / "plain", "--match_scale", "False")
+    sweep(pair, tasks, tmp_path / "plain", *rolling, *plainly)
     assert json.loads(before)["results"] == json.loads(path.read_text())["results"]
 
 
