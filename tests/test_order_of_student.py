@@ -20,7 +20,7 @@ from patching.student_config import read_student_config
 from train import order_of_student
 from train.data import documents_set_aside, load_rows
 from train.data_args import DataArguments
-from train.order_of_student import Cost, flops_per_second_of_rank
+from train.order_of_student import MOST_MODELS, Cost, last_logged
 from train.saving import upload
 from train.train import main
 from train.training_args import DistillationArguments
@@ -31,7 +31,7 @@ TOKENIZER = byte_tokenizer()
 def command(teacher, folder, dataset, *flags) -> list[str]:
     settings = {
         "teacher_model_name_or_path": teacher, "save_directory": folder, "dataset": dataset,
-        "max_length": 32, "max_steps": 2, "per_device_train_batch_size": 4, "bf16": False,
+        "max_length": 32, "max_steps": 4, "per_device_train_batch_size": 4, "bf16": False,
         "gradient_accumulation_steps": 2, "save_strategy": "no", "disable_tqdm": True,
         "logging_steps": 1, "resume_from_checkpoint": "last",
     }  # fmt: skip
@@ -109,7 +109,7 @@ def test_the_card_names_the_measured_order(run):
     words = (
         f"{order} layer first" if isinstance(order, str) else "in the sequence of student layers"
     )
-    assert f"patched {words}" in card and "| optimizer steps | 2 |" in card
+    assert f"patched {words}" in card and "| optimizer steps | 4 |" in card
     assert "| kl, held out | " in card
 
 
@@ -158,7 +158,7 @@ def student(pair_folders, text_file, tmp_path, capsys):
 def test_it_can_be_turned_off(student, monkeypatch):
     monkeypatch.setattr(Measurements, "__init__", lambda *_: pytest.fail("it was measured"))
     folder, printed = student("--measure_order", "False")
-    assert "order" not in printed and not (folder / "order.json").exists()
+    assert "order of" not in printed and not (folder / "order.json").exists()
     config = read_student_config(str(folder))
     assert (config.patch_order, config.scales) == ("last", None)
 
@@ -286,10 +286,16 @@ def test_a_mixture_and_texts_of_tokens_and_a_single_document(tmp_path):
 
 
 def test_costs_are_told_as_far_as_they_are_known():
-    assert Cost(300, 16384).text(None, None) == "about 300 models on 16,384 tokens"
-    assert Cost(10, 1000).text(10**6, 1e9) == "about 10 models on 1,000 tokens, 1e+10 FLOPs, 10 s"
-    assert flops_per_second_of_rank([{"loss": 1.0}, {"flops_per_second": 8e9}], 4) == 2e9
-    assert flops_per_second_of_rank([{"loss": 1.0}], 4) is None
+    assert Cost(300, 16384, None).text(1e9) == "about 300 models on 16,384 tokens"
+    cost = Cost(300, 1000, 10**6)
+    assert cost.text(1e10) == "about 300 models on 1,000 tokens, 3e+11 FLOPs, 30 s"
+    # As many as take what the training took, unless a number is given.
+    assert cost.budget(None, 2.5e10) == 25 and cost.within(None, 2.5e10).num_models == 25
+    assert cost.budget(None, 1e15) == cost.budget(None, None) == MOST_MODELS
+    assert cost.within(None, 1e15) == cost
+    assert cost.budget(7, 2.5e10) == 7
+    assert last_logged([{"a": 1.0}, {"a": 2.0, "b": 0.0}, {}], "a") == 2.0
+    assert last_logged([{"a": 1.0}], "b") is None
 
 
 def test_the_plan_says_what_comes_after_training(pair_folders, text_file, tmp_path, capsys):

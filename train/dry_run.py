@@ -88,11 +88,12 @@ def plan(
         lines.append(f"{args.num_train_epochs:g} passes over the text; its length sets the steps")
     if data_args.measure_order and why_not(teacher, layer_map) is None:
         documents = data_args.order_documents
-        cost = cost_of_order(teacher, layer_map, documents, data_args.max_length, args.order_budget)
         between = (forward_flops(student).layers + forward_flops(teacher).layers) // 2
+        training_flops = tokens_per_step * args.max_steps * flops if args.max_steps > 0 else None
+        cost = cost_of_order(teacher, layer_map, documents, data_args.max_length, between)
+        cost = cost.within(args.order_budget, training_flops)
         lines.append(
-            f"then the order of patching on {documents} documents set aside: "
-            f"{cost.text(between, None)}"
+            f"then the order of patching on {documents} documents set aside: {cost.text()}"
         )
     lines += ["", f"memory per rank, {args.optim.value}{', sharded' * is_sharded} (estimate, GiB)"]
     lines += [f"  {name:12}{num_bytes / GIB:8.2f}" for name, num_bytes in parts._asdict().items()]

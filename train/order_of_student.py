@@ -9,6 +9,7 @@ said in one line and does not fail the run: `python -m patching.orders` can do i
 import gc
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,17 +58,42 @@ POINTS_PER_SIZE = 5
 """Models measured for the scale of a size with one run of student layers, about."""
 
 
+MOST_MODELS = 1000
+"""Models to measure at most, unless --order_budget says otherwise."""
+
+
 class Cost(NamedTuple):
     """About what a search takes."""
 
     num_models: int
     num_tokens: int
+    """Tokens that each model reads."""
+    flops_per_token: int | None
 
-    def text(self, flops_per_token: int | None, flops_per_second: float | None) -> str:
+    @property
+    def flops_per_model(self) -> int | None:
+        return None if self.flops_per_token is None else self.num_tokens * self.flops_per_token
+
+    def budget(self, given: int | None, training_flops: float | None) -> int:
+        """Return the most models that may be measured: those given, else as many as take the FLOPs
+        of the training.
+        """
+        if given is not None:
+            return given
+        if not training_flops or not self.flops_per_model:
+            return MOST_MODELS
+        return min(MOST_MODELS, int(training_flops // self.flops_per_model))
+
+    def within(self, given: int | None, training_flops: float | None) -> "Cost":
+        """Return what is left of it in the budget."""
+        budget = self.budget(given, training_flops)
+        return self._replace(num_models=min(self.num_models, budget))
+
+    def text(self, flops_per_second: float | None = None) -> str:
         text = f"about {self.num_models:,} models on {self.num_tokens:,} tokens"
-        if flops_per_token is None:
+        if self.flops_per_model is None:
             return text
-        flops = self.num_models * self.num_tokens * flops_per_token
+        flops = self.num_models * self.flops_per_model
         text = f"{text}, {flops:.3g} FLOPs"
         return f"{text}, {flops / flops_per_second:,.0f} s" if flops_per_second else text
 
@@ -82,38 +108,38 @@ def why_not(config: PreTrainedConfig, layer_map: LayerMap) -> str | None:
 
 
 def cost_of_order(
-    config: PreTrainedConfig, layer_map: LayerMap, num_documents: int, max_length: int, budget: int
+    config: PreTrainedConfig,
+    layer_map: LayerMap,
+    num_documents: int,
+    max_length: int,
+    flops_per_token: int | None,
 ) -> Cost:
-    """Return about what measuring the order takes."""
+    """Return about what measuring the order takes. `flops_per_token` are those of a model between
+    student and teacher.
+    """
     sizes = range(1, layer_map.max_layers_to_patch)
     steps = [layer_map.patched_layers(k - 1, "last") for k in sizes]
     num_searched = sum(len(next_sets(layer_map, step, layer_map.patchable)) for step in steps)
     num_models = 1 + 2 * len(sizes) + num_searched
-    try:
+    with suppress(ValueError):  # of architectures whose scale cannot be matched
         check_rescaling(config)
         num_models += (len(NAMED_ORDERS) + len(SEARCHED)) * POINTS_PER_SIZE * len(sizes)
-    except ValueError:
-        pass
     num_tokens = num_documents * min(max_length, TOKENS_PER_DOCUMENT)
-    return Cost(min(num_models, budget), num_tokens)
+    return Cost(num_models, num_tokens, flops_per_token)
 
 
-def flops_per_second_of_rank(
-    log_history: Sequence[Mapping[str, float]], num_ranks: int
-) -> float | None:
-    """Return how fast one rank was in the last logged steps, None if no line says so."""
-    speeds = [line["flops_per_second"] for line in log_history if "flops_per_second" in line]
-    return speeds[-1] / num_ranks if speeds else None
+def last_logged(log: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """Return the last value of a field in a run's log, None if no line has it."""
+    return next((line[name] for line in reversed(log) if name in line), None)
 
 
 def measure_order(
     model_args: ModelArguments,
     data_args: DataArguments,
     args: DistillationArguments,
-    flops_per_second: float | None = None,
 ) -> None:
     """Measure the order of the student in `save_directory`, unless that is done already. Files
-    appear when they are complete. `flops_per_second` are those of this rank in training.
+    appear when they are complete.
     """
     folder = Path(args.save_directory)
     if (
@@ -148,15 +174,20 @@ def measure_order(
             family.layer_map,
             len(texts),
             data_args.max_length,
-            args.order_budget,
+            family.sizes()[len(family) // 2].flops_per_token,
         )
-        flops_per_token = family.sizes()[len(family) // 2].flops_per_token
+        log = _read_run(folder)["log"]
+        training_flops = last_logged(log, "total_flos")
+        budget = cost.budget(args.order_budget, training_flops)
+        speed = last_logged(log, "flops_per_second")
+        within = cost.within(args.order_budget, training_flops)
+        said = within.text(speed and speed / args.world_size)
         print(
-            f"measuring the order of patching on {text.name}: "
-            f"{cost.text(flops_per_token, flops_per_second)} (--measure_order False leaves it out)",
+            f"measuring the order of patching on {text.name}: {said} (--measure_order False "
+            "leaves it out)",
             flush=True,
         )
-        _search(family, text, folder, model_args, data_args, args)
+        _search(family, text, folder, args, budget)
     except (*USER_ERRORS, BudgetSpent, RuntimeError) as error:  # memory may run out too
         first_line = str(error).partition("\n")[0]
         print(
@@ -176,15 +207,14 @@ def _search(
     family: Family,
     text: Calibration,
     folder: Path,
-    model_args: ModelArguments,
-    data_args: DataArguments,
     args: DistillationArguments,
+    budget: int,
 ) -> None:
-    measure = Measurements(family, text, folder / MEASURED_ORDER_FILE_NAME, args.order_budget)
+    measure = Measurements(family, text, folder / MEASURED_ORDER_FILE_NAME, budget)
     tried = tried_orders(measure, searches=SEARCHED)
     scales = None
     try:
-        check_rescaling(family.configs["teacher"], model_args.trust_remote_code)
+        check_rescaling(family.configs["teacher"], family.parents.trust_remote_code)
         scales = matched_scales(measure, tried)
     except ValueError as error:
         print(f"no matched scale: {error}", flush=True)
@@ -192,18 +222,22 @@ def _search(
     best = best_order(found)
     order = best if best in NAMED_ORDERS else tuple(found["orders"][best]["order"])
     student_config = StudentConfig(family.layer_map, order, scales)
-    flags = {"budget": args.order_budget, "documents": data_args.order_documents}
+    flags = {"budget": budget, "documents": len(text.texts)}
     _save(family, folder, student_config, args)
     write_json(folder / ORDER_FILE_NAME, order_file(measure, found, scales, flags))
     print(table(found))
     print(f"order of patching saved with the student: {best_order_text(found)}", flush=True)
 
 
+def _read_run(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RUN_FILE_NAME).read_text(encoding="utf-8"))
+
+
 def _save(
     family: Family, folder: Path, student_config: StudentConfig, args: DistillationArguments
 ) -> None:
     """Write the order where it is read by default, and where it is told: the card and run.json."""
-    run: Mapping[str, Any] = json.loads((folder / RUN_FILE_NAME).read_text(encoding="utf-8"))
+    run = _read_run(folder)
     student_config.save(folder)
     write_json(folder / RUN_FILE_NAME, {**run, "student": student_config.to_dict()})
     teacher = family.parents.references["teacher"]

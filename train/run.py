@@ -51,7 +51,7 @@ from train.gradient_reduction import choose_reduction
 from train.local_batches import check_enough_rows
 from train.masking import Masking
 from train.model_args import ModelArguments
-from train.order_of_student import flops_per_second_of_rank, measure_order
+from train.order_of_student import measure_order
 from train.packing import check_separates_documents
 from train.ranks import first_rank_first
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
@@ -174,9 +174,8 @@ def run(
     except OutOfRange as error:
         exit_out_of_range(args, error)
     print_on_main_process(args, f"student saved in {args.save_directory}")
-    flops_per_second = flops_per_second_of_rank(trainer.state.log_history, args.world_size)
     del trainer, student, teacher  # their memory is needed
-    measure_order(model_args, data_args, args, flops_per_second)
+    measure_order(model_args, data_args, args)
     with user_errors():
         upload_student(args, uploads)
 

@@ -129,10 +129,11 @@ class DistillationArguments(PaperArguments):
         metadata={"help": "dtype of the saved student", "choices": SAVE_DTYPES},
     )
 
-    order_budget: int = field(
-        default=1000,
+    order_budget: int | None = field(
+        default=None,
         metadata={
-            "help": "with --measure_order: most models to measure, each on the documents set aside"
+            "help": "with --measure_order: most models to measure, each on the documents set aside "
+            "(default: as many as take the FLOPs of the training, at most 1,000)"
         },
     )
 
