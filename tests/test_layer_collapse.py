@@ -118,11 +118,11 @@ def test_merges_that_are_similar_enough_stay(num_combined, depth, merges):
 
 
 def test_merges_that_are_not_are_tried_one_layer_down():
-    similarity, asked = recorded(lambda collapsed: 0.8 - 0.01 * len(asked))
+    similarity, asked = recorded(lambda collapsed: 0.8 - 0.01 * (len(asked) - 1))
     found, below = collapse_once(12, 6, 4, 0.8, similarity)
     assert asked == [merged_at(12, (first, first + 3)) for first in range(8, -1, -1)]
     assert found == unmerged(12)
-    assert below == 0.8 - 0.01  # the first one: at the threshold is not above it
+    assert below == 0.8  # the first one: at the threshold is not above it
 
     # The merge into layer 6 is the only one above it, and the next starts two layers down.
     similarity, asked = recorded(
