@@ -1,6 +1,9 @@
 """The study of the paper's claims: what it runs, what it goes on with, how it answers."""
 
+import json
+
 import pytest
+from conftest import ROOT
 
 from evaluate.result import Parameters, Result, update_result
 from examples.studies.claims import students
@@ -10,8 +13,11 @@ from examples.studies.claims.findings import (
     NUM_LAYERS,
     Claim,
     between,
+    claims_of,
+    claims_table,
     over_student,
     read_lines,
+    scores_table,
 )
 from examples.studies.claims.students import OWN, STUDENTS, SWEEPS, missing_sweeps
 from patching.blocks import LayerMap
@@ -127,6 +133,20 @@ def test_other_settings_in_one_folder_are_refused(commands, tmp_path, capsys):
             main(["--folder", str(tmp_path), *flags])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_page_has_the_recorded_figures():
+    folder = ROOT / "examples" / "studies" / "claims"
+    recorded = json.loads((folder / "claims.json").read_text())
+    page = (ROOT / "docs" / "claims.md").read_text()
+    bits, accuracy = (
+        {name: {int(depth): of for depth, of in line.items()} for name, line in lines.items()}
+        for lines in (recorded["bits_per_byte"], recorded["next_line_accuracy"])
+    )
+    assert claims_table(claims_of(bits)) in page
+    assert scores_table(bits) in page and scores_table(accuracy) in page
+    assert " ".join(recorded["settings"]["train.train"]) in page.replace("\\\n    ", "")
+    assert all(answer in page for answer in (claim["here"] for claim in recorded["claims"]))
 
 
 @pytest.mark.slow

@@ -186,7 +186,8 @@ def scores_table(lines: Lines) -> str:
     """One row for each line, one column for each number of layers."""
     depths = sorted(set().union(*lines.values()))
     rows = [["models", *map(str, depths)], ["---", *["---:"] * len(depths)]]
-    for name, line in lines.items():
+    for name in (name for name in LABELS if name in lines):
+        line = lines[name]
         scores = (with_error(line[depth]) if depth in line else "" for depth in depths)
         rows.append([LABELS[name], *scores])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

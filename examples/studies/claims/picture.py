@@ -39,9 +39,18 @@ PANELS: dict[str, dict[str, str]] = {
 
 
 def draw(lines: Lines) -> Figure:
-    """Draw the lines that are there, with the standard deviation over seeds as error bars."""
-    figure = Figure(figsize=(11, 6.6), layout="constrained")
-    for axes, (title, labels) in zip(figure.subplots(2, 3).flatten(), PANELS.items()):
+    """Draw the panels that have several lines by now, with the standard deviation over seeds as
+    error bars.
+    """
+    panels = {title: labels for title, labels in PANELS.items() if len(labels.keys() & lines) > 1}
+    num_columns = min(3, max(1, len(panels)))
+    num_rows = max(1, -(-len(panels) // num_columns))
+    size = (3.7 * num_columns + 0.6, 3.3 * num_rows)
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, labels) in zip(all_axes, panels.items()):
         for (name, label), (color, line, marker) in zip(labels.items(), cycle(LOOKS)):
             style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
             if name in lines:
