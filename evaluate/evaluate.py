@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # torch, transformers and lm-eval take seconds to import, and `--help` does not need them.
     from evaluate.devices import device_of_rank
+    from evaluate.failures import store_failures
     from evaluate.lm_eval_files import write_files
     from evaluate.plan import Plan
     from evaluate.ranks import Ranks
@@ -74,9 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     if not ranks.is_first:
         return
     folder = arguments.save_directory
+    store_failures(folder, failures)
     if results := read_results(folder):
         write_files(folder, results, sweep.store.changed, arguments)
-        print(write_report([*read_sweeps([folder])], folder, failures))
+        print(write_report(read_sweeps([folder]).results, folder, failures))
         print(f"report: {folder / 'summary.md'}")
     for task, reason in failures.items():
         print(f"failed: {task}: {reason}", file=sys.stderr)

@@ -4,17 +4,19 @@ SVG).
     python -m evaluate.report DIR... --save_directory OUT
 
 reads the results in each DIR. Shards of one sweep are put together. Several sweeps are compared,
-each named after its folder. Scores that
-were measured under other conditions than the others of their task are marked.
+each named after its folder. Scores that were measured under other conditions than the others of
+their task are marked. Tasks that a sweep could not evaluate are listed.
 """
 
 import dataclasses
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluate.documents import read_documents
+from evaluate.failures import read_failures
 from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.exports import csv_table, json_summary
 from evaluate.reporting.tables import markdown_report, page_name
@@ -66,26 +68,23 @@ def short_names(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def read_sweeps(folders: Sequence[Path]) -> Iterator[Result]:
-    """The results in some folders. Shards of one sweep are put together. If there are several
-    sweeps, each result is given its sweep's name.
+class Sweeps(NamedTuple):
+    results: list[Result]
+    failures: dict[str, str]
+    """Tasks that could not be evaluated, and why."""
 
-    Raises ValueError for a folder without results.
+
+def read_sweeps(folders: Sequence[Path]) -> Sweeps:
+    """What is in some folders. Shards of one sweep are put together. If there are several sweeps,
+    each result and each failure is given its sweep's name.
+
+    Raises ValueError for a folder without results or failures, and if none has results.
     """
-    found: dict[Path, dict[str, Result]] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: there is no such folder")
-        found[folder] = read_results(folder)
-        if not found[folder]:
-            raise ValueError(
-                f"{folder}: there are no results in it, name a --save_directory of "
-                "evaluate.evaluate"
-            )
-        for name, result in found[folder].items():
-            result.documents = read_documents(folder, name)
+    found, failed = read_folders(folders)
     sweeps = shards_of(found)
     names = short_names([str(sweep.folders[0].resolve()) for sweep in sweeps])
+    named: list[Result] = []
+    failures: dict[str, str] = {}
     for sweep_name, sweep in zip(names, sweeps):
         if sweep.missing and len(folders) > 1:
             warnings.warn(
@@ -96,10 +95,49 @@ def read_sweeps(folders: Sequence[Path]) -> Iterator[Result]:
         for folder in sweep.folders:
             for name, result in found[folder].items():
                 by_name.setdefault(name, []).append(result)
-        for name in sorted(by_name):
-            yield dataclasses.replace(
-                merged(by_name[name]), sweep=sweep_name if len(sweeps) > 1 else None
+        in_report = sweep_name if len(sweeps) > 1 else None
+        named += [
+            dataclasses.replace(merged(by_name[name]), sweep=in_report) for name in sorted(by_name)
+        ]
+        for folder in sweep.folders:
+            add_failures(failures, failed.pop(folder), in_report)
+    for folder, of_folder in failed.items():  # shards in which every task failed
+        add_failures(failures, of_folder, folder.name if len(sweeps) > 1 else None)
+    return Sweeps(named, failures)
+
+
+def read_folders(
+    folders: Sequence[Path],
+) -> tuple[dict[Path, dict[str, Result]], dict[Path, dict[str, str]]]:
+    """The results and the failures in folders. A folder without results is not among the first."""
+    found: dict[Path, dict[str, Result]] = {}
+    failed: dict[Path, dict[str, str]] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: there is no such folder")
+        results, failed[folder] = read_results(folder), read_failures(folder)
+        if results:
+            found[folder] = results
+        elif not failed[folder]:
+            raise ValueError(
+                f"{folder}: there are no results in it, name a --save_directory of "
+                "evaluate.evaluate"
             )
+        for name, result in results.items():
+            result.documents = read_documents(folder, name)
+    if not found:
+        tasks = sorted({task for of_folder in failed.values() for task in of_folder})
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: no results, and {', '.join(tasks)} failed: see why "
+            "with evaluate.evaluate"
+        )
+    return found, failed
+
+
+def add_failures(failures: dict[str, str], more: Mapping[str, str], sweep: str | None) -> None:
+    """Add the failures of a sweep or of a further shard of it, in place."""
+    for task, reason in more.items():
+        failures.setdefault(f"{sweep}: {task}" if sweep else task, reason)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,8 +162,8 @@ def main(argv: list[str] | None = None) -> None:
                 )
             (folder,) = arguments.directories
         check_writable(folder)
-        results = list(read_sweeps(list(dict.fromkeys(arguments.directories))))
-    print(write_report(results, folder))
+        results, failures = read_sweeps(list(dict.fromkeys(arguments.directories)))
+    print(write_report(results, folder, failures))
     print(f"report: {folder / 'summary.md'}")
 
 

@@ -230,9 +230,15 @@ def how_models_run(plan: Plan) -> dict[str, str]:
     """Flags that change scores in the way models run, as far as they are given."""
     names = ("max_length", "attn_implementation")
     values = {name: getattr(plan.arguments, name) for name in names}
-    if plan.arguments.generation_backend != "transformers":
-        values["generation_backend"] = plan.arguments.generation_backend
     return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def sources_of(series: Series, generates: bool) -> dict[str, str]:
+    """What the scores of a task come from besides the task, which `generates` text or does not."""
+    backend = series.plan.arguments.generation_backend
+    if not generates or backend == "transformers":
+        return series.sources
+    return series.sources | {"generation_backend": backend}
 
 
 def parameters_of(plan: Plan, config: PreTrainedConfig) -> Parameters:

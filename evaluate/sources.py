@@ -43,6 +43,15 @@ def sources_of(loaded: TaskDict) -> dict[str, str]:
     }
 
 
+def generates(loaded: TaskDict) -> bool:
+    """Whether one of some tasks has models generate text. Their requests have been built."""
+    return any(
+        instance.request_type == "generate_until"
+        for task in loaded["tasks"].values()
+        for instance in task.instances
+    )
+
+
 def config_of(task: Task) -> list[Any]:
     """A task's resolved config. Functions count with the files they are defined in, and local
     metrics with theirs. Where the task file lies does not count.

@@ -184,8 +184,13 @@ def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatc
             path = tmp_path / name / "samples" / f"family_k{k}" / "samples_generation.jsonl"
             answers.append([json.loads(line)["resps"] for line in path.read_text().splitlines()])
         assert answers[0] == answers[1]
-    sources = read_results(tmp_path / "vllm")["family_k0"].tasks["generation"].sources
-    assert sources["generation_backend"] == "vllm"
+    finished = read_results(tmp_path / "vllm")["family_k0"].tasks
+    assert finished["generation"].sources["generation_backend"] == "vllm"
+    # What needs no answer stays when something else generates.
+    main([*flags(pair_folders, tmp_path / "vllm", **settings), "--log_samples"])
+    again = read_results(tmp_path / "vllm")["family_k0"].tasks
+    assert again["choice"] == finished["choice"]
+    assert again["generation"].run != finished["generation"].run
 
 
 def test_more_new_tokens_than_the_model_reads():

@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
 
 from evaluate.evaluate import main
+from evaluate.failures import store_failures
 from evaluate.report import main as report
-from evaluate.result import read_results
+from evaluate.result import (
+    FinishedTask,
+    Parameters,
+    Result,
+    Run,
+    read_results,
+    update_result,
+)
 from evaluate.shards import Shard
 
 
@@ -44,6 +52,54 @@ def without_costs(folder: Path) -> dict[str, str]:
         "svg": re.sub(r'<dc:date>.*</dc:date>|id="\w+"|#\w+', "",
                       (folder / "summary.svg").read_text()),
     }  # fmt: skip
+
+
+def stored_shard(folder: Path, number: int, failures: dict[str, str], **scores: float) -> Path:
+    """A folder as shard `number` of 3 leaves it."""
+    store_failures(folder, failures)
+    for name, value in scores.items():
+        run = Run({}, {"shard": f"{number}/3", "save_directory": str(folder)}, {})
+        result = Result("family", int(name[-1]), 4, Parameters(10, 10), max_layers_to_patch=2)
+        found = {"results": {"choice": {"acc,none": value}}}
+        result.add_scores({"choice": FinishedTask(1.0, False)}, run, found)
+        update_result(folder, name, lambda _, result=result: result)
+    return folder
+
+
+def test_failures_of_shards_are_in_the_merged_report(tmp_path, capsys):
+    no_data = {"no_data": "FileNotFoundError: no_data.jsonl"}
+    folders = [
+        stored_shard(tmp_path / "1", 1, no_data, family_k0=0.5),
+        stored_shard(tmp_path / "2", 2, no_data | {"code": "KeyError: 'a'"}, family_k1=0.6),
+        stored_shard(tmp_path / "3", 3, no_data | {"other": "ValueError: b"}),  # nothing else
+    ]
+    report([*map(str, folders), "--save_directory", str(tmp_path / "merged")])
+    summary = json.loads((tmp_path / "merged" / "summary.json").read_text())
+    assert summary["failures"] == no_data | {"code": "KeyError: 'a'", "other": "ValueError: b"}
+    assert {model["model"] for model in summary["models"]} == {"student", "k = 1"}
+    markdown = (tmp_path / "merged" / "summary.md").read_text()
+    assert markdown.endswith(
+        "## Not evaluated\n\n- no_data: FileNotFoundError: no_data.jsonl\n- code: KeyError: 'a'\n"
+        "- other: ValueError: b\n"
+    )
+
+    stored_shard(folders[1], 2, no_data)  # it ran again, and one of them did not fail
+    folder = stored_shard(tmp_path / "other", 1, {"code": "c"}, family_k0=0.4)
+    other = json.loads((folder / "family_k0.json").read_text())
+    next(iter(other["runs"].values()))["arguments"]["shard"] = None
+    (folder / "family_k0.json").write_text(json.dumps(other))
+    report([*map(str, [*folders[:2], folder]), "--save_directory", str(tmp_path / "two")])
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["failures"] == {f"1: {task}": why for task, why in no_data.items()} | {
+        "other: code": "c"
+    }
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        report([str(folders[2])])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no results, and no_data, other failed" in line
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import shutil
 import threading
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -21,6 +22,7 @@ from evaluate import sources
 from evaluate.evaluate import main
 from evaluate.result import Parameters, Result, Run, read_results, update_result
 from evaluate.seeds import DEFAULT_SEEDS, Seeds
+from evaluate.series import sources_of
 from evaluate.stored import FinishedTask, missing_tasks, with_facts
 from evaluate.tasks import load_tasks
 
@@ -185,6 +187,14 @@ def test_two_runs_into_one_folder_lose_nothing(tmp_path):
     stored = read_results(tmp_path)["family_k0"]
     assert len(stored.tasks) == len(stored.results) == 30
     assert list(stored.runs) == [RUN.name]
+
+
+def test_what_generates_is_a_source_of_tasks_that_generate_alone():
+    for backend, expected in (("transformers", {}), ("vllm", {"generation_backend": "vllm"})):
+        plan = SimpleNamespace(arguments=SimpleNamespace(generation_backend=backend))
+        series = SimpleNamespace(plan=plan, sources={"tokenizer": "a"})
+        assert sources_of(series, generates=False) == {"tokenizer": "a"}
+        assert sources_of(series, generates=True) == {"tokenizer": "a"} | expected
 
 
 def test_missing_tasks_are_those_without_these_sources():

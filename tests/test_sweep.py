@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from evaluate import harness
 from evaluate.evaluate import main
+from evaluate.failures import read_failures
 from evaluate.harness import write_samples
+from evaluate.report import main as report
 from evaluate.result import LM_EVAL_KEYS, Result, read_results
 from evaluate.tasks import load_tasks
 from patching.running.block_influence import block_influence, most_influential
@@ -131,11 +133,16 @@ def test_failing_tasks_do_not_lose_the_others(pair_folders, tasks, tmp_path, cap
     assert "KeyError: 'no such field'" in reported[1]
     assert all(values.keys() == {"choice", "rolling"} for values in scores(out).values())
     assert "- breaking: KeyError" in (out / "summary.md").read_text()
+    report([str(out), "--save_directory", str(tmp_path / "report")])
+    for name in ("summary.md", "summary.csv"):
+        assert (tmp_path / "report" / name).read_text() == (out / name).read_text()
 
     before = finished(out)
     shutil.copy(folder / "choice.jsonl", folder / "no_data.jsonl")
     (folder / "breaking_score.py").write_text(SLOW_SCORE)
     main(command)
+    assert "Not evaluated" not in (out / "summary.md").read_text()
+    assert read_failures(out) == {}
     after = finished(out)
     assert len(after) == 2 * 4 and {part: after[part] for part in before} == before
     for values in scores(out).values():
