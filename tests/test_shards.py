@@ -1,10 +1,14 @@
 """A sweep in shards: the same report, each part run once."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
@@ -133,3 +137,37 @@ def test_the_merged_report_is_that_of_the_whole_sweep(pair_folders, tmp_path, mo
     report([str(tmp_path / "whole"), *map(str, folders), "--save_directory", str(tmp_path / "two")])
     models = json.loads((tmp_path / "two" / "summary.json").read_text())["models"]
     assert {model["sweep"] for model in models} == {"whole", "shard_1"}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_evaluates_and_merges(pair_folders, tmp_path, monkeypatch):
+    """Its commands as a Slurm array runs them, one task of the array after the other."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    write_task(tasks, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    write_task(tasks, "choice", QUESTIONS, **CHOICE)
+    settings = {"tasks": "rolling,choice", "include_path": tasks, "dtype": "float32"}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    for i in (1, 2):
+        done = subprocess.run(
+            ["bash", "examples/slurm/evaluate_array.sh", *words],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "SLURM_ARRAY_TASK_ID": str(i),
+                "SLURM_ARRAY_TASK_COUNT": "2",
+                "TEACHER": str(pair_folders[0]),
+                "STUDENT": str(pair_folders[1]),
+                "DIR": str(tmp_path / "out"),
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("shards 2/2 of this sweep are missing" in done.stderr) == (i == 1)
+    every = {"num_layers_to_patch": "all", "baselines": "naive"}
+    main(flags(pair_folders, tmp_path / "whole", **settings | every))
+    assert without_costs(tmp_path / "out") == without_costs(tmp_path / "whole")
