@@ -1,7 +1,8 @@
 """`torchrun ... tests/shard_on_cpu.py ...`: train.train with real FSDP2 sharding on CPU ranks.
 
 accelerate only shards on accelerators. Here its state reports MULTI_GPU instead of MULTI_CPU, and
-nothing else changes. What each rank holds is written next to the checkpoints.
+nothing else changes. What each rank holds is written next to the checkpoints, and how often it
+gathered the head of the student to train it.
 """
 
 import json
@@ -9,8 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from train import run
@@ -39,6 +42,19 @@ def held(model) -> dict[str, dict[str, list[int]]]:
     }
 
 
+head_gathers = []
+
+
+def noting_gathers_of_heads(fsdp_params, *args, **kwargs):
+    # The teacher runs without gradients, and so does evaluation.
+    if torch.is_grad_enabled() and any("lm_head" in p._param_fqn for p in fsdp_params):
+        head_gathers.append(1)
+    return all_gather(fsdp_params, *args, **kwargs)
+
+
+all_gather = _fsdp_param_group.foreach_all_gather
+
+
 class RecordingTrainer(DistillationTrainer):
     def __init__(self, student, teacher, *args, **kwargs):
         self.read_weights = not any(parameter.is_meta for parameter in teacher.parameters())
@@ -51,6 +67,7 @@ class RecordingTrainer(DistillationTrainer):
             "read_weights": self.read_weights,
             "student": held(self.model_wrapped),
             "teacher": held(self.teacher),
+            "head_gathers": len(head_gathers),
         }
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +78,7 @@ class RecordingTrainer(DistillationTrainer):
 def shard_on_cpu() -> None:
     PartialState.__init__ = initialize_as_if_on_gpus
     run.DistillationTrainer = RecordingTrainer
+    _fsdp_param_group.foreach_all_gather = noting_gathers_of_heads
 
 
 if __name__ == "__main__":

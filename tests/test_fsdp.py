@@ -57,6 +57,8 @@ def test_two_sharded_ranks_follow_one_process(tying, text_file, tmp_path):
 
     reports = [json.loads((two / f"checkpoints/held_{rank}.json").read_text()) for rank in (0, 1)]
     assert [report["read_weights"] for report in reports] == [True, False]
+    if tying == "untied":  # once per step of four micro-batches
+        assert [report["head_gathers"] for report in reports] == [4, 4]
     for name, num_layers in (("student", 4), ("teacher", 6)):
         shares = [report[name] for report in reports]
         assert len(shares[0]) >= 11 * num_layers

@@ -193,6 +193,25 @@ def test_a_run_that_cannot_resume_from_a_checkpoint_says_so(
     assert "checkpoint-1: its run did not read a stream" in refused("True")
 
 
+def test_checkpoints_of_another_run_are_not_mixed_with_those_of_this_one(
+    teacher, documents, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # no weights load
+    checkpoints = [tmp_path / name / "checkpoint-7" for name in ("shared", "elsewhere")]
+    for checkpoint in checkpoints:
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+    for resume in ("False", str(checkpoints[1])):
+        flags = ["--output_dir", str(tmp_path / "shared"), "--resume_from_checkpoint", resume]
+        with pytest.raises(SystemExit) as ended:
+            main(command(teacher, tmp_path / "student", documents, *flags))
+        assert ended.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+        assert f"output_dir={tmp_path / 'shared'}: it holds checkpoint-7 of an earlier run" in line
+        assert "add --resume_from_checkpoint last to continue that, name another --output" in line
+        assert checkpoints[0].is_dir() and not (tmp_path / "student").exists()
+
+
 def test_only_finished_checkpoints_are_found(tmp_path):
     assert find_checkpoint(None, str(tmp_path)) is None
     assert find_checkpoint("last", str(tmp_path / "missing")) is None

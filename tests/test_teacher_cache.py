@@ -88,7 +88,7 @@ def test_predictions_come_back_at_their_positions(tmp_path, monkeypatch):
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}, {"input_ids": [7, 8]}]
     for row, part in zip(rows, (slice(0, 3), slice(3, 6), slice(6, 8))):
         writer.add(key_of_row(row), top.at(part))
-    writer.finish(is_whole_text=True)
+    writer.finish(None)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     batch = TeacherCache(tmp_path).add_to(collate([rows[2], rows[0]]))
     ids, log_q, log_rest = teacher_cache.TopTokens.unpacked(batch["teacher_top"])
@@ -212,6 +212,24 @@ def test_what_does_not_fit_the_cache_is_refused(
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_a_stream_may_be_read_several_times(pair_folders, text_file, tmp_path, capsys):
+    """One document per row, so each pass has the same 36 rows. A step takes 16."""
+    stream = ["--streaming", "True", "--packing", "False"]
+    flags = cache_flags(pair_folders[0], text_file, tmp_path / "c", *stream, "--top_k", "3")
+    cache_teacher.main([*flags, "--max_rows", "16"])
+    of_run = [*stream, "--teacher_cache", str(tmp_path / "c")]
+    of_run += ["--per_device_train_batch_size", "8"]
+    words = train_flags(pair_folders[0], text_file, tmp_path / "s", *of_run)
+    with pytest.raises(SystemExit):
+        train.train.main(words)
+    assert "first 16 rows of its text and this run reads 48" in capsys.readouterr().err
+    cache_teacher.main([*flags, "--max_rows", "48"])
+    assert len(TeacherCache(tmp_path / "c").rows) == 36 + 4
+    cache_teacher.main([*flags, "--max_rows", "10"])  # which it has already
+    train.train.main(words)
+    assert (tmp_path / "s" / "model.safetensors").is_file()
 
 
 def test_another_teacher_is_refused(pair_folders, text_file, whole_cache, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """`--push_to_hub` uploads the finished student, and nothing else."""
 
 import json
+import os
 
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 
+from train import student_card
 from train.train import main
 from train.training_args import DistillationArguments
 
@@ -39,6 +41,18 @@ def hub(monkeypatch) -> list[tuple]:
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     monkeypatch.setattr(ModelCard, "validate", lambda *_, **__: None)
     return calls
+
+
+def test_a_reader_of_the_card_never_sees_half_of_it(tmp_path, monkeypatch):
+    """The file that is there is replaced, and not written to."""
+    card = tmp_path / "README.md"
+    card.write_text("before")
+    os.link(card, tmp_path / "open file")
+    monkeypatch.setattr(student_card, "student_card", lambda *_: "after, café")
+    student_card.write_student_card(tmp_path, "title", None, None, None, {}, {})
+    assert card.read_text(encoding="utf-8") == "after, café"
+    assert (tmp_path / "open file").read_text() == "before"
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_only_the_student_is_uploaded_and_privately(hub, pair_folders, text_file, tmp_path, capsys):

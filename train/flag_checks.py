@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.optim import SGD
 from transformers.utils import is_liger_kernel_available
 
 from train.global_batch import batch_problems
-from train.refused_flags import refused_flags
+from train.refused_flags import given_flags, refused_flags
 
 if TYPE_CHECKING:
     from train.training_args import DistillationArguments
@@ -97,9 +98,10 @@ def best_model_problems(args: DistillationArguments) -> list[str]:
 
 def check_installed(args: DistillationArguments) -> None:
     """Raise ValueError or ImportError if a tracker or an optimizer needs a package that is not
-    installed. Called once the flags are complete.
+    installed, or if a schedule does not have the arguments it is given. Called once the flags are
+    complete.
     """
-    from transformers import Trainer
+    from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
     for tracker in args.report_to:
@@ -112,18 +114,30 @@ def check_installed(args: DistillationArguments) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ValueError, ImportError) as error:
         raise ValueError(f"optim={args.optim.value}: {error}") from error
+    schedule, settings = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(schedule, SGD([torch.zeros(1)]), 1, 2, scheduler_specific_kwargs=settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs={settings}: --lr_scheduler_type {schedule} needs others ({error})"
+        ) from error
 
 
 def needs_held_out_rows(args: DistillationArguments) -> list[str]:
     """Return the given flags that act on held-out rows alone."""
     schedule = args.lr_scheduler_type.value
+    given = given_flags(args) & {"eval_steps", "eval_delay", "per_device_eval_batch_size"}
     return [
-        name
-        for name, is_given in (
-            ("load_best_model_at_end", args.load_best_model_at_end),
-            ("metric_for_best_model", args.metric_for_best_model is not None),
-            ("save_strategy best", args.save_strategy.value == "best"),
-            (f"lr_scheduler_type {schedule}", schedule in ("reduce_lr_on_plateau", "greedy")),
-        )
-        if is_given
+        *sorted(given),
+        *(
+            name
+            for name, is_given in (
+                ("eval_strategy epoch", args.eval_strategy.value == "epoch"),
+                ("load_best_model_at_end", args.load_best_model_at_end),
+                ("metric_for_best_model", args.metric_for_best_model is not None),
+                ("save_strategy best", args.save_strategy.value == "best"),
+                (f"lr_scheduler_type {schedule}", schedule in ("reduce_lr_on_plateau", "greedy")),
+            )
+            if is_given
+        ),
     ]

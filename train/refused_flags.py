@@ -1,10 +1,13 @@
-"""Flags of transformers' TrainingArguments that would do nothing here, and what to do instead."""
+"""Flags of transformers' TrainingArguments that would do nothing, here at all or together with
+others, and what to do instead.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from train.training_args import DistillationArguments
@@ -61,37 +64,164 @@ REFUSED = {
 }
 """Why a flag is refused, by name."""
 
-OPTIMIZERS = (
-    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop",
-    "adamw_torch_4bit", "adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit", "ademamix",
-    "ademamix_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
-    "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
-    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "stable_adamw",
+_NO_OPTIONS = (
+    "adamw_torch", "adamw_torch_fused", "adafactor", "adamw_bnb_8bit", "adamw_8bit", "lion_32bit",
+    "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
 )  # fmt: skip
-"""Values of `--optim` that work with this trainer. The others update layer by layer during the
-backward pass, keep the weights to save apart from those that train, or need other hardware.
+OPTIMIZERS = dict.fromkeys(_NO_OPTIONS, ()) | {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    **dict.fromkeys(
+        ("adamw_torch_4bit", "adamw_torch_8bit"), ("block_size", "bf16_stochastic_round")
+    ),
+    **dict.fromkeys(
+        ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+        ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"),
+    ),
+    "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
+}
+"""Values of `--optim` that work with this trainer, and the keys of `--optim_args` that act. The
+others update layer by layer during the backward pass, keep the weights to save apart from those
+that train, or need other hardware. Weight decay is always that of `--weight_decay`.
 """
-WITHOUT_OPTIONS = ("adamw_torch", "adamw_torch_fused", "adafactor")
-"""Optimizers that read no `--optim_args`."""
+WITHOUT_MOMENTS = (
+    "sgd", "adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"
+)  # fmt: skip
+"""Optimizers that read neither `--adam_beta1` and `--adam_beta2` nor `--adam_epsilon`."""
+LION = ("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit")
+"""Optimizers that read the betas alone."""
 
-NEEDED = {
-    "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
-    "gradient_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
-    "liger_kernel_config": ("use_liger_kernel",),
-    "hub_model_id": ("push_to_hub",),
-    "public": ("push_to_hub",),
-    "dry_run_ranks": ("dry_run",),
-}
-"""Flags that act only together with one of others."""
 
+class Silent(NamedTuple):
+    """Flags that do nothing together with others."""
+
+    flags: tuple[str, ...]
+    is_silent: Callable[[DistillationArguments], bool]
+    because: str
+    """The rest of a message that begins with the flag. `{NAME}` is the value of a flag."""
+
+
+def _value(flag: Any) -> Any:
+    """Return the value of a flag that may have been parsed into an enumeration already."""
+    return getattr(flag, "value", flag)
+
+
+CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 DDP_ONLY = ("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
-OF_TRACKERS = {
-    "run_name": (),  # of any tracker
-    "project": ("trackio",),
-    "trackio_space_id": ("trackio",),
-    "trackio_bucket_id": ("trackio",),
-    "trackio_static_space_id": ("trackio",),
-}
+IN_CONTEXT = (
+    Silent(
+        CHECKPOINTING_KWARGS,
+        lambda args: not (args.activation_checkpointing or args.gradient_checkpointing),
+        "only applies with --activation_checkpointing",
+    ),
+    Silent(
+        (*CHECKPOINTING_KWARGS, *DDP_ONLY),
+        lambda args: bool(args.fsdp or args.fsdp_config),
+        "has no effect with --fsdp_config, leave it out",
+    ),
+    Silent(
+        ("liger_kernel_config",),
+        lambda args: not args.use_liger_kernel,
+        "only applies with --use_liger_kernel",
+    ),
+    Silent(
+        ("hub_model_id", "public"),
+        lambda args: not args.push_to_hub,
+        "only applies with --push_to_hub",
+    ),
+    Silent(("dry_run_ranks",), lambda args: not args.dry_run, "only applies with --dry_run"),
+    Silent(
+        ("torch_compile_backend", "torch_compile_mode"),
+        lambda args: args.torch_compile is False,
+        "only applies without --torch_compile False",
+    ),
+    Silent(
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        lambda args: _value(args.optim) in WITHOUT_MOMENTS,
+        "has no effect with --optim {optim}, leave it out",
+    ),
+    Silent(
+        ("adam_epsilon",),
+        lambda args: _value(args.optim) in LION,
+        "has no effect with --optim {optim}, leave it out",
+    ),
+    Silent(
+        ("warmup_steps",),
+        lambda args: (
+            args.warmup_steps > 0
+            and _value(args.lr_scheduler_type) in ("constant", "reduce_lr_on_plateau", "greedy")
+        ),
+        "has no effect with --lr_scheduler_type {lr_scheduler_type}, leave it out",
+    ),
+    Silent(
+        ("lr_scheduler_kwargs",),
+        lambda args: _value(args.lr_scheduler_type) in ("constant", "constant_with_warmup"),
+        "has no effect with --lr_scheduler_type {lr_scheduler_type}, leave it out",
+    ),
+    Silent(
+        ("logging_steps",),
+        lambda args: _value(args.logging_strategy) != "steps",
+        "has no effect with --logging_strategy {logging_strategy}, leave it out",
+    ),
+    Silent(
+        ("eval_steps",),
+        lambda args: _value(args.eval_strategy) != "steps",
+        "has no effect with --eval_strategy {eval_strategy}, leave it out",
+    ),
+    Silent(
+        ("eval_delay", "metric_for_best_model"),
+        lambda args: _value(args.eval_strategy) == "no",
+        "has no effect with --eval_strategy no, leave it out",
+    ),
+    Silent(
+        ("save_strategy",),
+        lambda args: _value(args.save_strategy) == "best" and _value(args.eval_strategy) == "no",
+        "best only applies with --eval_strategy steps or epoch",
+    ),
+    Silent(
+        ("save_steps",),
+        lambda args: _value(args.save_strategy) != "steps",
+        "has no effect with --save_strategy {save_strategy}, leave it out",
+    ),
+    Silent(
+        ("save_total_limit",),
+        lambda args: _value(args.save_strategy) == "no",
+        "has no effect with --save_strategy no, leave it out",
+    ),
+    Silent(
+        ("kl_loss_weight",),
+        lambda args: not args.use_kl_loss,
+        "has no effect with --use_kl_loss False, leave it out",
+    ),
+    Silent(
+        ("cosine_loss_weight",),
+        lambda args: not args.use_cosine_loss,
+        "has no effect with --use_cosine_loss False, leave it out",
+    ),
+    Silent(
+        ("run_name",),
+        lambda args: not _trackers(args),
+        "only applies with --report_to TRACKER",
+    ),
+    Silent(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        lambda args: not _trackers(args) & {"trackio", "all"},
+        "only applies with --report_to trackio",
+    ),
+)
+"""Flags that would do nothing together with other flags. What the machine or the launch makes
+silent, `ignored_flags` says.
+"""
+
+ON_SEVERAL_PROCESSES = (
+    *DDP_ONLY, "ddp_backend", "ddp_find_unused_parameters", "log_level_replica", "log_on_each_node",
+)  # fmt: skip
+"""Flags that a single process has no use for. They are left in place, with a warning, so that one
+command serves any number of processes.
+"""
+
 NOTHING = (None, "", [])
 """Values that say the same: the parser turns one into another."""
 
@@ -115,30 +245,56 @@ def refused_flags(args: DistillationArguments) -> list[str]:
     if args.greater_is_better is False:
         given.discard("greater_is_better")
     problems = [f"{name} is not available: {REFUSED[name]}" for name in sorted(given & {*REFUSED})]
-    for name, others in NEEDED.items():
-        if name in given and not given & {*others}:
-            problems.append(f"{name} only applies with --{others[0]}")
-    if args.fsdp or args.fsdp_config:
-        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", *DDP_ONLY):
-            if name in given:
-                problems.append(f"{name} has no effect with --fsdp_config, leave it out")
-    optimizer = getattr(args.optim, "value", args.optim)
-    if optimizer not in OPTIMIZERS:
-        problems.append(f"optim={optimizer}: choose one of {', '.join(OPTIMIZERS)}")
-    elif "optim_args" in given and optimizer in WITHOUT_OPTIONS:
-        problems.append(f"optim_args has no effect with --optim {optimizer}, leave it out")
-    sampling = getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
+    values = {name: _value(getattr(args, name)) for name in given}
+    problems += [
+        f"{name} {row.because.format_map(values)}"
+        for row in IN_CONTEXT
+        for name in row.flags
+        if name in given and row.is_silent(args)
+    ]
+    problems += optimizer_problems(args)
+    sampling = _value(args.train_sampling_strategy)
     if sampling not in ("random", "sequential", "group_by_length"):
         problems.append(
             f"train_sampling_strategy={sampling}: choose random, sequential or group_by_length"
         )
-    problems += accelerator_problems(args.accelerator_config)
-    trackers = {args.report_to} if isinstance(args.report_to, str) else {*(args.report_to or ())}
-    trackers -= {"none"}
-    for name, needed in OF_TRACKERS.items():
-        if name in given and not (trackers & {*needed, "all"} if needed else trackers):
-            problems.append(f"{name} only applies with --report_to {' '.join(needed) or 'TRACKER'}")
-    return problems
+    return problems + accelerator_problems(args.accelerator_config)
+
+
+def ignored_flags(args: DistillationArguments, is_single: bool) -> list[str]:
+    """Return one line per flag that is given and that this launch or machine has no use for."""
+    given = given_flags(args)
+    lines = [
+        f"--{name} has no effect on a single process"
+        for name in ON_SEVERAL_PROCESSES
+        if name in given and is_single
+    ]
+    if "torch_empty_cache_steps" in given and args.device.type == "cpu":
+        lines.append("--torch_empty_cache_steps has no effect on CPUs")
+    return lines
+
+
+def optimizer_problems(args: DistillationArguments) -> list[str]:
+    """Return problems with `--optim` and the keys of `--optim_args`."""
+    optimizer = _value(args.optim)
+    if optimizer not in OPTIMIZERS:
+        return [f"optim={optimizer}: choose one of {', '.join(OPTIMIZERS)}"]
+    if not args.optim_args:
+        return []
+    known = OPTIMIZERS[optimizer]
+    if not known:
+        return [f"optim_args has no effect with --optim {optimizer}, leave it out"]
+    keys = [pair.partition("=")[0].strip() for pair in args.optim_args.split(",")]
+    return [
+        f"optim_args: {key} has no effect with --optim {optimizer}, choose from {', '.join(known)}"
+        for key in keys
+        if key not in known
+    ]
+
+
+def _trackers(args: DistillationArguments) -> set[str]:
+    given = args.report_to
+    return ({given} if isinstance(given, str) else {*(given or ())}) - {"none"}
 
 
 def accelerator_problems(config: Any) -> list[str]:

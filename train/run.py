@@ -29,7 +29,11 @@ from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import logit_change
 from patching.student_config import StudentConfig
-from train.checkpoints.find import check_resumable, find_checkpoint
+from train.checkpoints.find import (
+    check_only_its_checkpoints,
+    check_resumable,
+    find_checkpoint,
+)
 from train.checkpoints.identity import (
     ANNOUNCED,
     differences,
@@ -54,6 +58,7 @@ from train.model_args import ModelArguments
 from train.order_of_student import measure_order
 from train.packing import check_separates_documents
 from train.ranks import first_rank_first
+from train.refused_flags import ignored_flags
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
 from train.sharding import check_replicas, reads_weights, without_weights
 from train.speed import check_liger_knows, reuse_freed_memory
@@ -100,6 +105,7 @@ def run(
             measure_order(model_args, data_args, args)
             upload_student(args, uploads)
             return
+        check_only_its_checkpoints(checkpoint, args.output_dir)
         check_run(args, teacher_config, uploads)
         choose_reduction(args, teacher_config, layer_map, data_args.max_length)
         if model_args.teacher_fp8:
@@ -198,15 +204,19 @@ def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrain
 
 
 def check_acceleration(args: DistillationArguments, teacher_config: PreTrainedConfig) -> None:
-    """Switch FSDP off, with a warning, where there is nothing to shard. Raises ValueError if FSDP
-    or Liger kernels do not fit the teacher's architecture.
+    """Switch FSDP off where there is nothing to shard, with a warning as for other flags that this
+    launch has no use for. Raises ValueError if FSDP or Liger kernels do not fit the teacher's
+    architecture.
 
     The documented command has `--fsdp_config`, but one process has nothing to shard, and accelerate
     does not shard on CPUs.
     """
+    is_single = args.parallel_mode != ParallelMode.DISTRIBUTED
+    for line in ignored_flags(args, is_single):
+        warnings.warn(line, stacklevel=2)
     if args.fsdp:
         reason = None
-        if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        if is_single:
             reason = "on a single process: start it with torchrun"
         elif args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
             reason = "on CPUs: every rank holds the whole student and teacher"

@@ -59,7 +59,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         while batch := list(islice(missing, arguments.batch_size)):
             add_rows(writer, teacher, change, batch, arguments)
             progress.update(len(batch))
-    writer.finish(is_whole_text=arguments.max_rows is None)
+    writer.finish(arguments.max_rows)
     num_rows = len(writer.rows)
     print(f"{num_rows:,} rows in {arguments.teacher_cache}, {num_rows - num_before:,} of them new")
 

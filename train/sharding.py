@@ -107,6 +107,16 @@ def gather(head: nn.Module) -> None:
         head.unshard()
 
 
+def keep_gathered(head: nn.Module, keeps: bool) -> None:
+    """Let a sharded head, and the final norm that is gathered along with it, stay whole after the
+    backward pass, for the next micro-batch of an optimizer step, or release it then.
+
+    This needs no more memory than the loss does: the head is whole there in any case.
+    """
+    if isinstance(head, FSDPModule):
+        head.set_reshard_after_backward(not keeps, recurse=False)
+
+
 def release(head: nn.Module) -> None:
     """Release a gathered head. Without a backward pass FSDP does not do so itself."""
     if isinstance(head, FSDPModule):

@@ -12,6 +12,7 @@ from patching.blocks import Order, as_layer_list
 from patching.checkpoints.model_card import PAPER, TASKS, how_to_load
 from patching.checkpoints.origin import CARD_FILE_NAME, Origin
 from patching.cli.units import count_text
+from patching.files.outputs import write_text
 from patching.student_config import StudentConfig
 from train.estimate import sizes
 
@@ -29,7 +30,7 @@ def write_student_card(
     `arguments` are the flags of the run.
     """
     text = student_card(title, origin, teacher, student_config, arguments, held_out)
-    (folder / CARD_FILE_NAME).write_text(text, encoding="utf-8")
+    write_text(folder / CARD_FILE_NAME, text)
 
 
 def student_card(

@@ -32,6 +32,8 @@ from train.loss import IGNORED_LABEL
 from train.vocabulary_loss import TopTokens
 
 CACHE_FILE_NAME = "cache.json"
+ROWS_READ = "rows_read"
+"""Entry of that file: how many rows to train on were read, from the beginning of the text."""
 TOKENS_PER_FILE = 2**18
 LEAST_LOG = -80.0
 """Logarithm of a mass too small to matter, where there are no other tokens."""
@@ -157,11 +159,15 @@ class TeacherCache:
             )
 
     def check_has_rows(self, num_rows: int) -> None:
-        """Raise ValueError if the cache stopped before the end of its text, with fewer rows."""
-        if not self.made_by["complete"] and len(self.rows) < num_rows:
+        """Raise ValueError if the cache stopped before the end of its text, after fewer rows.
+
+        A row that the text repeats, as each pass over it may, is kept once and counts each time.
+        """
+        num_read = self.made_by.get(ROWS_READ, len(self.rows))
+        if not self.made_by["complete"] and num_read < num_rows:
             raise ValueError(
-                f"teacher_cache={self.folder}: it has {len(self.rows)} rows and this run reads "
-                f"{num_rows}; run train.cache_teacher again with more --max_rows"
+                f"teacher_cache={self.folder}: it has the first {num_read} rows of its text and "
+                f"this run reads {num_rows}; run train.cache_teacher again with more --max_rows"
             )
 
     def add_to(self, batch: Batch) -> Batch:
@@ -218,9 +224,16 @@ class CacheWriter:
         if sum(len(part.log_rest) for part in self._parts) >= TOKENS_PER_FILE:
             self._write()
 
-    def finish(self, is_whole_text: bool) -> None:
+    def finish(self, num_rows: int | None) -> None:
+        """Write what is left. `num_rows` rows to train on have been read, None if that was all of
+        the text.
+        """
         self._write()
-        write_json(self.folder / CACHE_FILE_NAME, self.made_by | {"complete": is_whole_text})
+        before = TeacherCache(self.folder).made_by
+        read = {} if num_rows is None else {ROWS_READ: max(num_rows, before.get(ROWS_READ, 0))}
+        write_json(
+            self.folder / CACHE_FILE_NAME, self.made_by | {"complete": num_rows is None} | read
+        )
 
     def _write(self) -> None:
         if not self._keys:

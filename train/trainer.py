@@ -30,7 +30,7 @@ from train.local_batches import local_loader
 from train.log_line import LogLine
 from train.loss import LossTerms, StepCounts
 from train.masking import Masking
-from train.sharding import parallelism, place_teacher, release
+from train.sharding import keep_gathered, parallelism, place_teacher, release
 from train.speed import speed_up
 from train.student import drop_second_names
 from train.teacher_cache import TeacherCache
@@ -120,6 +120,8 @@ class DistillationTrainer(CheckpointedTrainer):
         """Return this micro-batch's share of the step's loss, times the number of ranks: data
         parallelism averages gradients over them.
         """
+        is_last = self.accelerator.sync_gradients
+        keep_gathered(self.model.get_output_embeddings(), keeps=not is_last)
         terms: LossTerms = model(**inputs, counts=num_items_in_batch)
         self.log_line.add_terms(terms)
         loss = terms.loss * self.accelerator.num_processes
@@ -181,6 +183,7 @@ class DistillationTrainer(CheckpointedTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         with self.log_line.paused():
             self.log_line.count_tokens(self.state)
+            release(self.model.get_output_embeddings())  # an interrupted step leaves it gathered
             super()._save_checkpoint(model, trial)
 
     def add_to_checkpoint(self, checkpoint: Path) -> None:

@@ -32,6 +32,21 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str) -> str 
     return resume_from_checkpoint
 
 
+def check_only_its_checkpoints(checkpoint: str | None, output_dir: str) -> None:
+    """Raise ValueError if the folder for checkpoints holds some and the run does not resume from
+    there. Two runs in one folder would remove each other's checkpoints, the ones of fewer steps.
+    """
+    found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if found is None:
+        return
+    if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
+        raise ValueError(
+            f"output_dir={output_dir}: it holds {Path(found).name} of an earlier run, add "
+            "--resume_from_checkpoint last to continue that, name another --output_dir, or remove "
+            "its checkpoints"
+        )
+
+
 STREAM_FILE_NAME = "stream.json"
 """A checkpoint's file with the position in the stream. Its run has read none without it."""
 
