@@ -19,8 +19,8 @@ from patching.checkpoints.generation_settings import (
     member_settings,
     own_settings,
 )
-from patching.checkpoints.parent_files import read_json
 from patching.checkpoints.stored_dtype import stored_dtype
+from patching.files.model_files import read_json
 from patching.recipe import Parent, Reference
 
 Found = TypeVar("Found")

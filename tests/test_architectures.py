@@ -21,6 +21,7 @@ from patching_models import (
 )
 from transformers import CONFIG_MAPPING
 
+from patching.architectures import lookup
 from patching.architectures.checks import check_parents_match
 from patching.architectures.config import config_for
 from patching.architectures.lookup import architecture_of
@@ -170,6 +171,35 @@ def test_an_architecture_without_a_row_works_where_transformers_says_enough(mode
         expected.config.num_hidden_layers = recipe.depth
         logits = expected(TOKENS, use_cache=False).logits
         assert torch.equal(model(TOKENS, use_cache=False).logits, logits)
+
+
+def test_what_is_refused_does_not_depend_on_what_was_looked_up_before(monkeypatch):
+    """One empty model serves all members of a family, and no config that says something else."""
+    looked_up, declared = [], lookup.declared_architecture
+
+    def noted(config, *args):
+        looked_up.append(config.num_hidden_layers)
+        return declared(config, *args)
+
+    monkeypatch.setattr(lookup, "declared_architecture", noted)
+    monkeypatch.setattr(lookup, "_declared", {})
+
+    def persimmon(num_layers: int = NUM_LAYERS, **changes):
+        settings = DECLARED["persimmon"] | changes
+        return CONFIG_MAPPING["persimmon"](num_hidden_layers=num_layers, **settings)
+
+    found = architecture_of(persimmon())
+    tied = persimmon(4, tie_word_embeddings=True, layer_types=["full_attention"] * 4)
+    assert architecture_of(tied) == architecture_of(persimmon(5)) == found
+    assert looked_up == [NUM_LAYERS]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is not a base model with a head"):
+            architecture_of(persimmon(is_encoder_decoder=True))
+    untold = persimmon()
+    untold.tie_word_embeddings = None
+    with pytest.raises(ValueError, match="its config has no tie_word_embeddings"):
+        architecture_of(untold)
+    assert architecture_of(persimmon()) == found
 
 
 @pytest.mark.parametrize(

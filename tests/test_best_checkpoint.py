@@ -90,7 +90,7 @@ def test_without_held_out_text_there_is_no_best_checkpoint(
     [
         ["--save_total_limit", "1"],
         ["--save_steps", "2", "--save_total_limit", "2"],
-        ["--save_strategy", "best", "--metric_for_best_model", "eval_kl"],
+        ["--save_strategy", "best", "--metric_for_best_model", "eval_kl", "--save_steps", "100"],
     ],
 )
 def test_sharded_ranks_load_the_best_checkpoint(text_file, tmp_path, flags):

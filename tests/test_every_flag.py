@@ -28,7 +28,16 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import PrinterCallback
 
 import train.evaluation
-from train.refused_flags import REFUSED
+from train.flag_checks import check_installed, needs_held_out_rows
+from train.refused_flags import (
+    IN_CONTEXT,
+    LION,
+    OPTIMIZERS,
+    REFUSED,
+    WITHOUT_MOMENTS,
+    ignored_flags,
+)
+from train.run import check_acceleration
 from train.speed import speed_up
 from train.training_args import DistillationArguments
 
@@ -225,7 +234,7 @@ EFFECTS: dict[str, tuple[Callable, dict, dict]] = {
     "neftune_noise_alpha": (weights, {"neftune_noise_alpha": 5.0}, {}),
     "max_steps": (num_steps, {"max_steps": 3}, {}),
     "num_train_epochs": (num_steps, {"max_steps": None, "num_train_epochs": 0.5}, {}),
-    "logging_strategy": (log_steps, {"logging_strategy": "epoch"}, {}),
+    "logging_strategy": (log_steps, {"logging_strategy": "epoch", "logging_steps": 10}, {}),
     "logging_steps": (log_steps, {"logging_steps": 2}, {}),
     "logging_first_step": (
         log_steps,
@@ -239,7 +248,11 @@ EFFECTS: dict[str, tuple[Callable, dict, dict]] = {
     "per_device_eval_batch_size": (evaluation_batches, {"per_device_eval_batch_size": 1}, {}),
     "skip_memory_metrics": (last_line, {"skip_memory_metrics": False}, {}),
     "output_dir": (checkpoints, {"output_dir": "DIR/elsewhere"}, {}),
-    "save_strategy": (checkpoints, {"save_strategy": "no"}, {}),
+    "save_strategy": (
+        checkpoints,
+        {"save_strategy": "no", "save_steps": 100, "save_total_limit": 1},
+        {},
+    ),
     "save_steps": (checkpoints, {"save_steps": 2}, {}),
     "save_total_limit": (checkpoints, {"save_total_limit": 1}, {}),
     "save_only_model": (checkpoints, {"save_only_model": True}, {}),
@@ -370,12 +383,11 @@ def test_a_flag_that_would_not_act_is_refused_by_name(name, tmp_path):
         ({"max_steps": 5, "num_train_epochs": 2}, "both set the length: give one"),
         ({"optim": "galore_adamw"}, "optim=galore_adamw: choose one of adamw_torch, "),
         ({"optim_args": "momentum=0.9"}, "optim_args has no effect with --optim adamw_torch"),
-        ({"activation_checkpointing_kwargs": {}}, "only applies with --activation_checkpointing"),
-        ({"liger_kernel_config": {}}, "liger_kernel_config only applies with --use_liger_kernel"),
-        ({"run_name": "a"}, "run_name only applies with --report_to TRACKER"),
-        ({"project": "a", "report_to": "wandb"}, "project only applies with --report_to trackio"),
+        (
+            {"optim": "sgd", "optim_args": "momentum=0.9, weight_decay=1"},
+            "optim_args: weight_decay has no effect with --optim sgd, choose from momentum, ",
+        ),
         ({"train_sampling_strategy": "batch_rebalance"}, "choose random, sequential or group_by"),
-        ({"fsdp": True, "ddp_bucket_cap_mb": 3}, "ddp_bucket_cap_mb has no effect with --fsdp"),
         ({"accelerator_config": {"even_batches": False}}, "even_batches is not available: rows"),
         ({"ddp_timeout": 5}, "ddp_timeout has no effect on CPUs"),
         ({"fp16": True, "bf16": False}, "fp16 needs a GPU"),
@@ -393,6 +405,97 @@ def test_a_flag_that_would_not_act_is_refused_by_name(name, tmp_path):
 def test_flags_without_effect_together_with_others_are_refused(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **flags)
+
+
+FSDP = {"fsdp": True}
+IN_CONTEXT_CASES: list[tuple[str, Any, dict, dict | None]] = [
+    # flag, value, flags with which it is silent, flags with which it acts (None: not on a CPU)
+    ("activation_checkpointing_kwargs", {}, {}, {"activation_checkpointing": True}),
+    ("gradient_checkpointing_kwargs", {}, {}, {"gradient_checkpointing": True}),
+    ("gradient_checkpointing_kwargs", {}, FSDP | {"gradient_checkpointing": True}, None),
+    ("ddp_bucket_cap_mb", 3, FSDP, {}),
+    ("ddp_broadcast_buffers", True, FSDP, {}),
+    ("ddp_static_graph", True, FSDP, {}),
+    ("liger_kernel_config", {}, {}, None),
+    ("hub_model_id", "a", {}, {"push_to_hub": True}),
+    ("public", True, {}, {"push_to_hub": True}),
+    ("dry_run_ranks", 2, {}, {"dry_run": True}),
+    ("torch_compile_backend", "eager", {"torch_compile": False}, {}),
+    ("torch_compile_mode", "default", {"torch_compile": False}, {}),
+    ("adam_beta1", 0.5, {"optim": "sgd"}, {"optim": "lion_32bit"}),
+    ("adam_beta2", 0.5, {"optim": "adafactor"}, {}),
+    ("adam_epsilon", 0.5, {"optim": "rmsprop"}, {}),
+    ("adam_epsilon", 0.5, {"optim": "lion_8bit"}, {"optim": "adamw_torch"}),
+    ("warmup_steps", 5, {"lr_scheduler_type": "constant"}, {}),
+    ("lr_scheduler_kwargs", {"a": 1}, {"lr_scheduler_type": "constant_with_warmup"}, {}),
+    ("logging_steps", 3, {"logging_strategy": "epoch"}, {}),
+    ("eval_steps", 3, {"eval_strategy": "epoch"}, {}),
+    ("eval_delay", 3, {"eval_strategy": "no"}, {}),
+    ("metric_for_best_model", "kl", {"eval_strategy": "no"}, {}),
+    ("save_strategy", "best", {"eval_strategy": "no"}, {"metric_for_best_model": "kl"}),
+    ("save_steps", 3, {"save_strategy": "epoch"}, {}),
+    ("save_total_limit", 3, {"save_strategy": "no"}, {}),
+    ("kl_loss_weight", 0.5, {"use_kl_loss": False}, {}),
+    ("cosine_loss_weight", 0.5, {"use_cosine_loss": False}, {}),
+    ("run_name", "a", {}, {"report_to": "wandb"}),
+    ("project", "a", {"report_to": "wandb"}, {"report_to": "trackio"}),
+    ("trackio_space_id", "a", {"report_to": "none"}, {"report_to": "all"}),
+    ("trackio_bucket_id", "a", {}, {"report_to": ["wandb", "trackio"]}),
+    ("trackio_static_space_id", "a", {}, {"report_to": "trackio"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "silent", "acting"), IN_CONTEXT_CASES, ids=[of[0] for of in IN_CONTEXT_CASES]
+)
+def test_a_flag_that_other_flags_silence_is_refused_by_name(name, value, silent, acting, tmp_path):
+    with pytest.raises(ValueError, match=rf"(^|; ){name} (has no effect|(best )?only applies) "):
+        arguments(tmp_path, **silent, **{name: value})
+    if acting is not None:
+        arguments(tmp_path, **acting, **{name: value})
+
+
+def test_every_flag_that_others_silence_has_a_case():
+    silenced = {name for row in IN_CONTEXT for name in row.flags}
+    assert silenced == {name for name, *_ in IN_CONTEXT_CASES}
+    assert {*WITHOUT_MOMENTS, *LION} <= {*OPTIMIZERS}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "lr_scheduler_kwargs={'min_lr': 1e-05}: --lr_"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr needs others"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "optim=sgd: "),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check_installed(arguments(tmp_path, **flags))
+
+
+def test_flags_that_a_launch_has_no_use_for_warn_by_name(tmp_path):
+    """One command serves any number of processes, so these are no errors."""
+    given = {"ddp_backend": "gloo", "log_on_each_node": False, "torch_empty_cache_steps": 1}
+    args = arguments(tmp_path, **given)
+    of_process = [
+        "--ddp_backend has no effect on a single process",
+        "--log_on_each_node has no effect on a single process",
+    ]
+    of_machine = ["--torch_empty_cache_steps has no effect on CPUs"]
+    assert ignored_flags(args, is_single=True) == of_process + of_machine
+    assert ignored_flags(args, is_single=False) == of_machine
+    assert ignored_flags(arguments(tmp_path), is_single=True) == []
+    with pytest.warns(UserWarning, match="--ddp_backend has no effect on a single process"):
+        check_acceleration(args, TEACHER.config)
+
+
+def test_flags_that_need_held_out_rows(tmp_path):
+    assert needs_held_out_rows(arguments(tmp_path)) == []
+    given = {"eval_strategy": "epoch", "per_device_eval_batch_size": 1, "eval_delay": 2}
+    assert needs_held_out_rows(arguments(tmp_path, **given)) == [
+        "eval_delay", "per_device_eval_batch_size", "eval_strategy epoch",
+    ]  # fmt: skip
 
 
 def test_epochs_count_if_steps_are_not_given(tmp_path):

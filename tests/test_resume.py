@@ -137,7 +137,8 @@ def test_a_step_interrupted_by_sigterm_is_discarded(
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss_and_signal)
     with pytest.raises(SystemExit) as ended:
-        main(command(teacher, stopped, documents, *flags, "--save_strategy", "no"))
+        no_checkpoints = ["--save_strategy", "no", "--save_steps", "100"]
+        main(command(teacher, stopped, documents, *flags, *no_checkpoints))
     assert ended.value.code == 128 + signal.SIGTERM
     assert len(calls) == num_whole_steps * 4 + 2
     (checkpoint,) = (stopped / "checkpoints").iterdir()

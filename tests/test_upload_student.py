@@ -76,7 +76,8 @@ def test_only_the_student_is_uploaded_and_privately(hub, pair_folders, text_file
 
 def test_a_public_student_with_a_name(hub, pair_folders, text_file, tmp_path):
     flags = ["--push_to_hub", "True", "--hub_model_id", "us/small", "--public", "True"]
-    main(command(pair_folders[0], tmp_path, text_file, *flags, "--save_strategy", "no"))
+    flags += ["--save_strategy", "no", "--save_steps", "100"]
+    main(command(pair_folders[0], tmp_path, text_file, *flags))
     assert hub[0][1] == "us/small"
     assert hub[0][2]["private"] is False
     assert 'from_pretrained("us/small")' in (tmp_path / "README.md").read_text()

@@ -1,5 +1,7 @@
 """Find the architecture of a config: its row in the table, or one that transformers declares."""
 
+import json
+
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
@@ -8,11 +10,11 @@ from patching.architectures.config import config_for, depth_field
 from patching.architectures.distilbert import as_bert_config
 from patching.architectures.models import empty_model, predicts_masked_tokens
 from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Architecture
-from patching.checkpoints.parent_files import read_json
+from patching.files.model_files import read_json
 from patching.recipe import LayerSource, Parent, Recipe, Reference, whole_model
 
-_declared: dict[type[PreTrainedConfig], Architecture] = {}
-"""Architectures outside the table, by config class."""
+_declared: dict[tuple[type[PreTrainedConfig], str], Architecture] = {}
+"""Architectures outside the table, by what decides them in a config."""
 
 
 def architecture_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Architecture:
@@ -20,9 +22,12 @@ def architecture_of(config: PreTrainedConfig, trust_remote_code: bool = False) -
 
     Raises ValueError if neither is enough, or if a config field prevents layers from being moved.
     """
-    architecture = ARCHITECTURES.get(config.model_type) or _declared.get(type(config))
+    architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
-        architecture = _declared[type(config)] = declared_architecture(config, trust_remote_code)
+        kind = type(config), _what_decides(config)
+        if kind not in _declared:
+            _declared[kind] = declared_architecture(config, trust_remote_code)
+        architecture = _declared[kind]
     for flag in architecture.position_dependent_flags:
         if getattr(config, flag):
             raise ValueError(
@@ -48,6 +53,17 @@ def architecture_of(config: PreTrainedConfig, trust_remote_code: bool = False) -
             f"the {config.model_type} checkpoint is quantized: use the original in floating point"
         )
     return architecture
+
+
+def _what_decides(config: PreTrainedConfig) -> str:
+    """Return the config without what members of one family differ in: depth, lists with an entry
+    per layer, tying and dtype. Where parts lie depends on none of these.
+    """
+    values = config.to_dict()
+    for name in (depth_field(config), "tie_word_embeddings"):  # refused if they are missing
+        values[name] = values.get(name) is None
+    own = {name: value for name, value in values.items() if not isinstance(value, list)}
+    return json.dumps(own | {"dtype": None}, sort_keys=True, default=str)
 
 
 def declared_architecture(

@@ -19,7 +19,7 @@ from transformers import (
 
 from patching.architectures.distilbert import as_bert
 from patching.architectures.table import ARCHITECTURES
-from patching.checkpoints.parent_files import fault_of_pickles, pickled_files
+from patching.files.model_files import fault_of_pickles, pickled_files
 from patching.recipe import Reference
 
 

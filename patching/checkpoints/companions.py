@@ -24,11 +24,11 @@ from patching.checkpoints.parent_files import (
     copy_files,
     license_files,
     processor_files,
-    read_json,
     tokenizer_files,
     without_clashes,
 )
 from patching.checkpoints.saved_config import saved_config
+from patching.files.model_files import read_json
 from patching.files.outputs import write_json
 from patching.parents import Parents
 from patching.recipe import Parent

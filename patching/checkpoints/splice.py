@@ -25,7 +25,6 @@ from patching.architectures.models import empty_model
 from patching.architectures.rescaling import Rescaling
 from patching.checkpoints.file_sizes import TensorBytes, file_slices
 from patching.checkpoints.layout import DTYPE_NAMES, Layout, tensors_of
-from patching.checkpoints.parent_files import read_json
 from patching.checkpoints.safetensors_files import (
     ITEM_BYTES,
     StoredTensor,
@@ -36,6 +35,7 @@ from patching.checkpoints.safetensors_files import (
     write_all,
 )
 from patching.checkpoints.saved_config import runs_remote_code
+from patching.files.model_files import read_json
 from patching.files.outputs import write_json
 from patching.recipe import Parent, Recipe, Reference
 

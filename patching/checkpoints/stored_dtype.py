@@ -9,9 +9,9 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers.modeling_utils import load_state_dict
 
 from patching.checkpoints.layout import DTYPE_NAMES
-from patching.checkpoints.parent_files import fault_of_pickles, pickled_files
 from patching.checkpoints.safetensors_files import read_header
 from patching.checkpoints.splice import TORCH_DTYPES, weights_files
+from patching.files.model_files import fault_of_pickles, pickled_files
 from patching.recipe import Reference
 
 
