@@ -37,7 +37,10 @@ def rows(num_rows: int, tokens: range = BYTES, seed: int = 0) -> Dataset:
 
 
 def trainer_for(
-    folder: Path, teacher: str | PreTrainedModel = "qwen3-tied", **changes
+    folder: Path,
+    teacher: str | PreTrainedModel = "qwen3-tied",
+    layer_map: LayerMap = LAYER_MAP,
+    **changes,
 ) -> DistillationTrainer:
     """Return a trainer. `teacher` is a model or a kind of one, `changes` are training flags."""
     settings = {
@@ -57,9 +60,9 @@ def trainer_for(
     is_masked = predicts_masked_tokens(teacher.config)
     tokens = WORDS if is_masked else BYTES
     return DistillationTrainer(
-        new_student(teacher, LAYER_MAP),
+        new_student(teacher, layer_map),
         teacher,
-        LAYER_MAP,
+        layer_map,
         DistillationArguments(**settings),
         MASKING if is_masked else None,
         train_dataset=rows(64, tokens),
