@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import train.evaluation
 from train.flag_checks import check_installed, needs_held_out_rows
+from train.fsdp_config import SETTINGS
 from train.refused_flags import (
     IN_CONTEXT,
     LION,
@@ -488,6 +489,27 @@ def test_flags_that_a_launch_has_no_use_for_warn_by_name(tmp_path):
     assert ignored_flags(arguments(tmp_path), is_single=True) == []
     with pytest.warns(UserWarning, match="--ddp_backend has no effect on a single process"):
         check_acceleration(args, TEACHER.config)
+
+
+def test_every_setting_of_fsdp_acts(tmp_path):
+    """Those with a single value are checked for it. A switch may be text, as in transformers."""
+    changes = {
+        "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": "False",
+        "activation_checkpointing": "true",
+        "cpu_offload": True,
+        "cpu_ram_efficient_loading": "false",
+    }
+    assert changes.keys() == {name for name, values in SETTINGS.items() if len(values) != 1}
+
+    def plugin(**settings) -> dict:
+        return arguments(tmp_path, fsdp_config={"version": 2} | settings).fsdp_plugin_args
+
+    for name, value in changes.items():
+        assert plugin(**{name: value}) != plugin(), name
+    off = {"cpu_offload": "false", "activation_checkpointing": "False"}
+    assert plugin(**off) == plugin() | {"activation_checkpointing": False}
 
 
 def test_flags_that_need_held_out_rows(tmp_path):

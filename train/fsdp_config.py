@@ -63,7 +63,11 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
         problems.append("to share one copy of the models per node, use --fsdp_replicas NODES")
     if problems:
         raise ValueError(f"fsdp_config: {'; '.join(problems)}")
-    return values
+    # The text "false" would count as true.
+    return {
+        name: str(value).lower() == "true" if SETTINGS[name] == SWITCH else value
+        for name, value in values.items()
+    }
 
 
 def layer_classes(model_name_or_path: str) -> list[str]:
