@@ -491,8 +491,9 @@ def test_flags_that_a_launch_has_no_use_for_warn_by_name(tmp_path):
         check_acceleration(args, TEACHER.config)
 
 
-def test_every_setting_of_fsdp_acts(tmp_path):
+def test_every_setting_of_fsdp_acts(tmp_path, monkeypatch):
     """Those with a single value are checked for it. A switch may be text, as in transformers."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "")  # transformers sets it
     changes = {
         "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
         "state_dict_type": "FULL_STATE_DICT",
