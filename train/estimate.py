@@ -125,7 +125,7 @@ class Memory(NamedTuple):
     optimizer: int
     teacher: int
     gathered: int
-    """Whole layers and heads of sharded models."""
+    """Whole heads of sharded models, and a layer."""
     activations: int
     """What the student keeps for its backward pass, and the gradients of the cosine term."""
     loss: int
@@ -161,27 +161,24 @@ def memory(
         buckets=shard_bytes * (num_replicas > 1),
         optimizer=states // num_shards,
         teacher=batch.dtype.itemsize * num_parameters(teacher_model) // num_shards,
-        gathered=_gathered_bytes(student_model, teacher_model, weights, batch) * is_sharded,
+        gathered=_gathered_bytes(student_model, teacher_model, batch) * is_sharded,
         activations=_activation_bytes(student, weights, batch, is_sharded, num_aligned_pairs),
         loss=_loss_bytes(student_model, weights, batch, is_sharded, is_cpu),
     )
 
 
-def _gathered_bytes(
-    student: PreTrainedModel, teacher: PreTrainedModel, weights: LossWeights, batch: MicroBatch
-) -> int:
-    """Return the bytes that two sharded models gather: two layers, since the next one is gathered
-    while one runs, and embedding and head with their gradients.
+def _gathered_bytes(student: PreTrainedModel, teacher: PreTrainedModel, batch: MicroBatch) -> int:
+    """Return the bytes that two sharded models have gathered when the loss is computed: both heads,
+    each gathered along with its final norm, and the buffer that the last layer was gathered in,
+    which FSDP keeps until it gathers again. The input embedding has been released by then.
     """
     largest_layer = max(
         num_parameters(layer)
         for model in (student, teacher)
         for layer in model.get_submodule(architecture_of(model.config).layers)
     )
-    head = student.get_output_embeddings().weight.numel()
-    embeddings = head * (2 - student.config.tie_word_embeddings)
-    teacher_head = head * bool(weights.kl)
-    return batch.dtype.itemsize * (2 * largest_layer + 2 * embeddings + teacher_head)
+    heads = sum(model.get_output_embeddings().weight.numel() for model in (student, teacher))
+    return batch.dtype.itemsize * (heads + largest_layer)
 
 
 def _activation_bytes(
