@@ -436,8 +436,6 @@ IN_CONTEXT_CASES: list[tuple[str, Any, dict, dict | None]] = [
     ("save_strategy", "best", {"eval_strategy": "no"}, {"metric_for_best_model": "kl"}),
     ("save_steps", 3, {"save_strategy": "epoch"}, {}),
     ("save_total_limit", 3, {"save_strategy": "no"}, {}),
-    ("kl_loss_weight", 0.5, {"use_kl_loss": False}, {}),
-    ("cosine_loss_weight", 0.5, {"use_cosine_loss": False}, {}),
     ("run_name", "a", {}, {"report_to": "wandb"}),
     ("project", "a", {"report_to": "wandb"}, {"report_to": "trackio"}),
     ("trackio_space_id", "a", {"report_to": "none"}, {"report_to": "all"}),

@@ -191,16 +191,6 @@ IN_CONTEXT = (
         "has no effect with --save_strategy no, leave it out",
     ),
     Silent(
-        ("kl_loss_weight",),
-        lambda args: not args.use_kl_loss,
-        "has no effect with --use_kl_loss False, leave it out",
-    ),
-    Silent(
-        ("cosine_loss_weight",),
-        lambda args: not args.use_cosine_loss,
-        "has no effect with --use_cosine_loss False, leave it out",
-    ),
-    Silent(
         ("run_name",),
         lambda args: not _trackers(args),
         "only applies with --report_to TRACKER",
@@ -212,7 +202,8 @@ IN_CONTEXT = (
     ),
 )
 """Flags that would do nothing together with other flags. What the machine or the launch makes
-silent, `ignored_flags` says.
+silent, `ignored_flags` says. A loss term that is switched off may keep its weight, so that a switch
+can be added to any command.
 """
 
 ON_SEVERAL_PROCESSES = (
