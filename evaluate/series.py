@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from lm_eval.tasks.manager import TaskDict
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluate.arguments import EvaluationArguments
@@ -23,6 +24,7 @@ from evaluate.masked_family import MaskedFamilyLM
 from evaluate.plan import Plan
 from evaluate.ranks import Ranks
 from evaluate.result import Parameters
+from evaluate.sources import generates
 from evaluate.vllm import vllm_answers
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.assemble import count_parameters
@@ -233,10 +235,10 @@ def how_models_run(plan: Plan) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def sources_of(series: Series, generates: bool) -> dict[str, str]:
-    """What the scores of a task come from besides the task, which `generates` text or does not."""
+def sources_of(series: Series, loaded: TaskDict) -> dict[str, str]:
+    """What the scores of a task come from besides the task, whose requests have been built."""
     backend = series.plan.arguments.generation_backend
-    if not generates or backend == "transformers":
+    if backend == "transformers" or not generates(loaded):
         return series.sources
     return series.sources | {"generation_backend": backend}
 

@@ -14,7 +14,7 @@ from evaluate.ranks import Ranks
 from evaluate.result import FinishedTask, Similarity
 from evaluate.series import MemberLM, Series, SeriesMember, sources_of
 from evaluate.shards import WHOLE, Shard
-from evaluate.sources import generates, versions
+from evaluate.sources import versions
 from evaluate.stored import Store, missing_tasks, what_changed
 from evaluate.tasks import Tasks, names_in, overlapping, reason, union
 from patching.running.calibration import Calibration
@@ -45,8 +45,6 @@ class Sweep:
     """Whether to show the first prompt of each task."""
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
     """By task, what its scores come from, as far as that is the same for all series."""
-    generating: set[str] = field(default_factory=set)
-    """Tasks for which models generate text."""
 
     def run(self, all_series: Sequence[Series]) -> None:
         """Compute and store whatever is not in the folder."""
@@ -106,8 +104,6 @@ class Sweep:
         for task, loaded in list(self.tasks.items()):
             try:
                 self.sources[task] = self.harness.sources(loaded) | of_libraries
-                if generates(loaded):
-                    self.generating.add(task)
                 if self.write_out:
                     logger.warning("\n".join(first_prompts(loaded)))
             except Exception as error:  # tasks are code
@@ -116,9 +112,7 @@ class Sweep:
                 self.tasks = {name: of for name, of in self.tasks.items() if name != task}
 
     def _wanted(self, series: Series, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        return {
-            name: self.sources[name] | sources_of(series, name in self.generating) for name in names
-        }
+        return {name: self.sources[name] | sources_of(series, self.tasks[name]) for name in names}
 
     def _missing(self, series: Series) -> Missing:
         found = {}

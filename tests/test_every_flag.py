@@ -475,17 +475,17 @@ def test_arguments_that_do_not_fit_are_one_line(flags, message, tmp_path):
 
 def test_flags_that_a_launch_has_no_use_for_warn_by_name(tmp_path):
     """One command serves any number of processes, so these are no errors."""
-    given = {"ddp_backend": "gloo", "log_on_each_node": False, "torch_empty_cache_steps": 1}
+    given = {"ddp_bucket_cap_mb": 3, "log_on_each_node": False, "torch_empty_cache_steps": 1}
     args = arguments(tmp_path, **given)
     of_process = [
-        "--ddp_backend has no effect on a single process",
+        "--ddp_bucket_cap_mb has no effect on a single process",
         "--log_on_each_node has no effect on a single process",
     ]
     of_machine = ["--torch_empty_cache_steps has no effect on CPUs"]
     assert ignored_flags(args, is_single=True) == of_process + of_machine
     assert ignored_flags(args, is_single=False) == of_machine
     assert ignored_flags(arguments(tmp_path), is_single=True) == []
-    with pytest.warns(UserWarning, match="--ddp_backend has no effect on a single process"):
+    with pytest.warns(UserWarning, match="--ddp_bucket_cap_mb has no effect on a single process"):
         check_acceleration(args, TEACHER.config)
 
 

@@ -193,8 +193,9 @@ def test_what_generates_is_a_source_of_tasks_that_generate_alone():
     for backend, expected in (("transformers", {}), ("vllm", {"generation_backend": "vllm"})):
         plan = SimpleNamespace(arguments=SimpleNamespace(generation_backend=backend))
         series = SimpleNamespace(plan=plan, sources={"tokenizer": "a"})
-        assert sources_of(series, generates=False) == {"tokenizer": "a"}
-        assert sources_of(series, generates=True) == {"tokenizer": "a"} | expected
+        for request_type, more in (("loglikelihood", {}), ("generate_until", expected)):
+            task = SimpleNamespace(instances=[SimpleNamespace(request_type=request_type)])
+            assert sources_of(series, {"tasks": {"task": task}}) == {"tokenizer": "a"} | more
 
 
 def test_missing_tasks_are_those_without_these_sources():

@@ -61,8 +61,7 @@ class DistillationTrainer(CheckpointedTrainer):
         for model in filter(None, (student, teacher)):
             speed_up(model, args)
             drop_second_names(model)
-        args.use_liger_kernel = False  # applied above; Trainer would add Liger's own losses
-        args.push_to_hub = False  # Trainer would upload checkpoints
+        args.use_liger_kernel = args.push_to_hub = False  # Trainer's own losses and uploads
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         if kwargs.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
@@ -120,8 +119,7 @@ class DistillationTrainer(CheckpointedTrainer):
         """Return this micro-batch's share of the step's loss, times the number of ranks: data
         parallelism averages gradients over them.
         """
-        is_last = self.accelerator.sync_gradients
-        keep_gathered(self.model.get_output_embeddings(), keeps=not is_last)
+        keep_gathered(self.model.get_output_embeddings(), not self.accelerator.sync_gradients)
         terms: LossTerms = model(**inputs, counts=num_items_in_batch)
         self.log_line.add_terms(terms)
         loss = terms.loss * self.accelerator.num_processes
@@ -183,7 +181,6 @@ class DistillationTrainer(CheckpointedTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         with self.log_line.paused():
             self.log_line.count_tokens(self.state)
-            release(self.model.get_output_embeddings())  # an interrupted step leaves it gathered
             super()._save_checkpoint(model, trial)
 
     def add_to_checkpoint(self, checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from train.checkpoints.atomic import newest_checkpoint, remove_old, staged_checkpoint
 from train.divergence import Diverged, check_step, check_weights
+from train.sharding import release
 from train.student import save_student
 
 
@@ -57,6 +58,7 @@ class CheckpointedTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         with staged_checkpoint(self.args, self.state, self.accelerator) as checkpoint:
             self._checkpoint_folder = checkpoint.parent
+            release(self.model.get_output_embeddings())  # an interrupted step leaves it gathered
             super()._save_checkpoint(model, trial)
             self._checkpoint_folder = self.args.output_dir
             self.add_to_checkpoint(checkpoint)
