@@ -86,6 +86,7 @@ def write_cache(folder: Path, settings: argparse.Namespace) -> Rows:
         "dataset": str(folder / "train.jsonl"),
         "max_length": settings.max_length,
         "heldout_documents": HELD_OUT_DOCUMENTS,
+        "measure_order": False,
     }
     num_rows = settings.steps * settings.batch_size
     flags = text | {

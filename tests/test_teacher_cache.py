@@ -216,7 +216,7 @@ def test_what_does_not_fit_the_cache_is_refused(
 
 def test_a_stream_may_be_read_several_times(pair_folders, text_file, tmp_path, capsys):
     """One document per row, so each pass has the same 36 rows. A step takes 16."""
-    stream = ["--streaming", "True", "--packing", "False"]
+    stream = ["--streaming", "True", "--packing", "False", "--measure_order", "False"]
     flags = cache_flags(pair_folders[0], text_file, tmp_path / "c", *stream, "--top_k", "3")
     cache_teacher.main([*flags, "--max_rows", "16"])
     of_run = [*stream, "--teacher_cache", str(tmp_path / "c")]
