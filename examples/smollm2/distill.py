@@ -1,0 +1,63 @@
+"""Distill a student of SmolLM2-135M-Instruct with `train.train`.
+
+    python -m examples.smollm2.distill --save_directory smollm2_output
+
+The student keeps 16 of the teacher's 30 layers and is saved in `smollm2_output/student`
+(`student_auto` with --kept_layers auto). A run that was stopped goes on from its last checkpoint
+when the same command is given again. Further flags are passed on to `train.train`, after those of
+the example, so that they prevail: `--max_steps 100` makes a shorter run.
+"""
+
+import argparse
+from pathlib import Path
+
+from examples.smollm2.tasks import write_passages
+from examples.smollm2.text import Text, add_flags, choose_text, student_folder
+from examples.stdlib.demo import run
+from patching.cli.command_line import user_errors
+
+DISTILLATION = {
+    "max_length": 256,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 300,
+    "learning_rate": 6e-4,
+    "warmup_steps": 10,
+    "cosine_loss_weight": 10,
+    "save_steps": 30,
+    "save_total_limit": 1,
+    "eval_steps": 60,
+    "logging_steps": 5,
+    "per_device_eval_batch_size": 16,
+}
+
+
+def distill(folder: Path, text: Text, kept_layers: str, flags: list[str]) -> Path:
+    """Distill a student of `folder/teacher`, or go on with it, and return its folder."""
+    student = student_folder(folder, kept_layers)
+    settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
+    if text.held_out is not None:
+        settings += ["--eval_dataset", write_passages(text.held_out, folder / "heldout.jsonl")]
+    if kept_layers == "auto":
+        settings += ["--kept_layers", "auto", "--calibration", text.train]
+    run(
+        *("train.train", "--teacher_model_name_or_path", folder / "teacher"),
+        *("--save_directory", student, "--dataset", text.train),
+        *settings,
+        *("--resume_from_checkpoint", "last", *flags),
+    )
+    return student
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_flags(parser)
+    arguments, flags = parser.parse_known_args(argv)
+    folder = arguments.save_directory.resolve()
+    with user_errors():
+        text = choose_text(arguments.dataset, arguments.eval_dataset, folder)
+    distill(folder, text, arguments.kept_layers, flags)
+
+
+if __name__ == "__main__":
+    main()
