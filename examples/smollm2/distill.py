@@ -9,6 +9,7 @@ the example, so that they prevail: `--max_steps 100` makes a shorter run.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 from examples.smollm2.tasks import write_passages
@@ -18,17 +19,16 @@ from patching.cli.command_line import user_errors
 
 DISTILLATION = {
     "max_length": 256,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "max_steps": 300,
-    "learning_rate": 6e-4,
-    "warmup_steps": 10,
+    "max_steps": 600,
+    "learning_rate": 8e-4,
+    "warmup_steps": 20,
+    "kl_loss_weight": 1,
     "cosine_loss_weight": 10,
-    "save_steps": 30,
-    "save_total_limit": 1,
-    "eval_steps": 60,
-    "logging_steps": 5,
-    "per_device_eval_batch_size": 16,
+    "save_steps": 100,
+    "eval_steps": 100,
+    "per_device_eval_batch_size": 8,
 }
 
 
@@ -38,6 +38,8 @@ def distill(folder: Path, text: Text, kept_layers: str, flags: list[str]) -> Pat
     settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
     if text.held_out is not None:
         settings += ["--eval_dataset", write_passages(text.held_out, folder / "heldout.jsonl")]
+    if shutil.which("g++"):  # what torch.compile compiles with on a CPU
+        settings += ["--torch_compile", "True"]
     if kept_layers == "auto":
         settings += ["--kept_layers", "auto", "--calibration", text.train]
     run(
