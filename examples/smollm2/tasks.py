@@ -23,12 +23,12 @@ from patching.files.outputs import write_text
 from patching.files.texts import load_documents
 
 PASSAGE_CHARACTERS = 1000
-NUM_ARTICLES = 24
-PAIRS_PER_PARADIGM = 50
+NUM_ARTICLES = 16
+PAIRS_PER_PARADIGM = 25
 NUM_DOCUMENTS = {
-    "stdlib_bits_per_byte": 16,
-    "stdlib_next_line": 40,
-    "stdlib_end_of_line": 40,
+    "stdlib_bits_per_byte": 12,
+    "stdlib_next_line": 24,
+    "stdlib_end_of_line": 24,
 }
 ARTICLE = re.compile(r"(?=^ = [^=].*[^=] = $)", re.MULTILINE)
 BITS_PER_BYTE = TASK_FILES["stdlib_bits_per_byte"]
