@@ -21,7 +21,7 @@ DISTILLATION = {
     "max_length": 256,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "max_steps": 500,
+    "max_steps": 400,
     "learning_rate": 8e-4,
     "warmup_steps": 10,
     "kl_loss_weight": 1,
