@@ -3,8 +3,9 @@
     python -m examples.smollm2.evaluate --save_directory smollm2_output
 
 measures every size in the order `first`, which is a Llama's, with the teacher pruned naively and by
-block influence to the same depths, then every size in the orders `last` and KLPatch. Then
-five sizes answer the same chat prompts. The reports are in `smollm2_output/results`:
+block influence to the same depths, then every size in the orders `last` and KLPatch, and in the
+best order that was found with the matched scale of each size. Then five sizes answer the same chat
+prompts. The reports are in `smollm2_output/results`:
 
     first/summary.md, .png    all sizes and the baselines; one folder for each other order
     orders/summary.md         the orders compared
@@ -60,9 +61,10 @@ def evaluate(folder: Path, text: Text, kept_layers: str) -> Path:
     order = found["orders"][SEARCH]["order"]
     write_json(order_file, {"order": order, "settings": found["settings"]})
     sweeps.append(sweep(SEARCH, order_file))
+    sweeps.append(sweep("matched", results / "search" / "order.json"))
     run("evaluate.report", *sweeps, "--save_directory", results / "orders")
-    write_differences(sweeps, results / "differences.md")
-    write_answers(teacher, student, order_file, results / "chat.md")
+    write_differences(sweeps, results / "differences.md", {"matched": found["name"]})
+    write_answers(teacher, student, results / "search" / "order.json", results / "chat.md")
     return results
 
 
