@@ -27,7 +27,7 @@ from examples.stdlib.demo import run
 from patching.cli.command_line import user_errors
 from patching.files.outputs import write_json
 
-CALIBRATION_TEXTS = 16
+CALIBRATION_TEXTS = 8
 SEARCH = "klpatch"
 """The search whose order is evaluated too. All sets of the 14 patchable layers are too many."""
 
