@@ -30,7 +30,7 @@ from examples.smollm2.__main__ import main as run_everything
 from examples.smollm2.differences import leads_of
 from examples.smollm2.fetch import MEMBER, extract, fetch
 from examples.smollm2.fetch import main as fetch_main
-from examples.smollm2.tasks import PASSAGE_CHARACTERS, beginning, write_all_tasks
+from examples.smollm2.tasks import TASK_CHARACTERS, beginning, write_all_tasks
 from examples.smollm2.text import Text, choose_text
 
 ALPHABET = sorted(byte_tokenizer().get_vocab())
@@ -273,19 +273,19 @@ def test_tasks_are_written_for_the_text_that_is_there(data, tmp_path, monkeypatc
     group = yaml.safe_load((tmp_path / "tasks" / "blimp_paradigms.yaml").read_text())
     assert group["task"] == ["blimp_agreement", "blimp_islands"]
     pairs = (tmp_path / "tasks" / "blimp_islands.jsonl").read_text().splitlines()
-    assert len(pairs) == 25 and json.loads(pairs[0]).keys() == {"sentence_good", "sentence_bad"}
+    assert len(pairs) == 16 and json.loads(pairs[0]).keys() == {"sentence_good", "sentence_bad"}
     assert len((tmp_path / "tasks" / "wikitext_2.jsonl").read_text().splitlines()) == 3
     (document,) = (tmp_path / "tasks" / "heldout_bits_per_byte.jsonl").read_text().splitlines()
-    assert 900 < len(json.loads(document)["text"]) <= PASSAGE_CHARACTERS
+    assert 550 < len(json.loads(document)["text"]) <= TASK_CHARACTERS
     monkeypatch.delenv("BOOMERANG_DATA")
     assert write_all_tasks(Text("train", None), tmp_path / "tasks") == stdlib
     assert not (tmp_path / "tasks" / "wikitext_2.yaml").exists()
 
 
 def test_a_beginning_ends_with_a_word():
-    assert beginning(" short ") == "short"
-    assert beginning("word " * 300) == " ".join(["word"] * 200)
-    assert len(beginning("x" * 3000)) == PASSAGE_CHARACTERS
+    assert beginning(" short ", 20) == "short"
+    assert beginning("word " * 300, 1000) == " ".join(["word"] * 200)
+    assert len(beginning("x" * 3000, 500)) == 500
 
 
 def test_leads_are_positive_where_the_size_is_better_and_paired():

@@ -28,6 +28,7 @@ from patching.cli.command_line import user_errors
 from patching.files.outputs import write_json
 
 CALIBRATION_TEXTS = 8
+CALIBRATION_LENGTH = 128
 SEARCH = "klpatch"
 """The search whose order is evaluated too. All sets of the 14 patchable layers are too many."""
 
@@ -40,7 +41,10 @@ def evaluate(folder: Path, text: Text, kept_layers: str) -> Path:
         *("--teacher_model_name_or_path", teacher),
         *("--student_model_name_or_path", student),
     ]
-    calibration = ["--calibration", text.train, "--calibration_texts", CALIBRATION_TEXTS]
+    calibration = [
+        *("--calibration", text.train),
+        *("--calibration_texts", CALIBRATION_TEXTS, "--calibration_length", CALIBRATION_LENGTH),
+    ]
     tasks = write_all_tasks(text, folder / "tasks")
 
     def sweep(name: str, order: object, *flags: object) -> Path:

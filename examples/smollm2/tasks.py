@@ -23,12 +23,15 @@ from patching.files.outputs import write_text
 from patching.files.texts import load_documents
 
 PASSAGE_CHARACTERS = 1000
+"""Of the passages that training measures itself on."""
+TASK_CHARACTERS = 600
+"""Of those that all models read."""
 NUM_ARTICLES = 16
-PAIRS_PER_PARADIGM = 25
+PAIRS_PER_PARADIGM = 16
 NUM_DOCUMENTS = {
     "stdlib_bits_per_byte": 12,
-    "stdlib_next_line": 24,
-    "stdlib_end_of_line": 24,
+    "stdlib_next_line": 12,
+    "stdlib_end_of_line": 12,
 }
 ARTICLE = re.compile(r"(?=^ = [^=].*[^=] = $)", re.MULTILINE)
 BITS_PER_BYTE = TASK_FILES["stdlib_bits_per_byte"]
@@ -46,13 +49,13 @@ def write_all_tasks(text: Text, folder: Path) -> list[str]:
     shutil.rmtree(folder, ignore_errors=True)
     names = []
     if text.held_out is not None:
-        documents = [{"text": passage} for passage in passages(text.held_out)]
+        documents = [{"text": text} for text in passages(text.held_out, TASK_CHARACTERS)]
         names.append("heldout_bits_per_byte")
         write_task(folder, names[-1], documents, BITS_PER_BYTE)
     data = data_folder()
     if data is not None and (data / "wikitext-2" / "test.txt").is_file():
         articles = ARTICLE.split((data / "wikitext-2" / "test.txt").read_text(encoding="utf-8"))
-        beginnings = [beginning(article) for article in articles if article.strip()]
+        beginnings = [beginning(a, TASK_CHARACTERS) for a in articles if a.strip()]
         documents = [{"text": text} for text in beginnings[:NUM_ARTICLES]]
         names.append("wikitext_2")
         write_task(folder, names[-1], documents, BITS_PER_BYTE)
@@ -62,25 +65,27 @@ def write_all_tasks(text: Text, folder: Path) -> list[str]:
     return names + write_stdlib_tasks(folder)
 
 
-def passages(held_out: str) -> Iterator[str]:
+def passages(held_out: str, num_characters: int) -> Iterator[str]:
     """The beginning of each document of a text."""
     for document in load_documents(held_out):
         if document["text"] and document["text"].strip():
-            yield beginning(document["text"])
+            yield beginning(document["text"], num_characters)
 
 
 def write_passages(held_out: str, path: Path) -> Path:
     """Write the passages of a text to a .jsonl file and return it: few enough to measure often."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": passage}) + "\n" for passage in passages(held_out)]
+    lines = [
+        json.dumps({"text": passage}) + "\n" for passage in passages(held_out, PASSAGE_CHARACTERS)
+    ]
     write_text(path, "".join(lines))
     return path
 
 
-def beginning(text: str) -> str:
-    """At most PASSAGE_CHARACTERS from the start of a text, up to the end of a word."""
+def beginning(text: str, num_characters: int) -> str:
+    """At most `num_characters` from the start of a text, up to the end of a word."""
     text = text.strip()
-    cut = text[:PASSAGE_CHARACTERS]
+    cut = text[:num_characters]
     if len(cut) < len(text) and " " in cut:
         cut = cut[: cut.rindex(" ")]
     return cut
@@ -113,7 +118,7 @@ def write_stdlib_tasks(folder: Path) -> list[str]:
     for name, make in MAKERS.items():
         documents = [document for module in modules for document in make(module)]
         if name == "stdlib_bits_per_byte":
-            documents = [{"text": beginning(module.text)} for module in modules]
+            documents = [{"text": beginning(module.text, TASK_CHARACTERS)} for module in modules]
         chosen = random.Random(0).sample(documents, min(NUM_DOCUMENTS[name], len(documents)))
         write_task(folder, name, chosen, TASK_FILES[name])
     return list(MAKERS)
