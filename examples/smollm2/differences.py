@@ -109,7 +109,7 @@ def leads_of(results: dict[str, Result]) -> Leads:
 
 
 def _by_name(folder: Path) -> dict[str, Result]:
-    results = read_sweeps([folder])
+    results = read_sweeps([folder]).results
     return {f"{result.series}_k{result.num_layers_to_patch}": result for result in results}
 
 
