@@ -141,8 +141,7 @@ class Plan:
                 calibration = {"calibration": self.calibration.sha256}
                 settings[name] = unscaled | calibration
         for series, model in self.compared.items():
-            name_or_path = model.reference.name_or_path
-            settings[series] = shared | {"model": fingerprint(name_or_path, model.config)}
+            settings[series] = shared | {"model": fingerprint(model.reference)}
         return settings
 
     def check_settings(self) -> None:

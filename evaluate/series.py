@@ -157,10 +157,10 @@ class ComparedSeries:
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        reference, config, _ = self.plan.compared[self.name]
+        reference = self.plan.compared[self.name].reference
         return {
-            "tokenizer": fingerprint(reference.name_or_path, config, TOKENIZER),
-            "generation_config": fingerprint(reference.name_or_path, config, GENERATION),
+            "tokenizer": fingerprint(reference, TOKENIZER),
+            "generation_config": fingerprint(reference, GENERATION),
             **how_models_run(self.plan),
         }
 

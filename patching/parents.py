@@ -121,7 +121,7 @@ class Parents:
         """What tells a parent's weights, or its files that match `patterns`, from others at the
         same place.
         """
-        return fingerprint(self.references[parent].name_or_path, self.configs[parent], patterns)
+        return fingerprint(self.references[parent], patterns)
 
     def find(self, parent: Parent, read: Callable[[Reference], Found]) -> Found | None:
         """Return what `read` finds where a parent came from. A model in memory may not be there any

@@ -1,12 +1,14 @@
 """Fingerprints of models: every byte counts, and large files are read once."""
 
 import os
+import shutil
 
 import pytest
-from transformers import GPT2Config
+from huggingface_hub import constants
 
 from patching.checkpoints import fingerprint as module
 from patching.checkpoints.fingerprint import GENERATION, TOKENIZER, fingerprint
+from patching.recipe import Reference
 
 
 @pytest.fixture
@@ -31,9 +33,22 @@ def _made(path):
 
 def identify(folder):
     return [
-        fingerprint(str(folder), GPT2Config(), *patterns)
+        fingerprint(Reference(str(folder)), *patterns)
         for patterns in ((), (TOKENIZER,), (GENERATION,))
     ]
+
+
+def test_a_repository_is_known_by_its_commit(folder, tmp_path, monkeypatch):
+    """As it lies in the local cache of the hub, without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "0" * 40), ("v2", "1" * 40)):
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs" / revision).write_text(commit)
+    for patterns in ((), (TOKENIZER,)):
+        known = [fingerprint(Reference("someone/model", of), *patterns) for of in (None, "v2")]
+        assert known == [f"someone/model@{'0' * 40}", f"someone/model@{'1' * 40}"]
 
 
 def test_any_byte_of_the_weights_counts(folder):

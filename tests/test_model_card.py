@@ -96,7 +96,7 @@ def test_layers_as_runs():
 def test_a_license_is_read_from_the_parents_card(text, expected, tmp_path):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
-    origin = origin_of(Reference(str(tmp_path)), Qwen3Config())
+    origin = origin_of(Reference(str(tmp_path)))
     assert origin == Origin(None, None, None, None, expected)
 
 

@@ -244,7 +244,7 @@ def _save(
     write_student_card(
         folder,
         repository_of(args),
-        origin_of(Reference(*teacher), family.configs["teacher"]),
+        origin_of(Reference(*teacher)),
         family.configs["teacher"],
         student_config,
         run["arguments"] | {"steps": run["student_step"]},

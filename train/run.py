@@ -98,7 +98,7 @@ def run(
                 ),
             )
             return
-        weights = fingerprint(model_args.teacher_model_name_or_path, teacher_config)
+        weights = fingerprint(reference)
         settings = run_settings(flags, layer_map, weights, args.world_size)
         if is_finished(args, settings):
             print_on_main_process(args, f"{args.save_directory} already holds the finished student")
@@ -165,9 +165,7 @@ def run(
         eval_dataset=rows.held_out,
     )
     student_config = StudentConfig(layer_map, recommended_order(teacher_config.model_type))
-    made = Made(
-        flags, settings, teacher_config, origin_of(reference, teacher_config), student_config
-    )
+    made = Made(flags, settings, teacher_config, origin_of(reference), student_config)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_on_sigterm.stopped:

@@ -72,7 +72,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return what must agree between a cache and the run that reads it, apart from its rows."""
     return {
-        "teacher": fingerprint(reference.name_or_path, config),
+        "teacher": fingerprint(reference),
         "tokenizer": tokenizer_key(tokenizer),
         "temperature": temperature,
         "vocab_size": config.vocab_size,

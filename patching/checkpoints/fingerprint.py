@@ -12,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import cached_assets_path
-from transformers import PreTrainedConfig
+from transformers.utils.hub import extract_commit_hash
 
+from patching.files.model_files import find_file
 from patching.files.outputs import write_json
+from patching.recipe import Reference
 
 WEIGHTS = ("config.json", "*.safetensors*", "*.bin*", "*.py")
 TOKENIZER = (
@@ -27,15 +29,13 @@ KEPT_FROM_BYTES = 2**20
 NUM_THREADS = 4
 
 
-def fingerprint(
-    name_or_path: str, config: PreTrainedConfig, patterns: Iterable[str] = WEIGHTS
-) -> str:
+def fingerprint(reference: Reference, patterns: Iterable[str] = WEIGHTS) -> str:
     """Return a text that differs for other files under the same name: the commit of a hub
     repository, or for a folder a hash of its files that match `patterns`.
     """
-    folder = Path(name_or_path)
+    folder = Path(reference.name_or_path)
     if not folder.is_dir():
-        return f"{name_or_path}@{config._commit_hash}"
+        return f"{reference.name_or_path}@{commit_of(reference)}"
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         hashes = pool.map(file_hash, paths)
@@ -43,6 +43,14 @@ def fingerprint(
     for path, of_file in zip(paths, hashes):
         digest.update(f"{path.name} {of_file}\n".encode())
     return f"{folder.resolve().name} {digest.hexdigest()[:16]}"
+
+
+def commit_of(reference: Reference) -> str | None:
+    """Return the commit of a hub repository from where its config.json lies, None if that does not
+    say. Raises OSError if the repository cannot be reached.
+    """
+    path = find_file(reference, "config.json")
+    return None if path is None else extract_commit_hash(str(path), None)
 
 
 def file_hash(path: Path) -> str:

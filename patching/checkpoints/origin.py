@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub.repocard import metadata_load
-from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -77,7 +76,7 @@ class Origin(NamedTuple):
         return self._asdict() | {"license": self.license and self.license.metadata}
 
 
-def origin_of(reference: Reference, config: PreTrainedConfig) -> Origin:
+def origin_of(reference: Reference) -> Origin:
     """Read where a parent came from. What it does not say stays None."""
     name_or_path, revision = reference
     if not name_or_path:
@@ -87,7 +86,7 @@ def origin_of(reference: Reference, config: PreTrainedConfig) -> Origin:
     folder = Path(name_or_path)
     if folder.is_dir():
         has_config = (folder / "config.json").is_file()
-        own = fingerprint(name_or_path, config).split()[-1] if has_config else None
+        own = fingerprint(reference).split()[-1] if has_config else None
         return Origin(None, None, None, own, stated)
     path = cached_file(name_or_path, "config.json", revision=revision, **ABSENT_IS_FINE)
     return Origin(name_or_path, revision, extract_commit_hash(path, None), None, stated)

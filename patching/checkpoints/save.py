@@ -92,7 +92,7 @@ class SavePlan:
         family, recipe, weights = self.family, self.recipe, self.weights
         references = family.parents.references
         origins = {
-            parent: origin_of(reference, family.configs[parent])
+            parent: origin_of(reference)
             for parent, reference in references.items()
             if parent in recipe.parents
         }
