@@ -11,6 +11,7 @@ from transformers import TrainerState
 from train import hardware_peak, log_line
 from train.hardware_peak import measured_flops_per_second, peak_flops_per_second
 from train.log_line import LogLine
+from train.loss import CONTEXT
 from train.plot import plot_terms
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_tokens_are_counted_across_checkpoints(tmp_path):
 def test_an_interrupted_step_does_not_count():
     line, state = LogLine([], 0, CPU, lambda: 1.0), TrainerState()
     line.start(state)
-    line.add_positions(0, torch.tensor(10), torch.tensor(10))
+    line.add_positions(0, torch.tensor(9), torch.tensor(10), torch.tensor(10))
     line.count_tokens(state)
     assert state.num_input_tokens_seen == 0
     state.global_step = 1
@@ -73,7 +74,7 @@ def test_memory_time_and_share_of_the_peak_are_those_of_all_ranks(monkeypatch):
     line = LogLine(["kl"], 0, CPU, lambda: 4000.0)
     state = TrainerState(global_step=2, max_steps=12, total_flos=1000)
     line.start(state)
-    line.add_positions(2, torch.tensor(30), torch.tensor(40))
+    line.add_positions(2, torch.tensor(24), torch.tensor(30), torch.tensor(40))
     state.global_step, state.total_flos = 4, 5000
     gathered = torch.tensor([3, 1, 2]) * log_line.GIB
     values = line.finish(state, lambda sums: 2 * sums, lambda _: gathered)
@@ -83,6 +84,7 @@ def test_memory_time_and_share_of_the_peak_are_those_of_all_ranks(monkeypatch):
     assert values["mfu"] == 0.25
     assert values["eta_seconds"] == 8 * 4 / 2
     assert values["padding_share"] == 0.25
+    assert values["loss_tokens_per_step"] == 12
     assert values["tokens_per_second"] == 7.5
 
 
@@ -104,14 +106,22 @@ def test_the_measured_peak_is_a_rate_of_this_machine():
 def test_attention_to_short_documents_counts_less(tmp_path):
     trainer = trainer_for(tmp_path)
     ids = torch.zeros(2, 8, dtype=torch.long)
-    whole = trainer.floating_point_ops({"input_ids": ids})
-    one = {"input_ids": ids, "position_ids": torch.arange(8).expand(2, 8)}
-    four = {"input_ids": ids, "position_ids": torch.tensor([0, 1] * 4).expand(2, 8)}
+    whole = trainer.floating_point_ops([{"labels": ids}])
+    one = {"labels": ids, "position_ids": torch.arange(8).expand(2, 8)}
+    four = {"labels": ids, "position_ids": torch.tensor([0, 1] * 4).expand(2, 8)}
     by_token = trainer._flops.layers + trainer._flops.head
     seen = trainer._flops.attention_per_position
     assert whole == 16 * (by_token + 8 * seen)
-    assert trainer.floating_point_ops(one) == whole
-    assert trainer.floating_point_ops(four) == 16 * (by_token + 2 * seen)
+    assert trainer.floating_point_ops([one]) == whole
+    assert trainer.floating_point_ops([one, four]) == whole + 16 * (by_token + 2 * seen)
+
+
+def test_heads_run_only_where_chats_have_targets(tmp_path):
+    trainer = trainer_for(tmp_path)
+    labels = torch.tensor([[CONTEXT, CONTEXT, 7, 8]])
+    without_head = trainer._flops.layers + 4 * trainer._flops.attention_per_position
+    chats = trainer.floating_point_ops([{"labels": labels, "few_targets": True}])
+    assert chats == 4 * without_head + 2 * trainer._flops.head
 
 
 def test_held_out_metrics_begin_before_the_first_step(tmp_path):

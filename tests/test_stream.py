@@ -235,7 +235,7 @@ def test_checking_a_stream_reads_nothing_from_it(texts):
 def test_the_position_of_a_step_is_where_its_rows_begin(texts, tmp_path):
     stream = stream_of(texts["a"])
     prefetcher = StepPrefetcher(Share(), torch.device("cpu"))
-    batches = StreamBatches(stream, 3, Share())
+    batches = StreamBatches(stream, 3, 2, Share())
     prefetcher.read(batches, None)
     iterator = iter(batches)
     prefetcher.batches(0, iterator, 2)
@@ -261,7 +261,7 @@ def test_all_ranks_get_the_micro_batches_that_the_first_reads(texts, monkeypatch
     def run(rank: int) -> None:
         share = Share(rank, 2)
         prefetcher = StepPrefetcher(share, torch.device("cpu"))
-        batches = StreamBatches(stream_of(texts["a"]), 3, share)
+        batches = StreamBatches(stream_of(texts["a"]), 3, 4, share)
         prefetcher.read(batches, None)
         iterator = iter(batches)
         found[rank] = [prefetcher.batches(step, iterator, 2) for step in range(3)]

@@ -110,7 +110,7 @@ def test_the_card_says_what_the_student_is_and_hides_the_machine(pair_folders, t
     assert metadata["pipeline_tag"] == "text-generation"
     assert "base_model" not in metadata
     for expected in (
-        "# student", "A student of 4 layers, distilled from a teacher of 6",
+        "# student", "A student of 4 layers, made from a teacher of 6",
         "| teacher | a local model |",
         "| optimizer steps | 2 |", "| kept teacher layers | 0,2,4,5 |", "| text | local files |",
         "| loss | 1 cross entropy, 0.1 KL, 2 cosine |", "| kl, held out | ",

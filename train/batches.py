@@ -6,7 +6,7 @@ Shapes: B rows, T positions.
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patching.files.outputs import write_json
+from train.chats.phases import Phases
 from train.checkpoints.find import STREAM_FILE_NAME
 from train.data import Share
 from train.dealing import deal
@@ -27,28 +28,44 @@ Batch = dict[str, Any]
 def collate(rows: list[dict[str, list[int]]]) -> Batch:
     """Return rows as tensors of shape (B, T), padded on the right to the longest row.
 
-    `labels` are the tokens, with IGNORED_LABEL at padding. Padding is known from the lengths and
-    never from a token's id: the end-of-text token often serves as padding but is a real target.
+    `labels` are the rows' own or else the tokens, with IGNORED_LABEL at padding. Padding is known
+    from the lengths and never from a token's id: the end-of-text token often serves as padding but
+    is a real target.
     Rows of equal length get no `attention_mask`, so that attention can use its plain causal path.
 
     Rows with `document_lengths` hold documents that do not see each other: they get `position_ids`
     that start over with each one, padding included, instead of a mask. A document's first token has
-    nothing to be predicted from.
+    nothing to be predicted from. Rows with `labels` have few targets, which `few_targets` says.
     """
     length = max(len(row["input_ids"]) for row in rows)
     lengths_B1 = torch.tensor([[len(row["input_ids"])] for row in rows])
-    input_ids_BT = torch.tensor(
-        [row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows]
-    )
+    input_ids_BT = _padded([row["input_ids"] for row in rows], length)
     mask_BT = torch.arange(length)[None] < lengths_B1
-    labels_BT = input_ids_BT.masked_fill(~mask_BT, IGNORED_LABEL)
+    has_labels = "labels" in rows[0]
+    labels_BT = _padded([row["labels"] for row in rows], length) if has_labels else input_ids_BT
+    labels_BT = labels_BT.masked_fill(~mask_BT, IGNORED_LABEL)
     batch = {"input_ids": input_ids_BT, "labels": labels_BT}
+    if has_labels:
+        batch["few_targets"] = True
     if "document_lengths" in rows[0]:
         positions_BT = torch.stack([positions(row["document_lengths"], length) for row in rows])
-        batch["labels"] = labels_BT.masked_fill((positions_BT == 0) & mask_BT, NO_TARGET)
+        batch["labels"] = labels_BT.masked_fill((positions_BT == 0) & (labels_BT >= 0), NO_TARGET)
         batch["position_ids"] = positions_BT
     elif not mask_BT.all():
         batch["attention_mask"] = mask_BT.long()
+    return batch
+
+
+def _padded(values: list[list[int]], length: int) -> Tensor:
+    return torch.tensor([of_row + [0] * (length - len(of_row)) for of_row in values])
+
+
+def placeholder() -> Batch:
+    """Return a micro-batch that counts no token, for a rank that has no row left. Sharded models
+    need every rank in every forward pass.
+    """
+    batch = collate([{"input_ids": [0, 0]}])
+    batch["labels"].fill_(IGNORED_LABEL)
     return batch
 
 
@@ -59,24 +76,44 @@ def positions(document_lengths: list[int], row_length: int) -> Tensor:
 
 
 class StreamBatches:
-    """Endless micro-batches of the rows that the first rank reads. Other ranks have none."""
+    """The micro-batches of each step, endlessly, of the rows that the first rank reads. Other ranks
+    have none.
+    """
 
-    def __init__(self, rows: Stream, batch_size: int, share: Share) -> None:
+    def __init__(
+        self, rows: Stream | Phases, batch_size: int, num_batches: int, share: Share
+    ) -> None:
+        """`num_batches` is how many a step takes over all ranks, unless it is one of chats."""
         self._rows, self._batch_size, self._share = rows, batch_size, share
+        self._rows_per_step = num_batches * batch_size
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Iterator[list[list[Row]]]:
         """Raises ValueError if the stream holds no text."""
-        rows = iter(self._rows) if self._share.rank == 0 else iter(())
-        while batch := list(islice(rows, self._batch_size)):
-            yield batch
+        if self._share.rank:
+            return
+        steps = (
+            self._rows.steps(self._rows_per_step)
+            if isinstance(self._rows, Phases)
+            else _steps(iter(self._rows), self._rows_per_step)
+        )
+        for rows in steps:
+            yield [
+                rows[start : start + self._batch_size]
+                for start in range(0, len(rows), self._batch_size)
+            ]
 
     @property
     def position(self) -> Position | None:
-        """Where the next micro-batch begins in the stream, None for its start."""
+        """Where the next step begins in the stream, None for its start."""
         return self._rows.position
 
     def resume(self, position: Position) -> None:
         self._rows.resume(position)
+
+
+def _steps(rows: Iterator[Row], rows_per_step: int) -> Iterator[list[Row]]:
+    while step := list(islice(rows, rows_per_step)):
+        yield step
 
 
 class Cache(Protocol):
@@ -113,7 +150,9 @@ class StepPrefetcher:
         self._stream = stream
 
     def batches(self, step: int, iterator: Iterator, num_batches: int) -> list[Batch]:
-        """Return the micro-batches of a step, fewer than `num_batches` at the end of an epoch."""
+        """Return the micro-batches of a step: fewer than `num_batches` at the end of an epoch, and
+        as many as it takes in a step of chats.
+        """
         if iterator is not self._iterator:
             self._iterator, self._positions = iterator, {step: self._stream_position()}
             self._next = self._thread.submit(self._fetch, iterator, num_batches)
@@ -123,16 +162,21 @@ class StepPrefetcher:
         if self._stream is None:
             return fetched
         mine = deal(fetched, self._share, self._device)
-        return [self.complete(collate(rows)) for rows in mine]
+        return [self.complete(collate(rows)) if rows else placeholder() for rows in mine]
 
     def save_position(self, checkpoint: Path, step: int) -> None:
         """Write where the micro-batches of `step` begin, which is the last step or the next one.
         Only the first rank reads a stream, and without one there is nothing to write.
         """
         if self._stream is not None and self._share.rank == 0:
-            # A run resumed after its last step has fetched nothing: it is where it was loaded.
-            position = self._positions.get(step, self._stream_position())
-            write_json(checkpoint / STREAM_FILE_NAME, position)
+            write_json(checkpoint / STREAM_FILE_NAME, self.position_at(step))
+
+    def position_at(self, step: int) -> Position | None:
+        """Return where the micro-batches of `step` begin in the stream, which is the last step or
+        the next one.
+        """
+        # A run resumed after its last step has fetched nothing: it is where it was loaded.
+        return self._positions.get(step, self._stream_position())
 
     def _result(self) -> tuple[list, Position | None]:
         try:
@@ -145,18 +189,33 @@ class StepPrefetcher:
     def _fetch(self, iterator: Iterator, num_batches: int) -> tuple[list, Position | None]:
         if self._stream is None:
             return [self.complete(batch) for batch in islice(iterator, num_batches)], None
-        batches = list(islice(iterator, num_batches * self._share.world_size))
-        return batches, self._stream_position()
+        return next(iterator, []), self._stream_position()
 
     def _stream_position(self) -> Position | None:
         return None if self._stream is None else self._stream.position
 
 
 def count_positions(batches: list[Batch], is_masked_model: bool, device: torch.device) -> Tensor:
-    """Count the target positions, the real positions and all positions including padding."""
-    totals = torch.zeros(3, dtype=torch.long, device=device)
+    """Count the target positions, the compared positions, the real positions, and all positions
+    including padding.
+    """
+    totals = torch.zeros(4, dtype=torch.long, device=device)
     for batch in batches:
         labels_BT = batch["labels"]
-        num_slots = torch.tensor(labels_BT.numel(), device=labels_BT.device)
-        totals += torch.stack([*count(labels_BT, is_masked_model), num_slots]).to(device)
+        num_real = (labels_BT != IGNORED_LABEL).sum()
+        num_all = torch.tensor(labels_BT.numel(), device=labels_BT.device)
+        totals += torch.stack([*count(labels_BT, is_masked_model), num_real, num_all]).to(device)
     return totals
+
+
+def in_turns(batches: list[Batch], num_turns: int) -> list[list[Batch]]:
+    """Return a step's micro-batches in the number of turns that Trainer takes per step. The last
+    one, which sums gradients over the ranks, has one micro-batch.
+
+    A step of chats has more micro-batches than other steps, or fewer. A turn may have none.
+    """
+    if num_turns == 1:
+        return [batches]
+    num_before = len(batches) - 1
+    bounds = [i * num_before // (num_turns - 1) for i in range(num_turns)] + [len(batches)]
+    return [batches[start:stop] for start, stop in pairwise(bounds)]

@@ -18,6 +18,9 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from patching.files.texts import load_documents
+from train.chats.arguments import ChatArguments
+from train.chats.phases import Phases
+from train.chats.rows import chat_stream
 from train.data_args import DEFAULT_SHUFFLE_BUFFER, DataArguments, Packing
 from train.stream import (
     DOCUMENTS_PER_CHUNK,
@@ -30,8 +33,10 @@ from train.stream import (
     Workers,
 )
 
-ROW_COLUMNS = ("input_ids", "document_lengths")
-"""What a row holds. The second column is only there if its documents do not see each other."""
+ROW_COLUMNS = ("input_ids", "document_lengths", "labels")
+"""What a row holds. The second column is only there if its documents do not see each other, and the
+third only if not all of its tokens are to be predicted.
+"""
 
 
 class Share(NamedTuple):
@@ -42,7 +47,7 @@ class Share(NamedTuple):
 
 
 class Rows(NamedTuple):
-    train: Dataset | Stream
+    train: Dataset | Stream | Phases
     held_out: Dataset | None
 
     @property
@@ -96,31 +101,51 @@ def documents_set_aside(arguments: DataArguments, seed: int, num_set_aside: int)
     return [document["text"] for part in parts for document in part if document["text"]]
 
 
+def load_phases(
+    arguments: DataArguments,
+    chats: ChatArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    num_steps: int,
+    num_set_aside: int = 0,
+) -> Rows:
+    """Return the rows of text, then of chats, that a run of `num_steps` takes, and held-out text.
+    Without steps of text, only text of its own is held out (`--eval_dataset`).
+
+    Raises ValueError as `load_rows` and `chat_stream` do.
+    """
+    num_text_steps = chats.num_text_steps(num_steps)
+    text, held_out = None, None
+    if num_text_steps:
+        text, held_out = load_rows(arguments, tokenizer, seed, num_set_aside, as_stream=True)
+    elif arguments.eval_dataset is not None:
+        held_out = tokenize_held_out(given_held_out(arguments), arguments, tokenizer)
+    stream = chat_stream(chats, arguments, tokenizer, seed)
+    return Rows(Phases(text, stream, num_text_steps, arguments.max_length), held_out)
+
+
 def load_rows(
     arguments: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     num_set_aside: int = 0,
+    as_stream: bool = False,
 ) -> Rows:
     """Return rows to train on and held-out rows, each row `{"input_ids": [...]}` and, unless
-    documents see each other, `document_lengths`. `num_set_aside` documents are in neither.
+    documents see each other, `document_lengths`. `num_set_aside` documents are in neither. With
+    `as_stream`, local text is read as one, too.
 
     Raises ValueError if there is no text, no such column, or no file of a known kind.
     """
-    cut = partial(
-        rows_of_documents,
-        tokenizer=tokenizer,
-        max_length=arguments.max_length,
-        packing=arguments.packing,
-    )
+    cut = cut_of(arguments, tokenizer)
     sources = arguments.sources
     texts, samples, _ = split_texts(arguments, seed, num_set_aside)
     if arguments.eval_dataset is not None:
-        held_out = documents_of(arguments, arguments.eval_dataset)
-        if isinstance(held_out, IterableDataset):
-            held_out = _in_memory(held_out.take(max(arguments.heldout_documents, 1)))
+        held_out = given_held_out(arguments)
     else:
         held_out = concatenate_datasets(samples) if samples[0] is not None else None
+    if as_stream and isinstance(texts[0], Dataset):
+        texts = [texts[0].to_iterable_dataset()]
     if isinstance(texts[0], IterableDataset):
         workers = Workers(cut, arguments.tokenizer_processes)
         buffer = arguments.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
@@ -140,13 +165,39 @@ def load_rows(
         if len(train) == 0:
             raise ValueError(f"dataset={arguments.dataset}: there is no text in it")
     if held_out is not None:
-        held_out = tokenize(held_out, cut)
-        if len(held_out) == 0:
-            raise ValueError(
-                f"eval_dataset={arguments.eval_dataset or arguments.dataset}: the held-out "
-                "documents are empty, give another --eval_dataset"
-            )
+        held_out = tokenize_held_out(held_out, arguments, tokenizer)
     return Rows(train, held_out)
+
+
+def cut_of(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Cut:
+    """Return a function that cuts documents into rows as the flags say."""
+    return partial(
+        rows_of_documents,
+        tokenizer=tokenizer,
+        max_length=arguments.max_length,
+        packing=arguments.packing,
+    )
+
+
+def given_held_out(arguments: DataArguments) -> Dataset:
+    """Return the documents of `--eval_dataset`."""
+    documents = documents_of(arguments, arguments.eval_dataset)
+    if isinstance(documents, IterableDataset):
+        return _in_memory(documents.take(max(arguments.heldout_documents, 1)))
+    return documents
+
+
+def tokenize_held_out(
+    documents: Dataset, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Return held-out documents as rows. Raises ValueError if they hold no text."""
+    rows = tokenize(documents, cut_of(arguments, tokenizer))
+    if len(rows) == 0:
+        raise ValueError(
+            f"eval_dataset={arguments.eval_dataset or arguments.dataset}: the held-out "
+            "documents are empty, give another --eval_dataset"
+        )
+    return rows
 
 
 def documents_of(

@@ -20,6 +20,8 @@ def deal(batches: list[list[Row]] | None, share: Share, device: torch.device) ->
     """
     if share.world_size == 1:
         return batches or []
+    if batches:  # each rank takes as many, the last ones may be empty
+        batches = batches + [[]] * (-len(batches) % share.world_size)
     is_first = share.rank == 0
     given = torch.from_numpy(encode(batches)).to(device) if batches else None
     length = torch.tensor(FAILED if given is None else len(given), device=device)
@@ -34,14 +36,15 @@ def deal(batches: list[list[Row]] | None, share: Share, device: torch.device) ->
 
 
 def encode(batches: list[list[Row]]) -> numpy.ndarray:
-    """Return micro-batches as one array: the numbers of rows and columns of each micro-batch, then
-    the columns of each row, each after its length.
+    """Return micro-batches as one array: the number of rows of each micro-batch and a sum of powers
+    of two for their columns, then the columns of each row, each after its length.
     """
     parts: list[list[int]] = []
     for rows in batches:
-        parts.append([len(rows), len(rows[0])])
+        names = [name for name in ROW_COLUMNS if rows and name in rows[0]]
+        parts.append([len(rows), sum(1 << ROW_COLUMNS.index(name) for name in names)])
         for row in rows:
-            for name in ROW_COLUMNS[: len(row)]:
+            for name in names:
                 parts += [[len(row[name])], row[name]]
     return numpy.concatenate([numpy.asarray(part, dtype=numpy.int32) for part in parts])
 
@@ -56,7 +59,7 @@ def decode(numbers: numpy.ndarray) -> list[list[Row]]:
         return numbers[end - length : end].tolist()
 
     while end < len(numbers):
-        num_rows, num_columns = take(2)
-        names = ROW_COLUMNS[:num_columns]
+        num_rows, columns = take(2)
+        names = [name for i, name in enumerate(ROW_COLUMNS) if columns >> i & 1]
         batches.append([{name: take(*take(1)) for name in names} for _ in range(num_rows)])
     return batches

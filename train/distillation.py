@@ -29,12 +29,12 @@ from patching.running.hidden_states import (
 )
 from patching.running.logits import UNCHANGED, LogitChange, logit_change
 from train.loss import (
-    IGNORED_LABEL,
     LossTerms,
     LossWeights,
     StepCounts,
     cosine_distance,
     distillation_loss,
+    is_compared,
     targets_at,
 )
 from train.sharding import gather
@@ -53,14 +53,16 @@ def distillation_forward(
     positions_BT: Tensor | None = None,
     change: LogitChange = UNCHANGED,
     teacher_top: TopTokens | None = None,
+    few_targets: bool = False,
 ) -> LossTerms:
     """Return a micro-batch's share of the loss of an optimizer step that has `counts` positions.
 
     `student_indices` are the student's hidden states to compare, in order. Calling `teacher`
-    returns its states in the same order. Labels are those of `train.loss.targets_at`, with
-    IGNORED_LABEL at padding. `teacher_top` are the teacher's predictions from a cache, in place of
-    `teacher`. With `positions_BT`, which start over at each document of a row,
+    returns its states in the same order. Labels are those of `train.loss.targets_at`, and the
+    negative ones of `train.loss` elsewhere. `teacher_top` are the teacher's predictions from a
+    cache, in place of `teacher`. With `positions_BT`, which start over at each document of a row,
     documents do not see each other. `change` is what both models do to the output of their heads.
+    With `few_targets`, heads only run where there is one.
     """
     # 1. The teacher's hidden states.
     inputs = (input_ids_BT, attention_mask_BT, positions_BT)
@@ -70,14 +72,14 @@ def distillation_forward(
             teacher_states = dict(zip(student_indices, teacher(*inputs)))
 
     # 2. The student's hidden states. Each teacher state is freed once it has been compared.
-    is_real_BT = labels_BT != IGNORED_LABEL
+    is_compared_BT = is_compared(labels_BT)
     cosine_distances, last_pair = [], []
 
     def compare(j: int, student_BTD: Tensor) -> None:
         teacher_BTD = teacher_states.pop(j, None)
         if weights.cosine:
             distance = cosine_distance(
-                student_BTD, teacher_BTD, is_real_BT, weights.compile_backend
+                student_BTD, teacher_BTD, is_compared_BT, weights.compile_backend
             )
             cosine_distances.append(distance)
         if j == student_indices[-1]:
@@ -97,7 +99,7 @@ def distillation_forward(
         student_BTD, teacher_BTD = last_pair
         targets_BT = targets_at(labels_BT, is_masked_model)
         is_target_BT = None
-        if is_masked_model or attention_mask_BT is not None:
+        if is_masked_model or few_targets or attention_mask_BT is not None:
             is_target_BT = targets_BT >= 0  # the host waits for the device to count them
         if teacher is not None:
             with torch.no_grad():
@@ -162,10 +164,11 @@ def install_distillation_forward(
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         teacher_top: list[Tensor] | None = None,
+        few_targets: bool = False,
     ) -> LossTerms:
         active = weights if self.training else weights.for_evaluation()
         top = None if teacher_top is None else TopTokens.unpacked(teacher_top)
-        inputs = (input_ids, labels, attention_mask, position_ids, change, top)
+        inputs = (input_ids, labels, attention_mask, position_ids, change, top, few_targets)
         return distillation_forward(self, teacher, student_indices, active, counts, *inputs)
 
     # Bound methods, which accelerate knows how to wrap.

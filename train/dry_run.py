@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 
 from patching.blocks import LayerMap, as_layer_list
 from patching.patch_order import recommended_order
+from train.chats.arguments import ChatArguments
 from train.data_args import DataArguments
 from train.estimate import (
     MicroBatch,
@@ -24,6 +25,7 @@ def plan(
     teacher: PreTrainedConfig,
     layer_map: LayerMap,
     data_args: DataArguments,
+    chat_args: ChatArguments,
     args: DistillationArguments,
     has_cache: bool = False,
 ) -> str:
@@ -84,6 +86,7 @@ def plan(
     if args.max_steps > 0:
         tokens = tokens_per_step * args.max_steps
         lines.append(f"in {args.max_steps} steps: {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
+        lines += phases(chat_args, args.max_steps, tokens_per_step)
     else:
         lines.append(f"{args.num_train_epochs:g} passes over the text; its length sets the steps")
     if data_args.measure_order and why_not(teacher, layer_map) is None:
@@ -99,3 +102,21 @@ def plan(
     lines += [f"  {name:12}{num_bytes / GIB:8.2f}" for name, num_bytes in parts._asdict().items()]
     lines.append(f"  {'total':12}{parts.total / GIB:8.2f}")
     return "\n".join(lines)
+
+
+def phases(chat_args: ChatArguments, num_steps: int, tokens_per_step: int) -> list[str]:
+    """Return the phases of a run with chats. How many of the tokens of chats are responses is not
+    known before they are read.
+    """
+    if chat_args.sft_dataset is None:
+        return []
+    num_text_steps = chat_args.num_text_steps(num_steps)
+    tokens = (num_steps - num_text_steps) * tokens_per_step
+    lines = [
+        f"  chats: steps {num_text_steps + 1}-{num_steps}, about {tokens:,} loss tokens, which are "
+        "the responses; their prompts are read besides",
+    ]
+    if num_text_steps:
+        tokens = num_text_steps * tokens_per_step
+        lines.insert(0, f"  text:  steps 1-{num_text_steps}, {tokens:,} tokens, all loss tokens")
+    return lines

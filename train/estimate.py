@@ -1,11 +1,11 @@
 """What a run needs, estimated from configs: parameters, FLOPs and memory by part."""
 
 import sys
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -37,14 +37,17 @@ class TokenFlops(NamedTuple):
         """Return the FLOPs for one token in a row of `num_positions`."""
         return self.layers + self.attention_per_position * num_positions + self.head
 
-    def of_batch(self, input_ids_BT: Tensor, positions_BT: Tensor | None) -> int:
-        """Return the FLOPs for a batch, whose documents do not see each other if their positions
-        are given.
+    def of_batch(self, batch: Mapping[str, Any]) -> int:
+        """Return the FLOPs for a batch, whose documents do not see each other if it has their
+        positions, and for whose targets alone heads run if they are few.
         """
-        length = input_ids_BT.shape[1]
+        labels_BT, positions_BT = batch["labels"], batch.get("position_ids")
+        flops, length = self, labels_BT.shape[1]
         if positions_BT is not None:  # the mean length of documents, counted by their tokens
             length = 2 * positions_BT.float().mean().item() + 1
-        return round(self.at(length) * input_ids_BT.numel())
+        if batch.get("few_targets"):
+            flops = self._replace(head=self.head * (labels_BT >= 0).float().mean().item())
+        return round(flops.at(length) * labels_BT.numel())
 
 
 def flops_per_token(
@@ -240,7 +243,7 @@ def saved_for_backward_bytes(config: PreTrainedConfig, batch: MicroBatch, is_sha
     """
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage

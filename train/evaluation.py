@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from train.batches import Batch, collate
+from train.batches import Batch, collate, placeholder
 from train.data import Share
-from train.loss import IGNORED_LABEL, LossTerms, StepCounts, count
+from train.loss import LossTerms, StepCounts, count
 from train.masking import Masking
 from train.training_args import DistillationArguments
 
@@ -25,8 +25,7 @@ def held_out_means(
     """Return the training loss, and the unweighted terms, over all rows.
 
     `forward` is the distillation forward pass on this rank, and `share` says which rows it takes.
-    Sharded models need every rank in every forward pass, so a rank that has run out of rows repeats
-    one without counting it.
+    A rank that has run out of rows takes part with a `placeholder`.
     """
     one = torch.ones((), dtype=torch.long, device=args.device)  # the divisor of sums
     sums = torch.zeros(5, dtype=torch.float64, device=args.device)
@@ -34,11 +33,9 @@ def held_out_means(
     for first_row in range(0, len(rows), batch_size * share.world_size):
         first = first_row + share.rank * batch_size
         indices = [i for i in range(first, first + batch_size) if i < len(rows)]
-        batch = collate([rows[i] for i in indices] or [rows[0]])
+        batch = collate([rows[i] for i in indices]) if indices else placeholder()
         if masking is not None:
             batch = masking.hide_each(batch, first, args.seed)
-        if not indices:
-            batch["labels"].fill_(IGNORED_LABEL)
         terms = forward(batch, StepCounts(one, one))
         counts = count(batch["labels"], is_masked_model=masking is not None)
         values = (terms.cross_entropy, terms.kl, terms.cosine, *counts)

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from train.batches import Batch, collate
+from train.batches import Batch, collate, placeholder
 from train.data import Share
-from train.loss import IGNORED_LABEL
 from train.training_args import DistillationArguments
 
 
@@ -56,11 +55,7 @@ def local_loader(rows: Dataset, args: DistillationArguments, share: Share) -> Lo
     batches = RankBatches(order_of(rows, args, share.world_size), len(rows), batch_size, share)
 
     def collate_or_take_part(of_batch: list[dict[str, Any]]) -> Batch:
-        if of_batch:
-            return collate(of_batch)
-        batch = collate([rows[0]])
-        batch["labels"].fill_(IGNORED_LABEL)
-        return batch
+        return collate(of_batch) if of_batch else placeholder()
 
     return LocalLoader(rows, batch_sampler=batches, collate_fn=collate_or_take_part)
 

@@ -53,7 +53,7 @@ class LogLine:
         self._term_sums = torch.zeros(len(self.terms), device=self.device)
         self._cosine_sums = torch.zeros(self.num_pairs, device=self.device)
         self._positions = torch.zeros((), dtype=torch.long, device=self.device)
-        self._slots = torch.zeros_like(self._positions)
+        self._targets, self._slots = self._positions.clone(), self._positions.clone()
         self._counted, self._begun = 0, None
         self._step, self._flops = state.global_step, state.total_flos
         self._time = time.perf_counter()
@@ -63,17 +63,18 @@ class LogLine:
         self._term_sums += torch.stack([getattr(terms, name) for name in self.terms])
         self._cosine_sums[: len(terms.cosine_by_state)] += terms.cosine_by_state
 
-    def add_positions(self, step: int, positions: Tensor, slots: Tensor) -> None:
-        """Add a step's real positions over all ranks, and all its positions including padding. They
-        count once the step is finished.
+    def add_positions(self, step: int, targets: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Add a step's target and real positions over all ranks, and all its positions including
+        padding. They count once the step is finished.
         """
         self._finish(step)
-        self._begun = (step, positions, slots)
+        self._begun = (step, targets, positions, slots)
 
     def _finish(self, step: int) -> None:
         if self._begun is not None and self._begun[0] < step:
-            self._positions += self._begun[1]
-            self._slots += self._begun[2]
+            self._targets += self._begun[1]
+            self._positions += self._begun[2]
+            self._slots += self._begun[3]
             self._begun = None
 
     @contextmanager
@@ -97,7 +98,8 @@ class LogLine:
         gather: Callable[[Tensor], Tensor],
     ) -> dict[str, float]:
         """Return the unweighted terms as means over the line's steps, the speed, the padding and
-        the peak memory of all ranks, the tokens since the first step, and the time that is left.
+        the peak memory of all ranks, the tokens since the first step, the loss tokens of a step,
+        and the time that is left.
         Begin the next line.
         """
         num_steps = state.global_step - self._step
@@ -114,6 +116,7 @@ class LogLine:
             **dict(zip(self.terms, terms)),
             **({f"cosine_{j}": value for j, value in enumerate(cosines)} if any(cosines) else {}),
             "tokens_seen": state.num_input_tokens_seen,
+            "loss_tokens_per_step": int(self._targets) / num_steps,
             "tokens_per_second": positions / seconds,
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / self._peak_flops(),

@@ -4,9 +4,9 @@
         + w_cos / (M + 1) sum over aligned pairs (1 - cos(h_S, h_T))
 
 CE and KL are means over target positions: those with a real next token for a causal model, the
-masked ones for a masked language model. The cosine term is a mean over real positions, which are
-those that are not padding. All means are over the whole optimizer step, so the result does not
-depend on how the step is split into micro-batches and ranks.
+masked ones for a masked language model. The cosine term is a mean over compared positions: all that
+are not padding, or in chats those of responses. All means are over the whole optimizer step, so the
+result does not depend on how the step is split into micro-batches and ranks.
 
 Shapes: B rows, T positions, N target positions, D hidden size.
 """
@@ -27,12 +27,16 @@ NO_TARGET = -101
 """Label of a real token that is not to be predicted: one that a masked language model sees, or the
 first one of a document that does not see the document before it.
 """
+CONTEXT = -102
+"""Label of a token that is only read, such as one of a prompt: its hidden states are not compared,
+and it is not to be predicted.
+"""
 SMALLEST_NORM = 1e-8
 """Smaller norms of hidden states are treated as this, to avoid dividing by zero."""
 
 
 class StepCounts(NamedTuple):
-    """Target and real positions of a whole optimizer step, which its means are divided by."""
+    """Target and compared positions of a whole optimizer step, which its means are divided by."""
 
     targets: Tensor
     positions: Tensor
@@ -61,9 +65,14 @@ def targets_at(labels_BT: Tensor, is_masked_model: bool) -> Tensor:
 
 
 def count(labels_BT: Tensor, is_masked_model: bool = False) -> StepCounts:
-    """Count the target positions and the real positions of a micro-batch."""
+    """Count the target positions and the compared positions of a micro-batch."""
     targets_BT = targets_at(labels_BT, is_masked_model)
-    return StepCounts(targets=(targets_BT >= 0).sum(), positions=(labels_BT != IGNORED_LABEL).sum())
+    return StepCounts(targets=(targets_BT >= 0).sum(), positions=is_compared(labels_BT).sum())
+
+
+def is_compared(labels_BT: Tensor) -> Tensor:
+    """Return the positions whose hidden states the cosine term compares."""
+    return (labels_BT != IGNORED_LABEL) & (labels_BT != CONTEXT)
 
 
 def distillation_loss(
@@ -115,15 +124,15 @@ def distillation_loss(
 def cosine_distance(
     student_BTD: Tensor,
     teacher_BTD: Tensor,
-    is_real_BT: Tensor,
+    is_compared_BT: Tensor,
     compile_backend: str | None = None,
 ) -> Tensor:
-    """Return the sum over real positions of 1 - cos(h_S, h_T) for one pair of hidden states.
+    """Return the sum over compared positions of 1 - cos(h_S, h_T) for one pair of hidden states.
 
     It can be differentiated once, with respect to the student. The gradient is computed right away
     and nothing else is kept, so the teacher's state can be freed as soon as it has been compared.
     """
-    return _CosineDistance.apply(student_BTD, teacher_BTD, is_real_BT, compile_backend)
+    return _CosineDistance.apply(student_BTD, teacher_BTD, is_compared_BT, compile_backend)
 
 
 class _CosineDistance(torch.autograd.Function):
@@ -132,13 +141,13 @@ class _CosineDistance(torch.autograd.Function):
         ctx,
         student_BTD: Tensor,
         teacher_BTD: Tensor,
-        is_real_BT: Tensor,
+        is_compared_BT: Tensor,
         compile_backend: str | None,
     ) -> Tensor:
         distance_and_gradient = fused(_cosine_distance_and_gradient, compile_backend)
         with torch.autocast(student_BTD.device.type, enabled=False):
             distance, ctx.gradient = distance_and_gradient(
-                student_BTD.detach(), teacher_BTD, is_real_BT, ctx.needs_input_grad[0]
+                student_BTD.detach(), teacher_BTD, is_compared_BT, ctx.needs_input_grad[0]
             )
         return distance
 
@@ -149,19 +158,23 @@ class _CosineDistance(torch.autograd.Function):
 
 
 def _cosine_distance_and_gradient(
-    student_BTD: Tensor, teacher_BTD: Tensor, is_real_BT: Tensor, needs_gradient: bool
+    student_BTD: Tensor, teacher_BTD: Tensor, is_compared_BT: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the sum over real positions of 1 - cos(h_S, h_T), and its gradient with respect to
+    """Return the sum over compared positions of 1 - cos(h_S, h_T), and its gradient with respect to
     the student's states.
     """
-    s_BTD, t_BTD, is_real_BT1 = student_BTD.float(), teacher_BTD.float(), is_real_BT[..., None]
+    s_BTD, t_BTD, is_compared_BT1 = (
+        student_BTD.float(),
+        teacher_BTD.float(),
+        is_compared_BT[..., None],
+    )
     s_norm_BT1 = s_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
     t_norm_BT1 = t_BTD.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
     cosine_BT1 = (s_BTD * t_BTD).sum(-1, keepdim=True) / s_norm_BT1 / t_norm_BT1
     gradient_BTD = None
     if needs_gradient:
         # d(1 - cos) / ds = (cos s / |s| - t / |t|) / |s|
-        gradient_BTD = s_BTD * (cosine_BT1 / s_norm_BT1 / s_norm_BT1 * is_real_BT1)
-        gradient_BTD.addcmul_(t_BTD, -1 / s_norm_BT1 / t_norm_BT1 * is_real_BT1)
+        gradient_BTD = s_BTD * (cosine_BT1 / s_norm_BT1 / s_norm_BT1 * is_compared_BT1)
+        gradient_BTD.addcmul_(t_BTD, -1 / s_norm_BT1 / t_norm_BT1 * is_compared_BT1)
         gradient_BTD = gradient_BTD.to(student_BTD.dtype)
-    return ((1 - cosine_BT1) * is_real_BT1).sum(), gradient_BTD
+    return ((1 - cosine_BT1) * is_compared_BT1).sum(), gradient_BTD

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+COSINE_WEIGHT, CHAT_COSINE_WEIGHT = 2.0, 10.0
+"""Default weights of the cosine term, without chats and with them."""
 TERMS = ("cross_entropy", "kl", "cosine")
 
 

@@ -1,4 +1,6 @@
-"""A plot of the loss and its terms over the steps of a run, and of the cosine term by depth."""
+"""A plot of the loss and its terms over the steps of a run, and of the cosine term by depth. Steps
+of chats have another background.
+"""
 
 from itertools import count, takewhile
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from train.chats.phase_log import chat_steps, phase_lines
 from train.loss_weights import TERMS
 
 
@@ -35,6 +38,10 @@ def plot_terms(log: list[dict[str, Any]], path: Path) -> None:
         axes.set(title="cosine by student depth", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend()
+    if phases := phase_lines(log):
+        figure.suptitle("; ".join(phases), fontsize="medium")
+        for axes in panels:
+            axes.axvspan(*chat_steps(log), color="tab:orange", alpha=0.1, zorder=0)
     figure.savefig(path)
 
 

@@ -29,6 +29,7 @@ from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import logit_change
 from patching.student_config import StudentConfig
+from train.chats.arguments import ChatArguments
 from train.checkpoints.find import (
     check_only_its_checkpoints,
     check_resumable,
@@ -39,11 +40,12 @@ from train.checkpoints.identity import (
     differences,
     read_settings,
     run_settings,
+    template_key,
     text_fingerprint,
     values_of,
 )
 from train.choose_layers import choose_layers
-from train.data import Rows, load_rows
+from train.data import Rows, load_phases, load_rows
 from train.data_args import DataArguments
 from train.divergence import Diverged
 from train.dry_run import plan
@@ -71,6 +73,7 @@ from train.training_args import DistillationArguments
 def run(
     model_args: ModelArguments,
     data_args: DataArguments,
+    chat_args: ChatArguments,
     args: DistillationArguments,
     text_args: CalibrationArguments,
 ) -> None:
@@ -80,7 +83,8 @@ def run(
     with user_errors():
         num_ranks = (args.dry_run and args.dry_run_ranks) or args.world_size
         split_global_batch(args, data_args.max_length, num_ranks)
-    flags = values_of((model_args, data_args, args, text_args))
+        chat_args.settle(args)
+    flags = values_of((model_args, data_args, chat_args, args, text_args))
     uploads = args.push_to_hub  # Trainer must not see it
     reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
     with user_errors():
@@ -91,11 +95,10 @@ def run(
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
         layer_map = kept_layers(model_args, text_args, args, teacher_config, checkpoint)
         if args.dry_run:
+            has_cache = model_args.teacher_cache is not None
             print_on_main_process(
                 args,
-                plan(
-                    teacher_config, layer_map, data_args, args, model_args.teacher_cache is not None
-                ),
+                plan(teacher_config, layer_map, data_args, chat_args, args, has_cache),
             )
             return
         weights = fingerprint(reference)
@@ -115,6 +118,7 @@ def run(
             revision=model_args.revision,
             trust_remote_code=model_args.trust_remote_code,
         )
+        check_chats(chat_args, model_args, teacher_config)
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
         companions = student_companions(
             reference,
@@ -125,8 +129,10 @@ def run(
             model_args.trust_remote_code,
         )
         num_set_aside = 0 if masking is not None else data_args.num_set_aside
-        rows = read_rows(data_args, args, tokenizer, num_set_aside)
+        rows = read_rows(data_args, chat_args, args, tokenizer, num_set_aside)
         settings["text"] = text_fingerprint(rows, data_args.dataset)
+        if chat_args.sft_dataset is not None:
+            settings["chat_template"] = template_key(tokenizer)
         if checkpoint is not None:
             check_checkpoint(checkpoint, args, rows, settings)
         cache = open_cache(model_args, args, teacher_config, tokenizer, rows)
@@ -238,6 +244,20 @@ def check_run(args: DistillationArguments, teacher: PreTrainedConfig, uploads: b
         check_can_push(repository_of(args), args.public)
 
 
+def check_chats(
+    chat_args: ChatArguments, model_args: ModelArguments, teacher: PreTrainedConfig
+) -> None:
+    """Raise ValueError for a run with chats that a teacher, or a cache of one, cannot have."""
+    if chat_args.sft_dataset is None:
+        return
+    if predicts_masked_tokens(teacher):
+        raise ValueError(
+            f"sft_dataset: a {teacher.model_type} model predicts hidden tokens and gives no replies"
+        )
+    if model_args.teacher_cache is not None:
+        raise ValueError("teacher_cache: it holds no chats, leave it or --sft_dataset out")
+
+
 def kept_layers(
     model_args: ModelArguments,
     text_args: CalibrationArguments,
@@ -263,6 +283,7 @@ def kept_layers(
 
 def read_rows(
     data_args: DataArguments,
+    chat_args: ChatArguments,
     args: DistillationArguments,
     tokenizer: PreTrainedTokenizerBase,
     num_set_aside: int,
@@ -271,7 +292,12 @@ def read_rows(
     or without text, and for less text than one step takes.
     """
     with first_rank_first(args, "tokenizing"):
-        rows = load_rows(data_args, tokenizer, args.text_seed, num_set_aside)
+        seed = args.text_seed
+        if chat_args.sft_dataset is None:
+            rows = load_rows(data_args, tokenizer, seed, num_set_aside)
+        else:
+            steps = args.max_steps
+            rows = load_phases(data_args, chat_args, tokenizer, seed, steps, num_set_aside)
     if rows.held_out is None and (names := needs_held_out_rows(args)):
         raise ValueError(f"{', '.join(names)}: no text is held out, raise --heldout_documents")
     if rows.is_stream:
@@ -282,8 +308,8 @@ def read_rows(
                 f"train_sampling_strategy={args.train_sampling_strategy}: a stream is read in its "
                 "own order, --shuffle_buffer documents at a time; leave it out"
             )
-        if args.process_index == 0:
-            rows.train.check()
+        if args.process_index == 0 and (found := rows.train.check()):
+            print_on_main_process(args, found)
     elif smaller := check_enough_rows(rows.train, args, data_args.max_length):
         print_on_main_process(args, smaller)
     return rows

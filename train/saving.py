@@ -15,7 +15,7 @@ from patching.checkpoints.origin import Origin
 from patching.files.outputs import environment, follow_umask, move_into_place, write_json
 from patching.student_config import StudentConfig
 from train.checkpoints.identity import differences, read_settings
-from train.student_card import write_student_card
+from train.student_card import training_facts, write_student_card
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
 
@@ -77,7 +77,7 @@ def save_run(made: Made, trainer: DistillationTrainer, companions: Companions) -
                 made.origin,
                 made.teacher,
                 made.student_config,
-                made.arguments | {"steps": trainer.student_step},
+                training_facts(made.arguments | {"steps": trainer.student_step}),
                 held_out,
             )
             follow_umask(staging)

@@ -27,7 +27,8 @@ Documents = list[Any]
 """Texts, or lists of token ids."""
 Columns = dict[str, list[list[int]]]
 """Rows, given as columns."""
-Cut = Callable[[Documents], Columns]
+Cut = Callable[[Documents], Any]
+"""Cuts documents into rows. A kind of stream knows what else it returns."""
 Position = dict[str, Any]
 """Where to resume, as JSON."""
 
@@ -44,8 +45,10 @@ class Stream(Protocol):
 
     def resume(self, position: Position) -> None: ...
 
-    def check(self) -> None:
-        """Raise ValueError if a text holds no row. Must not be called once rows were read."""
+    def check(self) -> str | None:
+        """Raise ValueError if a text holds no row. Return a line to print, if there is one. Must
+        not be called once rows were read.
+        """
 
 
 class TextStream:
@@ -59,7 +62,7 @@ class TextStream:
         shuffle_buffer: int,
         seed: int,
     ) -> None:
-        self._name, self._documents, self._workers = name, documents, workers
+        self.name, self._documents, self._workers = name, documents, workers
         self._shuffle_buffer, self._seed = shuffle_buffer, seed
         self._block_size = max(shuffle_buffer, DOCUMENTS_PER_CHUNK)
         self.position: Position | None = None
@@ -67,25 +70,38 @@ class TextStream:
     def resume(self, position: Position) -> None:
         self.position = position
 
-    def check(self) -> None:
+    def check(self) -> str | None:
         next(iter(self))
         self.position = None
+        return None
+
+    def columns_of(self, cut: Any, is_new: bool) -> Columns:
+        """Return the rows that a chunk was cut into. A resumed stream cuts a chunk again, which
+        then is not new.
+        """
+        return cut
+
+    def position_at(self, at: Position, row: int) -> Position:
+        """Return the position of a row of the chunk at a position."""
+        return {**at, "row": row}
 
     def __iter__(self) -> Iterator[Row]:
         """Raises ValueError if the text holds no row."""
         start = self.position or {"pass": 0, "block": 0, "text": None, "chunk": 0, "row": 0}
         skipped, last_pass_with_rows = start["row"], start["pass"]
-        for at, columns in self._workers.cut(self._chunks(start)):
+        is_new = self.position is None
+        for at, cut in self._workers.cut(self._chunks(start)):
+            columns, is_new = self.columns_of(cut, is_new), True
             rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
             if rows:
                 last_pass_with_rows = at["pass"]
             elif at["pass"] > last_pass_with_rows + 1:  # a resumed pass may be at its end
                 raise ValueError(
-                    f"dataset={self._name}: there is no text in it to train on; its first "
+                    f"dataset={self.name}: there is no text in it to train on; its first "
                     "documents are held out (--heldout_documents)"
                 )
             for i, row in enumerate(rows[skipped:], skipped):
-                self.position = {**at, "row": i + 1}
+                self.position = self.position_at(at, i + 1)
                 yield row
             skipped = 0
 
@@ -143,9 +159,10 @@ class Mixture:
             if of_stream is not None:
                 stream.resume(of_stream)
 
-    def check(self) -> None:
+    def check(self) -> str | None:
         for stream in self._streams:
             stream.check()
+        return None
 
     def __iter__(self) -> Iterator[Row]:
         readers = [iter(stream) for stream in self._streams]
@@ -164,9 +181,7 @@ class Workers:
         self._cut, self._num_processes = cut, num_processes
         self._pool: ProcessPoolExecutor | None = None
 
-    def cut(
-        self, chunks: Iterator[tuple[Position, Documents]]
-    ) -> Iterator[tuple[Position, Columns]]:
+    def cut(self, chunks: Iterator[tuple[Position, Documents]]) -> Iterator[tuple[Position, Any]]:
         """Yield each chunk's position and rows, in order."""
         if self._num_processes == 1:
             for position, documents in chunks:
@@ -177,7 +192,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(
                 self._num_processes, get_context("spawn"), _begin_worker, (self._cut,)
             )
-        ahead: deque[tuple[Position, Future[Columns]]] = deque()
+        ahead: deque[tuple[Position, Future]] = deque()
         for chunk_position, documents in chunks:
             ahead.append((chunk_position, self._pool.submit(_cut_in_worker, documents)))
             if len(ahead) > self._num_processes:
@@ -199,5 +214,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _cut_in_worker(documents: Documents) -> Columns:
+def _cut_in_worker(documents: Documents) -> Any:
     return _cut_of_worker[0](documents)

@@ -23,13 +23,13 @@ def write_student_card(
     origin: Origin,
     teacher: PreTrainedConfig,
     student_config: StudentConfig,
-    arguments: Mapping[str, Any],
+    facts: Mapping[str, str],
     held_out: Mapping[str, float],
 ) -> None:
     """Write the card into a student's folder. `origin` says where the teacher came from, and
-    `arguments` are the flags of the run.
+    `facts` how the student was made, such as `training_facts`.
     """
-    text = student_card(title, origin, teacher, student_config, arguments, held_out)
+    text = student_card(title, origin, teacher, student_config, facts, held_out)
     write_text(folder / CARD_FILE_NAME, text)
 
 
@@ -38,7 +38,7 @@ def student_card(
     origin: Origin,
     teacher: PreTrainedConfig,
     student_config: StudentConfig,
-    arguments: Mapping[str, Any],
+    facts: Mapping[str, str],
     held_out: Mapping[str, float],
 ) -> str:
     layer_map, order = student_config.layer_map, student_config.patch_order
@@ -58,7 +58,7 @@ def student_card(
         "",
         f"# {title}",
         "",
-        f"A student of {len(layer_map.kept)} layers, distilled from a teacher of "
+        f"A student of {len(layer_map.kept)} layers, made from a teacher of "
         f"{layer_map.num_teacher_layers} so that blocks of teacher layers can be put back in place "
         f"of single student layers, with no further training ([paper]({PAPER})).",
         "",
@@ -68,7 +68,7 @@ def student_card(
         f"| revision of the teacher | {origin.commit or origin.revision or origin.fingerprint} |",
         f"| license of the teacher | {origin.license or 'not stated in its card'} |",
         f"| kept teacher layers | {as_layer_list(layer_map.kept)} |",
-        *(f"| {name} | {value} |" for name, value in training_facts(arguments).items()),
+        *(f"| {name} | {value} |" for name, value in facts.items()),
         *(
             f"| {name.removeprefix('eval_')}, held out | {held_out[name]:.4f} |"
             for name in held_out
@@ -104,6 +104,15 @@ def order_text(order: Order) -> str:
     return f"in the sequence of student layers {as_layer_list(order)}"
 
 
+def chat_facts(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return which chats a student was trained on, if any."""
+    chats = arguments.get("sft_dataset")
+    if chats is None:
+        return {}
+    name = "local files" if Path(chats).exists() else chats
+    return {"chats": f"{name}, the last {arguments['sft_share']:.0%} of the steps"}
+
+
 def training_facts(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Return how a student was trained, without anything that names the machine."""
     dataset = arguments["dataset"]
@@ -117,6 +126,7 @@ def training_facts(arguments: Mapping[str, Any]) -> dict[str, str]:
     return {
         "initialized from": start,
         "text": "local files" if is_local else dataset,
+        **chat_facts(arguments),
         "loss": ", ".join(f"{weight:g} {name}" for name, weight in loss.items() if weight),
         "temperature": f"{arguments['temperature']:g}",
         "learning rate": f"{arguments['learning_rate']:g}",

@@ -7,9 +7,9 @@
 
 A single process needs no torchrun: `python -m train.train ...`. The trained student is saved in
 --save_directory, with student_config.json (its kept layers), run.json (arguments, log and
-environment) and loss.png. --dry_run prints what a run would need, --resume_from_checkpoint last
-continues a run that was stopped, and --kept_layers auto --calibration TEXT chooses the kept layers
-by running the teacher.
+environment) and loss.png. --sft_dataset CHATS trains on chats after the text. --dry_run prints what
+a run would need, --resume_from_checkpoint last continues a run that was stopped, and --kept_layers
+auto --calibration TEXT chooses the kept layers by running the teacher.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 from patching.arguments import CalibrationArguments
 from patching.cli.command_line import CommandLineParser, user_errors
 from patching.files.outputs import check_writable
+from train.chats.arguments import ChatArguments
 from train.data_args import DataArguments
 from train.model_args import ModelArguments
 from train.training_args import DistillationArguments
@@ -24,16 +25,22 @@ from train.training_args import DistillationArguments
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        groups = (ModelArguments, DataArguments, DistillationArguments, CalibrationArguments)
+        groups = (
+            ModelArguments,
+            DataArguments,
+            ChatArguments,
+            DistillationArguments,
+            CalibrationArguments,
+        )
         parser = CommandLineParser(groups, prog="train.train", description=__doc__)
-        model_args, data_args, args, text_args = parser.parse_args_into_dataclasses(argv)
+        model_args, data_args, chat_args, args, text_args = parser.parse_args_into_dataclasses(argv)
         check_calibration(model_args, text_args)
         check_save_directory(Path(args.save_directory), args.resumes)
 
     # Imported here, so that --help and wrong flags do not wait for the trainer.
     from train.run import run
 
-    run(model_args, data_args, args, text_args)
+    run(model_args, data_args, chat_args, args, text_args)
 
 
 def check_calibration(model_args: ModelArguments, text_args: CalibrationArguments) -> None:

@@ -10,34 +10,33 @@ from typing import Any
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
 from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import LayerMap
 from patching.files.outputs import write_json
-from train.batches import Batch, StepPrefetcher, StreamBatches, collate, count_positions
+from train.batches import Batch
+from train.chats.phase_log import LogEndOfText, phase_values
+from train.chats.phases import Phases
 from train.checkpoints.identity import FILE_NAME
 from train.checkpoints.stop import StopOnSigterm
-from train.checkpoints.trainer import CheckpointedTrainer
-from train.data import Share
 from train.distillation import install_distillation_forward
 from train.divergence import check_metrics
 from train.estimate import flops_per_token
 from train.evaluation import eval_mode, held_out_means
-from train.local_batches import local_loader
 from train.log_line import LogLine
 from train.loss import LossTerms, StepCounts
 from train.masking import Masking
 from train.sharding import keep_gathered, parallelism, place_teacher, release
 from train.speed import speed_up
+from train.step_trainer import StepTrainer
 from train.student import drop_second_names
 from train.teacher_cache import TeacherCache
 from train.training_args import DistillationArguments
 
 
-class DistillationTrainer(CheckpointedTrainer):
+class DistillationTrainer(StepTrainer):
     """Trains `student` in place; `teacher` is frozen and never saved."""
 
     # The loss is already divided by the counts of the whole step.
@@ -65,16 +64,14 @@ class DistillationTrainer(CheckpointedTrainer):
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         if kwargs.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
-        self._masking, self._settings = masking, settings
-        self._share = Share(args.process_index, args.world_size)
+        self._settings = settings
         self._flops = flops_per_token(student.config, teacher and teacher.config, args.loss_weights)
         self.log_line = LogLine.of_run(args, layer_map)
-        self._prefetcher = StepPrefetcher(self._share, args.device, cache)
-        self._resume_from: str | None = None
         self.stop_on_sigterm = StopOnSigterm()
-        super().__init__(
-            student, args, data_collator=collate, callbacks=[self.stop_on_sigterm], **kwargs
-        )
+        callbacks = [self.stop_on_sigterm]
+        if isinstance(phases := kwargs["train_dataset"], Phases):
+            callbacks.append(LogEndOfText(phases.num_text_steps))
+        super().__init__(student, args, masking, cache, callbacks=callbacks, **kwargs)
         self.model_accepts_loss_kwargs = False  # otherwise Trainer counts targets its own way
         place_teacher(self.accelerator, teacher, args.compute_dtype)
 
@@ -84,34 +81,6 @@ class DistillationTrainer(CheckpointedTrainer):
         if self.args.fsdp:
             settings |= parallelism(self.args.fsdp_replicas, self.args.world_size)
         return super()._build_accelerator_args(**kwargs) | settings
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, "sum")
-
-    # Data
-
-    def get_train_dataloader(self):
-        if isinstance(self.train_dataset, Dataset):
-            return local_loader(self.train_dataset, self.args, self._share)
-        stream = StreamBatches(self.train_dataset, self._train_batch_size, self._share)
-        self._prefetcher.read(stream, self._resume_from)
-        return stream
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Return the step's micro-batches, and its counts over all of them and all ranks."""
-        step = self.state.global_step
-        if step >= self.state.max_steps:  # resumed after the last step
-            self.control.should_training_stop = True
-            return [], None
-        batches = self._prefetcher.batches(step, epoch_iterator, num_batches)
-        if self._masking is not None:
-            size = self.args.per_device_train_batch_size
-            batches = self._masking.hide_step(batches, self.args.seed, step, size, self._share)
-        totals = count_positions(batches, self._masking is not None, device)
-        targets, positions, slots = self._sum_over_ranks(totals)
-        self.log_line.add_positions(step, positions, slots)
-        # A short step may have no masked token.
-        return batches, StepCounts(targets=targets.clamp_min(1), positions=positions)
 
     # Loss and log
 
@@ -125,13 +94,17 @@ class DistillationTrainer(CheckpointedTrainer):
         loss = terms.loss * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return self._flops.of_batch(inputs["input_ids"], inputs.get("position_ids"))
+    def floating_point_ops(self, inputs: list[Batch]) -> int:
+        return sum(map(self._flops.of_batch, inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the unweighted terms and the speed to a line that reports a training loss."""
         if "loss" in logs:
             logs |= self.log_line.finish(self.state, self._sum_over_ranks, self.accelerator.gather)
+            if isinstance(self.train_dataset, Phases):
+                next_step = self._prefetcher.position_at(self.state.global_step)
+                values = (self.train_dataset, self.state, logs["tokens_seen"], next_step)
+                logs |= phase_values(*values)
         super().log(logs, start_time)
 
     # Held-out rows

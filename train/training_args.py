@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from train.flag_checks import check_flags
 from train.global_batch import DEFAULT_MICRO_BATCHES, DEFAULT_ROWS
-from train.loss_weights import LossWeights
+from train.loss_weights import CHAT_COSINE_WEIGHT, COSINE_WEIGHT, LossWeights
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_STEPS = 500
@@ -179,7 +179,13 @@ class DistillationArguments(PaperArguments):
     use_cosine_loss: bool = field(
         default=True, metadata={"help": "align hidden states with the teacher's"}
     )
-    cosine_loss_weight: float = field(default=2.0, metadata={"help": "weight of the cosine term"})
+    cosine_loss_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": f"weight of the cosine term (default: {COSINE_WEIGHT:g}, with --sft_dataset "
+            f"{CHAT_COSINE_WEIGHT:g})"
+        },
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "temperature of the KL term", "aliases": ["--T"]}
     )
@@ -239,10 +245,11 @@ class DistillationArguments(PaperArguments):
 
     @property
     def loss_weights(self) -> LossWeights:
+        weight = self.cosine_loss_weight
         return LossWeights(
             cross_entropy=float(self.use_cross_entropy),
             kl=self.kl_loss_weight * self.use_kl_loss,
-            cosine=self.cosine_loss_weight * self.use_cosine_loss,
+            cosine=(COSINE_WEIGHT if weight is None else weight) * self.use_cosine_loss,
             temperature=self.temperature,
             compile_backend=self.torch_compile_backend if self.torch_compile else None,
         )

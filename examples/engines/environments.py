@@ -27,7 +27,9 @@ LLAMA_CPP_BUILD = (
 )
 """Only the library, without the optimizations that models of this size do not need."""
 CONVERTER = "convert_hf_to_gguf.py"
-CONVERTER_PARTS = (CONVERTER, "conversion", "gguf-py")
+CONVERTER_PARTS = (CONVERTER, "conversion/", "gguf-py/")
+TEMPLATES = "models/templates/"
+"""Chat templates of published models, which tests read."""
 
 
 class Unavailable(Exception):
@@ -119,7 +121,7 @@ def _unpack_converter(package: Path, folder: Path) -> None:
     with tarfile.open(package) as archive:
         for member in archive:
             top, _, rest = member.name.partition("/vendor/llama.cpp/")
-            if "/" not in top and rest.partition("/")[0] in CONVERTER_PARTS:
+            if "/" not in top and rest.startswith((*CONVERTER_PARTS, TEMPLATES)):
                 member.name = rest
                 archive.extract(member, folder, filter="data")
 

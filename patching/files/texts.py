@@ -57,30 +57,13 @@ def load_documents(
 
     Raises ValueError if there is no text, no such column, or no file of a known kind.
     """
-    from datasets import load_dataset  # takes a second, and most command lines need no text
-    from datasets.exceptions import DatasetGenerationError
-
-    path = Path(name)
     column = text_column
-    if path.exists():
-        builder, files = _local_files(path)
-        extra = {"sample_by": "document"} if builder == "text" else {}
-        try:
-            documents = load_dataset(
-                builder, data_files=files, split="train", streaming=streaming, **extra
-            )
-        except DatasetGenerationError as error:
-            cause = str(error.__cause__ or error)
-            raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
-        if builder == "text" and holds_tokens:
-            raise ValueError(f"tokens_column={column}: {name} is plain text and has no columns")
-        column = "text" if builder == "text" else column
-    else:
-        documents = load_dataset(name, dataset_config, split=dataset_split, streaming=True)
+    documents, builder = open_dataset(name, dataset_config, dataset_split, streaming)
+    if builder == "text" and holds_tokens:
+        raise ValueError(f"tokens_column={column}: {name} is plain text and has no columns")
+    column = "text" if builder == "text" else column
     flag = "tokens_column" if holds_tokens else "text_column"
-    columns = documents.column_names or list(next(iter(documents), {}))
-    if not columns:
-        raise ValueError(f"dataset={name}: there is no text in it")
+    columns = columns_of(documents, name)
     if column not in columns:
         raise ValueError(
             f"{flag}={column}: {name} has the columns {', '.join(columns)}, choose one of them"
@@ -95,9 +78,43 @@ def load_documents(
     documents = documents.select_columns([column])
     if column != "text":
         documents = documents.rename_column(column, "text")
-    if path.exists() and builder == "text":
+    if builder == "text":
         documents = documents.map(_split_at_blank_lines, batched=True, batch_size=1)
     return documents
+
+
+def open_dataset(
+    name: str, dataset_config: str | None, dataset_split: str, streaming: bool
+) -> tuple[Dataset | IterableDataset, str | None]:
+    """Return what a file, a folder of files or a hub dataset holds, and the `datasets` builder that
+    reads local files.
+
+    Raises ValueError for files that are empty, of no known kind or of several, or damaged.
+    """
+    from datasets import load_dataset  # takes a second, and most command lines need no text
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(name)
+    if not path.exists():
+        return load_dataset(name, dataset_config, split=dataset_split, streaming=True), None
+    builder, files = _local_files(path)
+    extra = {"sample_by": "document"} if builder == "text" else {}
+    try:
+        documents = load_dataset(
+            builder, data_files=files, split="train", streaming=streaming, **extra
+        )
+    except DatasetGenerationError as error:
+        cause = str(error.__cause__ or error)
+        raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
+    return documents, builder
+
+
+def columns_of(documents: Dataset | IterableDataset, name: str) -> list[str]:
+    """Return the columns of a dataset. Raises ValueError if it is empty."""
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if not columns:
+        raise ValueError(f"dataset={name}: there is no text in it")
+    return columns
 
 
 def _local_files(path: Path) -> tuple[str, list[str]]:

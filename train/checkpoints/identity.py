@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from patching.blocks import LayerMap
 from train.data import Rows
@@ -31,7 +32,7 @@ MAY_CHANGE = (
     # compared as what they lead to: the teacher's weights, the kept layers, rows and their number
     "teacher_model_name_or_path", "revision", "*_layers_to_keep", "alternate_every_n_layers",
     "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_*",
-    "tokenizer_processes",
+    "tokenizer_processes", "sft_max_refused",
     # what is measured once the student is saved
     "order_budget",
 )  # fmt: skip
@@ -78,6 +79,12 @@ def text_fingerprint(rows: Rows, dataset: str) -> str:
     for i in range(0, num_rows, max(1, num_rows // 100)):
         digest.update(json.dumps(rows.train[i], sort_keys=True).encode())
     return f"{num_rows} rows {digest.hexdigest()[:16]}"
+
+
+def template_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what identifies a chat template, or several by name."""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
 def read_settings(checkpoint: str) -> dict[str, Any] | None:
