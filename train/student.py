@@ -91,7 +91,7 @@ def student_companions(
     teacher_config: PreTrainedConfig,
     layer_map: LayerMap,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool = False,
 ) -> Companions:
     """Read what a student's config.json, tokenizer and other files are made from: the teacher's.

@@ -216,3 +216,14 @@ def write_all(file: int, data: bytes | memoryview) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(file, left) :]
+
+
+def read_exactly(source: int, start: int, num_bytes: int) -> bytearray:
+    """Return bytes of an open file. Raises OSError if it ends before."""
+    piece = bytearray()
+    while len(piece) < num_bytes:
+        read = os.pread(source, num_bytes - len(piece), start + len(piece))
+        if not read:
+            raise OSError("a weights file became shorter while it was copied")
+        piece += read
+    return piece

@@ -7,7 +7,7 @@ rescaled, piece by piece.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from patching.checkpoints.safetensors_files import (
     TensorOnDisk,
     copy_bytes,
     header_of,
+    read_exactly,
     read_header,
     write_all,
 )
@@ -92,9 +93,15 @@ class Splice:
         """The exact size of all weights files."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    def write(self, folder: Path, same_files: Mapping[str, Path] | None = None) -> None:
+    def write(
+        self,
+        folder: Path,
+        same_files: Mapping[str, Path] | None = None,
+        write_tensors: Callable[[int, Shard], None] | None = None,
+    ) -> None:
         """Write the weights files, and an index if there are several. Those named in `same_files`
-        exist there already and are linked, if the file system can.
+        exist there already and are linked, if the file system can. `write_tensors` appends other
+        numbers for a shard's tensors than copies of its sources.
 
         Like `cp`, this lets the system decide when bytes reach the disk. Files only ever grow, so a
         file cut short by a power failure is too short for its header, and no loader accepts it.
@@ -110,7 +117,7 @@ class Splice:
             target = os.open(folder / shard.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 write_all(target, header_of(shard.tensors))
-                _write_tensors(target, shard)
+                (write_tensors or _write_tensors)(target, shard)
             finally:
                 os.close(target)
         if len(self.shards) > 1:
@@ -355,7 +362,7 @@ def _write_changed(source: int, target: int, wanted: ByteRange) -> None:
     start, stop = wanted.start, wanted.stop
     stored, dtype = TORCH_DTYPES[wanted.stored], TORCH_DTYPES[wanted.dtype]
     while start < stop:
-        piece = _read_exactly(source, start, min(CAST_BYTES, stop - start))
+        piece = read_exactly(source, start, min(CAST_BYTES, stop - start))
         given = torch.frombuffer(piece, dtype=stored)
         numbers = cast(given, dtype, wanted.name, wanted.rescaling)
         write_all(target, memoryview(numbers.view(torch.uint8).numpy()))
@@ -375,16 +382,6 @@ def cast(
     if not numbers.isfinite().all() and (numbers.isinf() & ~given.isinf()).any():
         raise OutOfRange(name, dtype)
     return numbers
-
-
-def _read_exactly(source: int, start: int, num_bytes: int) -> bytearray:
-    piece = bytearray()
-    while len(piece) < num_bytes:
-        read = os.pread(source, num_bytes - len(piece), start + len(piece))
-        if not read:
-            raise OSError("a weights file became shorter while it was copied")
-        piece += read
-    return piece
 
 
 def _equal(one: TensorOnDisk, other: TensorOnDisk) -> bool:
