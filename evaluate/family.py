@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from evaluate.answers import Answer
 from evaluate.generation import GeneratingLM, Generator
 from evaluate.ranks import Ranks
 from evaluate.request_rows import Row, batch_of, rows_of, take_batch
@@ -105,7 +106,8 @@ class FamilyLM(GeneratingLM):
         first, model = next(iter(tree.models.items()))
         self.tree = tree
         self._scores: dict[tuple[str, ...], dict[str, ContinuationScore]] = {}
-        self._answers: dict[tuple[str, str], dict[str, str]] = {}
+        self._answers: dict[tuple[str, str], dict[str, Answer]] = {}
+        self._given: dict[str, list[Answer]] = {}
         self.generator = generator
         self.generation_batch_size, self.most_rows = generation_batch_size, max_batch_size
         super().__init__(
@@ -120,6 +122,7 @@ class FamilyLM(GeneratingLM):
     def activate(self, name: str) -> None:
         """Answer for this member from now on."""
         self.name = name
+        self._given.clear()
         self._model = self.tree.models[name]
         self._config = self._model.config
 

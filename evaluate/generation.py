@@ -37,6 +37,8 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
+from evaluate.answers import Answer, Failures
+
 CPU_TOKENS_PER_BATCH = 2**14
 TOKENS_PER_BATCH = 2**16
 """Prompts and new tokens in one batch, including padding, if no number of rows is given."""
@@ -60,6 +62,10 @@ class Settings(NamedTuple):
         if not kwargs.get("do_sample") and kwargs.get("temperature") == 0:
             del kwargs["temperature"]  # transformers warns of one that has no effect
         return cls(until, max_new_tokens, kwargs | {"do_sample": bool(kwargs.get("do_sample"))})
+
+    def reaches_limit(self, text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether an answer has as many tokens as it may have."""
+        return len(tokenizer.encode(text, add_special_tokens=False)) >= self.max_new_tokens
 
     def is_greedy(self, model: PreTrainedModel) -> bool:
         """Whether this model then takes the most likely token each time."""
@@ -85,7 +91,7 @@ def answers_of_members(
     requests: Sequence[Instance],
     num_rows: int | None = None,
     disable_tqdm: bool = False,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Answer]]:
     """Every member's answer to each request, by its name.
 
     `lm` tokenizes. `tree` is a `PrefixTree`, or separate models with its interface. `num_rows` are
@@ -93,7 +99,7 @@ def answers_of_members(
     read a prompt and write that many tokens.
     """
     end_of_text = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
-    answers: list[dict[str, str]] = [{} for _ in requests]
+    answers: list[dict[str, Answer]] = [{} for _ in requests]
     by_arguments: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
         by_arguments.setdefault(key_of(request)[1], []).append(i)
@@ -125,9 +131,9 @@ def answers_of_members(
                     waiting += [numbers[half:], numbers[:half]]
                     clear_device_cache(garbage_collection=True)
                     continue
-                for name, texts in found.items():
-                    for i, text in zip(batch, texts):
-                        answers[i][name] = text
+                for name, of_member in found.items():
+                    for i, answer in zip(batch, of_member):
+                        answers[i][name] = answer
                 progress.update(len(batch) * len(found))
     return answers
 
@@ -148,11 +154,25 @@ class GeneratingLM(HFLM):
     generator: Generator | None
     """Generates instead of the members themselves."""
     generation_batch_size: int | None
-    _answers: dict[tuple[str, str], dict[str, str]]
+    _answers: dict[tuple[str, str], dict[str, Answer]]
+    _given: dict[str, list[Answer]]
+    """The active member's answers, by task."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        answers = self._generate(requests)
+        for request, answer in zip(requests, answers):
+            self._given.setdefault(request.task_name, []).append(answer)
+        return [answer.text for answer in answers]
+
+    def take_failures(self) -> dict[str, dict[str, int]]:
+        """How many of the active member's answers since the last call failed, by task."""
+        found = {task: Failures.of(answers)._asdict() for task, answers in self._given.items()}
+        self._given.clear()
+        return found
+
+    def _generate(self, requests: list[Instance]) -> list[Answer]:
         if self.generator is not None:
-            return self.generator(self.model, self.tokenizer, requests)
+            return self._judged(requests, self.generator(self.model, self.tokenizer, requests))
         members = self.tree.models.values()
         shared = [can_share(self, members, request.args[1]) for request in requests]
         missing = {
@@ -164,11 +184,21 @@ class GeneratingLM(HFLM):
             answers = self.ranks.share(self, "answer_for_members", list(missing.values()))
             self._answers.update(zip(missing, answers))
         alone = [request for request, is_shared in zip(requests, shared) if not is_shared]
-        of_one = iter(self.ranks.share(self, "answer_alone", alone) if alone else [])
+        texts = self.ranks.share(self, "answer_alone", alone) if alone else []
+        of_one = iter(self._judged(alone, texts))
         return [
             self._answers[key_of(request)][self.name] if is_shared else next(of_one)
             for request, is_shared in zip(requests, shared)
         ]
+
+    def _judged(self, requests: Sequence[Instance], texts: Sequence[str]) -> list[Answer]:
+        """Texts of which nobody says how they ended, with a guess from their length."""
+        end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        answers = []
+        for request, text in zip(requests, texts):
+            how = Settings.of(request.args[1], end_of_text, self.max_gen_toks)
+            answers.append(Answer(text, how.reaches_limit(text, self.tokenizer)))
+        return answers
 
     def answer_alone(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The active member's answer to each request."""
@@ -176,7 +206,7 @@ class GeneratingLM(HFLM):
 
     def answer_for_members(
         self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[dict[str, str]]:
+    ) -> list[dict[str, Answer]]:
         """Every member's answer to each request, by its name."""
         return answers_of_members(
             self, self.tree, requests, self.generation_batch_size, disable_tqdm
@@ -293,7 +323,7 @@ def prompt_inputs(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> di
 @torch.no_grad()
 def greedy_answers(
     tree: Any, tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor, mask_BT: Tensor, how: Settings
-) -> Iterator[tuple[str, list[str]]]:
+) -> Iterator[tuple[str, list[Answer]]]:
     """Yield each member's name and its answers to a batch of prompts, padded on the left.
 
     `tree` is a `PrefixTree`, or separate models with its interface.
@@ -312,4 +342,16 @@ def greedy_answers(
             **{"max_length": length + how.max_new_tokens} | how.others,
         )
         texts = tokenizer.batch_decode(decode.answers, skip_special_tokens=True)
-        yield name, [postprocess_generated_text(text, how.until, None) for text in texts]
+        ends = end_tokens(tree.models[name], tokenizer)
+        answers = []
+        for tokens, whole in zip(decode.answers, texts):
+            text = postprocess_generated_text(whole, how.until, None)
+            ended = tokens[-1] in ends or text != whole
+            answers.append(Answer(text, len(tokens) >= how.max_new_tokens and not ended))
+        yield name, answers
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}

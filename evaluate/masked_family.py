@@ -69,5 +69,9 @@ class MaskedFamilyLM(LM):
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
         raise ValueError(f"a masked language model gives no likelihood of a continuation: {REMEDY}")
 
+    def take_failures(self) -> dict[str, dict[str, int]]:
+        """No answers, since there are none."""
+        return {}
+
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> NoReturn:
         raise ValueError(f"a masked language model does not generate: {REMEDY}")

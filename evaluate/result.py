@@ -24,8 +24,11 @@ LM_EVAL_KEYS = {
     "n_samples": "n-samples",
     "versions": "versions",
     "configs": "configs",
+    "generation_failures": "generation_failures",
 }
-"""Fields of a `Result` that lm-eval fills, each a dictionary by task, with lm-eval's own keys."""
+"""Fields of a `Result` that a run of lm-eval fills, each a dictionary by task. The last one is not
+lm-eval's own.
+"""
 
 SERIES_LABELS = {
     "family": "interpolated",
@@ -122,6 +125,8 @@ class Result:
     n_samples: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    generation_failures: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Counts of `evaluate.answers.Failures`."""
     runs: dict[str, Run] = field(default_factory=dict)
     sweep: str | None = None
     """The sweep's name in a report on several sweeps. It is not in the file."""

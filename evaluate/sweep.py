@@ -120,15 +120,13 @@ class Sweep:
             members = [
                 m
                 for m in series.members
-                if (tuple(names), m.name) in self.parts and self._tasks_missing(series, m, names)
+                if (tuple(names), m.name) in self.parts and self._missing_of(series, m, names)
             ]
             if members:
                 found[tuple(names)] = members
         return found
 
-    def _tasks_missing(
-        self, series: Series, member: SeriesMember, names: Sequence[str]
-    ) -> list[str]:
+    def _missing_of(self, series: Series, member: SeriesMember, names: Sequence[str]) -> list[str]:
         stored, wanted = self.store.results.get(member.name), self._wanted(series, names)
         return missing_tasks(stored, wanted, self.harness.log_samples)
 
@@ -153,14 +151,15 @@ class Sweep:
     ) -> None:
         """Score members on tasks that run together. If one fails, note it and skip the rest."""
         self.store.read()  # another sweep may have been here
-        members = [m for m in members if self._tasks_missing(series, m, names)]
+        members = [m for m in members if self._missing_of(series, m, names)]
         for num_done, member in enumerate(members):
             progress.set_postfix_str(f"{', '.join(names)} {member.name}")
             start = time.perf_counter()
             lm.activate(member.name)
-            missing = self._tasks_missing(series, member, names)
+            missing = self._missing_of(series, member, names)
             try:
                 found = self.harness.score(lm, union([self.tasks[name] for name in missing]))
+                found["generation_failures"] = lm.take_failures()
             except Exception as error:  # tasks are code
                 for name in missing:
                     logger.error("%s failed on %s", name, member.name, exc_info=True)

@@ -14,6 +14,7 @@ from patching_models import ENCODERS, LAYER_MAP, SETTINGS, family_pair
 from transformers import BloomConfig
 
 from evaluate import generation, vllm
+from evaluate.answers import is_loop
 from evaluate.evaluate import main
 from evaluate.family import FamilyLM, SeparateModels
 from evaluate.result import read_results
@@ -191,6 +192,52 @@ def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatc
     again = read_results(tmp_path / "vllm")["family_k0"].tasks
     assert again["choice"] == finished["choice"]
     assert again["generation"].run != finished["generation"].run
+
+
+def test_answers_that_repeat_themselves_are_loops():
+    loops = ["no " * 20, "Well. " + "I do not know. " * 4, "ab" * 16, "so " * 3 + "x" * 32]
+    assert all(map(is_loop, loops))
+    assert is_loop("I think that it is " * 5 + "I think that")  # cut off within the text
+    others = ["", "no no no no", "1000000", "I do not know. " * 3, "a b c d " * 3, "x" * 31]
+    assert not any(map(is_loop, others))
+
+
+def test_answers_that_are_cut_off_are_counted_for_each_member():
+    tree = tree_of("llama")
+    lm = lm_of(tree)
+    for name in RECIPES:
+        lm.activate(name)
+        requests = instances(LONG)
+        for request in requests:
+            request.task_name = "task"
+        whole = lm.generate_until(requests, True)
+        (failures,) = lm.take_failures().values()
+        assert lm.take_failures() == {}
+        ends = [len(lm.tok_encode(text)) < 20 for text in whole]
+        assert failures["answers"] == len(requests)
+        assert failures["cut"] == len(requests) - sum(ends)
+        assert failures["looping"] == sum(map(is_loop, whole))
+        stop = next(c for c in whole[0][5:] if c.isascii() and c.isprintable())
+        lm.generate_until(instances(LONG | {"until": [stop]}, prompts=PROMPTS[:1]), True)
+        assert [of["cut"] for of in lm.take_failures().values()] == [0]
+
+
+def test_failed_answers_are_reported_for_each_size(pair_folders, tmp_path):
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    write_task(tmp_path, "generation", QUESTIONS, **GENERATION, metric_list=[metric])
+    settings = {"num_layers_to_patch": "0,2", "include_path": tmp_path, "tasks": "generation"}
+    main(flags(pair_folders, tmp_path / "out", **settings))
+    results = read_results(tmp_path / "out")
+    assert len(results) == 2
+    report = (tmp_path / "out" / "summary.md").read_text()
+    assert "## Answers that failed" in report
+    for result in results.values():
+        counts = result.generation_failures["generation"]
+        assert counts["answers"] == len(QUESTIONS)
+        assert counts["failed"] == counts["cut"] > 0 == counts["looping"]
+        share = f"{counts['cut'] / len(QUESTIONS):.1%}"
+        assert f"| generation | {result.label} |" in report
+        assert f"| {len(QUESTIONS)} | {share} | 0.0% | {share} |" in report
 
 
 def test_more_new_tokens_than_the_model_reads():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from evaluate.answers import LEAST_CHARACTERS, LEAST_REPEATS
 from evaluate.reporting.comparison import DIP_MARKS, Comparison
 from evaluate.reporting.conditions import (
     NOT_KNOWN,
@@ -17,6 +18,11 @@ from evaluate.result import Result
 from patching.cli.units import bytes_text, count_text
 
 MODELS_PER_TABLE = 9
+FAILURES_CAPTION = (
+    "Generated answers that were cut off at the most tokens they may have, before they ended, or "
+    f"that end with the same text at least {LEAST_REPEATS} times in {LEAST_CHARACTERS} characters "
+    "or more. They count as failed here, whatever a task's own metric makes of them."
+)
 
 
 def markdown_report(report: Comparison, failures: Mapping[str, str], num_pages: int) -> str:
@@ -25,6 +31,8 @@ def markdown_report(report: Comparison, failures: Mapping[str, str], num_pages: 
     parts = ["# Scores by size", *pictures]
     parts += ["## Averages", _averages_caption(report), _averages_table(report)]
     parts += ["## Scores", _conditions_line(report), *_score_tables(report), _notes(report)]
+    if failed := _failures_table(report.results):
+        parts += ["## Answers that failed", FAILURES_CAPTION, failed]
     parts += ["## Dips", _dip_list(report.dips)]
     parts += ["## Sizes and costs", _costs_table(report.results), _how_measured(report.results)]
     if failures:
@@ -160,6 +168,22 @@ def _averages_table(report: Comparison) -> str:
         ]
         rows.append([result.label, count_text(result.parameters.both_counted), *cells])
     return _table(header, rows)
+
+
+def _failures_table(results: Sequence[Result]) -> str:
+    """Shares of failed answers per task and model, empty if nothing was generated."""
+    header = ["task", "model", "parameters", "answers", "cut off", "looping", "failed"]
+    rows = []
+    for task in dict.fromkeys(task for result in results for task in result.generation_failures):
+        for result in results:
+            if (counts := result.generation_failures.get(task)) is None:
+                continue
+            size = count_text(result.parameters.both_counted)
+            shares = [
+                f"{counts[name] / counts['answers']:.1%}" for name in ("cut", "looping", "failed")
+            ]
+            rows.append([task, result.label, size, str(counts["answers"]), *shares])
+    return _table(header, rows, num_left=2) if rows else ""
 
 
 def _dip_list(found: Sequence[Dip]) -> str:
