@@ -34,6 +34,7 @@ DOCUMENTS = [
 COMMAND_LINES = (
     "train.train",
     "train.cache_teacher",
+    "train.weight_delta",
     "evaluate.evaluate",
     "evaluate.report",
     "patching.patch",
