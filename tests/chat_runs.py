@@ -48,6 +48,6 @@ def command(teacher: Path, folder: Path, text: Path, chats: Path, **changes) -> 
         "sft_dataset": chats, "max_length": 48, "max_steps": 6, "logging_steps": 1,
         "save_steps": 1, "save_total_limit": 10, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "disable_tqdm": True, "eval_strategy": "no",
-        "bf16": False, "learning_rate": 1e-2, "heldout_documents": 2,
+        "bf16": False, "learning_rate": 1e-2, "heldout_documents": 2, "measure_order": False,
     } | changes  # fmt: skip
     return [str(x) for name, value in settings.items() for x in (f"--{name}", value)]

@@ -83,7 +83,7 @@ def run(
     with user_errors():
         num_ranks = (args.dry_run and args.dry_run_ranks) or args.world_size
         split_global_batch(args, data_args.max_length, num_ranks)
-        chat_args.settle(args)
+        chat_args.settle(args, data_args)
     flags = values_of((model_args, data_args, chat_args, args, text_args))
     uploads = args.push_to_hub  # Trainer must not see it
     reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)

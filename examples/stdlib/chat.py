@@ -183,6 +183,7 @@ def distilled(
         "dataset": data / "corpus" / "train.jsonl",
         "max_steps": steps,
         "seed": seed,
+        "measure_order": False,
     }
     if sft_share is not None:
         settings |= {"sft_dataset": data / "chats.jsonl", "sft_share": sft_share}

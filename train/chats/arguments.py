@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from train.loss_weights import CHAT_COSINE_WEIGHT, COSINE_WEIGHT
 
 if TYPE_CHECKING:
+    from train.data_args import DataArguments
     from train.training_args import DistillationArguments
 
 
@@ -72,14 +73,17 @@ class ChatArguments:
         """Return how many of a run's steps come before its chats."""
         return num_steps if self.sft_dataset is None else round(num_steps * (1 - self.sft_share))
 
-    def settle(self, args: DistillationArguments) -> None:
-        """Set the weight of the cosine term, in place, if no flag does.
+    def settle(self, args: DistillationArguments, data_args: DataArguments) -> None:
+        """Set the weight of the cosine term, in place, if no flag does. Without text there is none
+        to measure orders on.
 
         Raises ValueError for a run that counts passes over the text: its phases count steps.
         """
         if args.cosine_loss_weight is None:
             has_chats = self.sft_dataset is not None
             args.cosine_loss_weight = CHAT_COSINE_WEIGHT if has_chats else COSINE_WEIGHT
+        if self.num_text_steps(args.max_steps) == 0:
+            data_args.measure_order = False
         if self.sft_dataset is not None and args.max_steps < 0:
             raise ValueError(
                 "sft_dataset: text and chats share a number of steps, give --max_steps and not "
