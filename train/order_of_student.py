@@ -48,7 +48,7 @@ from train.saving import (
     RUN_FILE_NAME,
     repository_of,
 )
-from train.student_card import write_student_card
+from train.student_card import training_facts, write_student_card
 from train.training_args import DistillationArguments
 
 TOKENS_PER_DOCUMENT = 256
@@ -247,6 +247,6 @@ def _save(
         origin_of(Reference(*teacher)),
         family.configs["teacher"],
         student_config,
-        run["arguments"] | {"steps": run["student_step"]},
+        training_facts(run["arguments"] | {"steps": run["student_step"]}),
         run["held_out"],
     )
