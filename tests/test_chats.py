@@ -323,7 +323,7 @@ def test_the_log_and_the_plot_show_both_phases(whole_run, monkeypatch, tmp_path)
 
 
 def test_the_end_of_text_ends_a_line_of_the_log(tmp_path, teacher, text_file, chats):
-    main(command(teacher, tmp_path, text_file, chats, logging_steps=4, save_strategy="no"))
+    main(command(teacher, tmp_path, text_file, chats, logging_steps=4))
     assert [(line["step"], line["phase"]) for line in log_of(tmp_path)] == [(3, 1), (4, 2)]
 
 

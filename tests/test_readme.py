@@ -141,7 +141,8 @@ def test_the_training_page_names_flags_of_train_train():
     assert "--module train.train" in (ROOT / "README.md").read_text()
     assert "--fsdp_config $TEACHER" in (ROOT / "README.md").read_text()
     assert len(named) > 15
-    known = flags_of("train.train") | flags_of("train.cache_teacher") | torchrun_flags()
+    commands = ("train.train", "train.cache_teacher", "train.weight_delta")
+    known = torchrun_flags().union(*map(flags_of, commands))
     assert named <= known
 
 
