@@ -338,11 +338,11 @@ def test_the_example_runs_and_goes_on_where_it_was_stopped(
     results = out / "results"
     reports = ("first/summary.png", "orders/summary.md", "differences.md", "chat.md")
     assert all((results / name).is_file() for name in reports)
-    assert "## Order `klpatch`" in (results / "differences.md").read_text()
+    assert "## Order `matched`" in (results / "differences.md").read_text()
     chat = (results / "chat.md").read_text()
     assert chat.count("\n| 0 |") == 2 and chat.count("\n| 2 |") == 2
     before = {path: path.read_bytes() for path in results.glob("*/*_k[0-9].json")}
-    assert len(before) == 3 * 3 + 2 * 2  # three orders, two baselines
+    assert len(before) == 4 * 3 + 2 * 2  # four sweeps of three sizes, two baselines
     capsys.readouterr()
     run_everything(flags)
     printed = capsys.readouterr().out

@@ -20,7 +20,7 @@ OTHERS = {
     "naive": "naively pruned",
     "block_influence": "pruned by block influence",
     "smaller": "next smaller size",
-    "reference": "size of order `{}`",
+    "reference": "the same size in `{}`",
 }
 """What a size is compared with, by series or by what it is."""
 
