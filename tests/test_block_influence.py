@@ -49,7 +49,9 @@ def test_a_layer_that_changes_nothing_has_none_and_goes_first():
 
 def test_the_least_influential_layers_are_left_out():
     influences = [0.5, 0.1, 0.3, 0.1, 0.9]
-    kept = [[layer for _, layer in most_influential(influences, depth).layers] for depth in (4, 3)]
+    kept = [
+        [layer for _, layer, _ in most_influential(influences, depth).layers] for depth in (4, 3)
+    ]
     assert kept == [[0, 1, 2, 4], [0, 2, 4]]
     assert most_influential(influences, 5).parents == {"teacher"}
 

@@ -66,7 +66,7 @@ def test_sizes_grow_from_the_student_to_the_teacher(layer_map, order):
 def test_a_patched_model_covers_the_teacher_in_order(layer_map, order, data):
     k = data.draw(st.integers(0, layer_map.max_layers_to_patch))
     covered = []
-    for parent, layer in intermediate_model(layer_map, k, order).layers:
+    for parent, layer, _ in intermediate_model(layer_map, k, order).layers:
         covered += layer_map.blocks[layer] if parent == "student" else [layer]
     assert covered == list(range(layer_map.num_teacher_layers))
 

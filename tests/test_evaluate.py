@@ -146,7 +146,7 @@ def test_a_whole_sweep(pair_folders, tasks, tmp_path):
         *("series", "num_layers_to_patch", "max_layers_to_patch", "order", "depth", "parameters"),
         *("recipe", "cost", "similarity", "tasks", "runs"),
         *("results", "group_subtasks", "higher_is_better", "n-shot", "n-samples", "versions"),
-        "configs",
+        *("configs", "generation_failures"),
     }
 
     summary = json.loads((out / "summary.json").read_text())

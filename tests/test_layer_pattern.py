@@ -35,7 +35,7 @@ def kinds_of(layer_map: LayerMap, patched: frozenset[int], kinds: Sequence[str])
     """Return the kinds of a member's layers, from the layers it is made of."""
     return [
         kinds[layer if parent == "teacher" else layer_map.kept[layer]]
-        for parent, layer in patched_model(layer_map, patched).layers
+        for parent, layer, _ in patched_model(layer_map, patched).layers
     ]
 
 

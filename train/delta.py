@@ -126,7 +126,7 @@ class DeltaPlan:
         check_space(folder, self.student.num_bytes)
         before = self.before.of_initial_student(self.layer_map)
         after = self.after.of_initial_student(self.layer_map)
-        origin = origin_of(self.after.reference, self.after.config)
+        origin = origin_of(self.after.reference)
         student_config = StudentConfig(
             self.layer_map, recommended_order(self.after.config.model_type)
         )
