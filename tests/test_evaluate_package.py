@@ -58,6 +58,7 @@ def test_both_packages_can_be_imported(code):
     assert printed == str(ROOT / "evaluate" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_a_second_clone_on_the_path_is_not_taken_for_hugging_faces_package(tmp_path):
     shutil.copytree(ROOT / "evaluate", tmp_path / "evaluate")
     printed = run_python(

@@ -115,6 +115,7 @@ def test_a_finished_run_that_is_requeued_succeeds_and_says_so(
     assert "already holds a model: name another" in error_of(capsys, afresh)
 
 
+@pytest.mark.slow
 def test_chosen_layers_are_chosen_once(pair_folders, text_file, tmp_path, capsys, monkeypatch):
     chosen = ["--kept_layers", "auto", "--calibration", text_file]
     main(command(pair_folders[0], tmp_path, text_file, *chosen))

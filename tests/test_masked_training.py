@@ -118,6 +118,7 @@ def test_a_saved_student_has_both_names_of_its_bias(tmp_path, tied):
     assert (saved.cls.predictions.decoder.bias is saved.cls.predictions.bias) == tied
 
 
+@pytest.mark.slow
 def test_the_command_line_distills_and_resumes(folders, tmp_path):
     """A resumed run draws the same masks as an uninterrupted one."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -81,6 +81,7 @@ def test_members_see_images_as_their_parents_do(model_type, tied, tmp_path):
     assert (expected[0] - expected[2]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_command_line_saves_a_multimodal_member(tmp_path):
     """Names on disk are those of published files, the image processor's settings are copied, and
     the card says where the vision tower comes from.

@@ -125,6 +125,7 @@ def test_what_names_the_machine_is_not_uploaded(run, monkeypatch):
     assert HfApi  # the hub is never asked
 
 
+@pytest.mark.slow
 def test_a_requeued_run_measures_what_is_missing_and_nothing_else(
     run, pair_folders, text_file, monkeypatch, capsys
 ):
@@ -219,7 +220,7 @@ def texts_of(rows) -> str:
     return "".join(TOKENIZER.decode(row["input_ids"]) for row in rows)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_documents_set_aside_are_neither_trained_on_nor_held_out(text_file, streaming):
     arguments = DataArguments(
         dataset=str(text_file), max_length=64, heldout_documents=3, streaming=streaming

@@ -376,6 +376,7 @@ def test_the_published_evaluation_on_text_runs(tmp_path):
     assert "pseudo_perplexity" in (tmp_path / "results" / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_published_search_and_its_order_file_work(teacher, student, suite, text_file, tmp_path):
     values = {"$TEACHER": teacher, "$STUDENT": student}
     found, text = tmp_path / "orders", {"TEXT": text_file}

@@ -149,7 +149,8 @@ def test_a_step_interrupted_by_sigterm_is_discarded(
     check_equal(stopped, whole, num_steps=6)
 
 
-@pytest.mark.parametrize("streaming", ["True", pytest.param("False", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["True", "False"])
 def test_a_run_killed_after_its_last_step_only_saves(teacher, documents, tmp_path, streaming):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--streaming", streaming, "--max_steps", "2"]

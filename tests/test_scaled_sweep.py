@@ -95,6 +95,7 @@ def test_each_member_scores_as_its_saved_model_does(pair, tasks, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_scores_of_other_factors_are_not_mixed(pair, tasks, tmp_path, capsys):
     out = tmp_path / "out"
     rolling, plainly = ("--tasks", "rolling"), ("--match_scale", "False")

@@ -366,6 +366,7 @@ def test_everything_a_family_can_be_compared_with(pair_folders, tasks, tmp_path)
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_merged_teachers_are_evaluated_alongside_the_family(
     pair_folders, tasks, tmp_path, monkeypatch
 ):
