@@ -167,7 +167,8 @@ def test_the_slurm_script_evaluates_and_merges(pair_folders, tmp_path, monkeypat
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-        assert ("shards 2/2 of this sweep are missing" in done.stderr) == (i == 1)
+        assert "are missing" not in done.stderr
+        assert (tmp_path / "out" / "summary.md").is_file()  # of the shards that are there
     every = {"num_layers_to_patch": "all", "baselines": "naive"}
     main(flags(pair_folders, tmp_path / "whole", **settings | every))
     assert without_costs(tmp_path / "out") == without_costs(tmp_path / "whole")
