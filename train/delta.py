@@ -261,10 +261,14 @@ def sums(
 
 
 def _differences(teacher: Variant, block: range) -> Iterator[Tensor]:
-    """Yield, piece by piece, the mean of a block's other layers minus its first layer."""
+    """Yield, piece by piece, the mean of a block's other layers minus its first layer, over the
+    weights that all of them have: some layers may have experts and others not.
+    """
     kept, *others = (teacher.layer(layer_idx) for layer_idx in block)
     for name in sorted(kept):
-        if kept[name].tensor.dtype not in CASTS:
+        tensor = kept[name].tensor
+        shapes = {layer[name].tensor.shape if name in layer else None for layer in others}
+        if tensor.dtype not in CASTS or shapes != {tensor.shape}:
             continue
         for of_kept, *of_others in zip(
             numbers(kept[name]), *(numbers(layer[name]) for layer in others), strict=True
