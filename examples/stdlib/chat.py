@@ -188,6 +188,7 @@ def distilled(
     if sft_share is not None:
         settings |= {"sft_dataset": data / "chats.jsonl", "sft_share": sft_share}
     if not (folder / "config.json").exists():
+        del settings["per_device_eval_batch_size"]  # nothing is held out of the text
         words = [part for name, value in settings.items() for part in (f"--{name}", value)]
         run("train.train", *words, "--heldout_documents", 0)
     return folder
