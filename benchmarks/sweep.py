@@ -17,7 +17,6 @@ pair with that vocabulary.
 import argparse
 import contextlib
 import io
-import json
 import logging
 import multiprocessing
 import os
@@ -32,7 +31,6 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -40,7 +38,7 @@ from evaluate.family import FamilyLM
 from evaluate.harness import Harness
 from evaluate.tasks import load_tasks
 from examples.stdlib.corpus import is_held_out, iter_modules
-from examples.stdlib.tasks import write_tasks
+from examples.stdlib.tasks import write_task, write_tasks
 from patching.assemble import assemble
 from patching.blocks import LayerMap
 from patching.family import Family
@@ -123,21 +121,9 @@ def write_random_pairs_tasks(folder: Path, num_documents: int, num_prompts: int)
         for _ in range(num_documents)
     ]
     prompts = [{"text": cut(draw.randint(piece // 4, piece))} for _ in range(num_prompts)]
-    write_tasks_of(folder, documents, {"rolling": ROLLING, "choice": CHOICE})
-    write_tasks_of(folder, prompts, {"generation": GENERATION})
-
-
-def write_tasks_of(folder: Path, documents: list[dict], tasks: dict[str, dict]) -> None:
-    folder.mkdir(exist_ok=True)
-    data = (folder / f"{'_'.join(tasks)}.jsonl").resolve()
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    shared = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-    }
-    for name, task in tasks.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | task | shared))
+    write_task(folder, "rolling", documents, ROLLING)
+    write_task(folder, "choice", documents, CHOICE)
+    write_task(folder, "generation", prompts, GENERATION)
 
 
 def write_long_texts_task(folder: Path, num_documents: int, num_characters: int) -> None:
@@ -146,7 +132,7 @@ def write_long_texts_task(folder: Path, num_documents: int, num_characters: int)
     documents = [
         {"text": text[i * num_characters : (i + 1) * num_characters]} for i in range(num_documents)
     ]
-    write_tasks_of(folder, documents, {"rolling": ROLLING})
+    write_task(folder, "rolling", documents, ROLLING)
 
 
 def seconds(run: Callable[..., None], *arguments: object) -> float:

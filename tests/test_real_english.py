@@ -6,7 +6,6 @@ project.
 
 import json
 import os
-import re
 from itertools import cycle
 from pathlib import Path
 
@@ -18,21 +17,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from evaluate.evaluate import main as evaluate
 from evaluate.result import read_results
+from examples.smollm2.tasks import ARTICLE, BLIMP_PAIR
 from examples.stdlib.corpus import Module
 from examples.stdlib.train_teacher import shuffled_rows, tokenize, train_tokenizer
 from examples.stdlib.training import next_token_loss
 from examples.stdlib.training import train as train_teacher
 from train.train import main as train
 
-ARTICLE = re.compile(r"(?=^ = [^=].*[^=] = $)", re.MULTILINE)
 STEPS = 480
-BLIMP = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "",
-    "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
-    "doc_to_target": 0,
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +101,7 @@ def write_tasks(data: Path, folder: Path) -> None:
         pairs = [json.loads(line) for line in path.read_text().splitlines()[:100]]
         kept = [{key: pair[key] for key in ("sentence_good", "sentence_bad")} for pair in pairs]
         names.append(f"blimp_{path.stem}")
-        write_task(folder, names[-1], kept, **BLIMP)
+        write_task(folder, names[-1], kept, **BLIMP_PAIR)
     group = {
         "group": "blimp_local",
         "task": names,

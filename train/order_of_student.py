@@ -35,7 +35,6 @@ from patching.orders.measurements import Measurements
 from patching.orders.scales import BudgetSpent
 from patching.orders.search import next_sets
 from patching.patch_order import NAMED_ORDERS
-from patching.recipe import Reference
 from patching.running.calibration import Calibration
 from patching.running.rescaled import check_rescaling
 from patching.student_config import StudentConfig
@@ -240,11 +239,10 @@ def _save(
     run = _read_run(folder)
     student_config.save(folder)
     write_json(folder / RUN_FILE_NAME, {**run, "student": student_config.to_dict()})
-    teacher = family.parents.references["teacher"]
     write_student_card(
         folder,
         repository_of(args),
-        origin_of(Reference(*teacher)),
+        origin_of(family.parents.references["teacher"]),
         family.configs["teacher"],
         student_config,
         training_facts(run["arguments"] | {"steps": run["student_step"]}),

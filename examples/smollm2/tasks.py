@@ -23,9 +23,9 @@ from patching.files.outputs import write_text
 from patching.files.texts import load_documents
 
 PASSAGE_CHARACTERS = 1000
-"""Of the passages that training measures itself on."""
+"""Length of the held-out passages that training evaluates on."""
 TASK_CHARACTERS = 600
-"""Of those that all models read."""
+"""Length of the texts in the tasks, which every model reads."""
 NUM_ARTICLES = 16
 PAIRS_PER_PARADIGM = 16
 NUM_DOCUMENTS = {

@@ -17,9 +17,6 @@ A third teacher, trained on the chats from random weights, is what weight deltas
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -30,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from examples.stdlib.chat_data import TASK_NAMES, TEMPLATE, write_chats, write_tasks
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
-from examples.stdlib.demo import DISTILLATION, ROOT, TEACHER
+from examples.stdlib.demo import DISTILLATION, TEACHER, run
 from examples.stdlib.tasks import write_tasks as write_text_tasks
 from examples.stdlib.training import Batch, save, train
 from train.batches import collate
@@ -225,13 +222,6 @@ def table_of(folder: Path, seeds: list[int]) -> str:
                 f"{sum(scores) / len(scores):11.3f}  {text:13.3f}  {failed:14.1%}"
             )
     return "\n".join(lines)
-
-
-def run(module: str, *arguments: object) -> None:
-    """Print and run `python -m module arguments`. Raises CalledProcessError if it fails."""
-    words = [str(argument) for argument in arguments]
-    print(f"\n$ python -m {module} {shlex.join(words)}", flush=True)
-    subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, check=True)
 
 
 def main(argv: list[str] | None = None) -> None:

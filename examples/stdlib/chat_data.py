@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from examples.stdlib.corpus import Module
+from examples.stdlib.tasks import write_task
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}"
@@ -174,24 +173,14 @@ def write_tasks(
     modules: Iterable[Module], folder: Path, seed: int, num_documents: int, end_of_turn: str
 ) -> None:
     """Write each task's documents and task file to `folder`, which `--include_path` then names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {
+            "until": ["\n"], "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False,
+        },
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
     for name, of_task in documents(modules, seed, num_documents, end_of_turn).items():
-        data_file = (folder / f"{name}.jsonl").resolve()
-        data_file.write_text("".join(json.dumps(document) + "\n" for document in of_task))
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(data_file)}},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "{{question}}",
-            "doc_to_target": "{{answer}}",
-            "generation_kwargs": {
-                "until": ["\n"], "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False,
-            },
-            "metric_list": [
-                {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-            ],
-            "metadata": {"version": 1.0},
-        }  # fmt: skip
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+        write_task(folder, name, of_task, settings)

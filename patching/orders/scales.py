@@ -81,8 +81,8 @@ def search_scales(
 ) -> list[SetScale]:
     """Return the factors found for each set that has student and teacher layers.
 
-    `tokens` are those of each row of text. If the budget is spent on the way, the factors are the
-    best until then.
+    `tokens` holds the number of tokens in each row of text. If the budget runs out during the
+    search, the best factors so far are returned.
     """
     searches: dict[PatchedLayers, Search] = {}
     asked: dict[PatchedLayers, list[Factors]] = {}

@@ -72,13 +72,7 @@ class TeacherKL:
         self.positions = [
             batch["attention_mask"].flatten().nonzero().squeeze(1) for batch in self.batches
         ]
-        self.tokens_of_rows = [
-            num_tokens
-            for batch in self.batches
-            for num_tokens in batch["attention_mask"].sum(-1).tolist()
-        ]
-        """Tokens of each row of text that are not padding."""
-        self.num_tokens = sum(self.tokens_of_rows)
+        self.num_tokens = sum(map(len, self.positions))
         if self.num_tokens == 0:
             raise ValueError("there is no text to measure models on")
         self._known = [KnownStates(MOST_KNOWN_BYTES // len(self.batches)) for _ in self.batches]
