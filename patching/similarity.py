@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from patching.arguments import CalibrationArguments, MeasuringArguments
+from patching.arguments import CalibrationArguments, FamilyArguments, MeasuringArguments
 from patching.blocks import LayerMap
 from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
 from patching.files.outputs import check_writable, environment, write_json, write_text
@@ -29,7 +29,14 @@ class SimilarityArguments(CalibrationArguments, MeasuringArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if problems := self.check_calibration("hidden states are compared on text"):
+        problems = self.check_calibration("hidden states are compared on text")
+        problems += [
+            f"--{name} is about sizes between student and teacher, but only the student is "
+            "measured here: leave it out"
+            for name in ("order", "match_scale", "patch_first_k_layers", "override_llama_patching")
+            if getattr(self, name) != FamilyArguments.__dataclass_fields__[name].default
+        ]
+        if problems:
             raise ValueError("; ".join(problems))
 
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from patching import similarity
+
 COMMANDS = (
     "patching.patch",
     "patching.orders",
@@ -38,3 +40,15 @@ def test_help_and_wrong_flags_load_nothing_heavy(command, flags, code):
     assert json.loads(done.stdout.splitlines()[-1]) == [code, []], done.stderr
     if code:
         assert done.stderr.count("\n") == 1 and "--help lists every flag" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["--order", "first"], ["--match_scale", "False"], ["--patch_first_k_layers"]]
+)
+def test_similarity_refuses_flags_about_sizes(flags, tmp_path, capsys):
+    words = "--teacher_model_name_or_path t --student_model_name_or_path s --calibration c"
+    with pytest.raises(SystemExit) as ended:
+        similarity.main([*words.split(), "--save_directory", str(tmp_path / "out"), *flags])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{flags[0]} is about sizes" in error
