@@ -117,9 +117,8 @@ def _replace_by_gradient_(
     z_NV = logits_NV.to(torch.float32, copy=True)
     z_target_N1 = z_NV.gather(-1, targets_N1)
     if isinstance(teacher, TopTokens):
-        tempered_z_NV = z_NV / temperature
-        kl_N1, kl_gradient_NV = _kl_from_top(tempered_z_NV, teacher)
-        kl = (kl_N1 * is_target_N1).sum()
+        tempered_z_NV = z_NV if temperature == 1 else z_NV / temperature
+        top_z_NK = tempered_z_NV.gather(-1, teacher.ids.long())
     elif kl_weight:
         teacher_z_NV = teacher.float()
         tempered_z_NV = z_NV
@@ -135,8 +134,18 @@ def _replace_by_gradient_(
         kl = torch.zeros_like(cross_entropy)
         gradient_NV = p_NV.mul_(scale_N1 * cross_entropy_weight)
     elif isinstance(teacher, TopTokens):
-        gradient_NV = p_NV.mul_(scale_N1 * cross_entropy_weight)
-        gradient_NV.addcmul_(kl_gradient_NV, is_target_N1 * (kl_weight / temperature))
+        exp_scale_N1 = scale_N1 * cross_entropy_weight
+        kl_scale_N1 = is_target_N1 * (kl_weight / temperature)
+        if temperature == 1:
+            gradient_NV, exponentials = p_NV, (p_NV, p_sum_N1, p_log_sum_N1)
+            kl_N1 = _replace_by_top_gradient_(
+                exponentials, top_z_NK, teacher, exp_scale_N1, kl_scale_N1
+            )
+        else:
+            exponentials = _exponentials_(tempered_z_NV)
+            kl_N1 = _replace_by_top_gradient_(exponentials, top_z_NK, teacher, 0.0, kl_scale_N1)
+            gradient_NV = exponentials[0].addcmul_(p_NV, exp_scale_N1)
+        kl = (kl_N1 * is_target_N1).sum()
     else:
         weight = kl_weight / temperature
         if temperature == 1:
@@ -154,23 +163,30 @@ def _replace_by_gradient_(
     return torch.stack((cross_entropy * bool(cross_entropy_weight), kl))
 
 
-def _kl_from_top(z_NV: Tensor, teacher: TopTokens) -> tuple[Tensor, Tensor]:
+def _replace_by_top_gradient_(
+    exponentials: tuple[Tensor, Tensor, Tensor],
+    z_NK: Tensor,
+    teacher: TopTokens,
+    exp_scale_N1: Tensor | float,
+    kl_scale_N1: Tensor,
+) -> Tensor:
     """Return the KL (N, 1) between the events "token k" for each of the teacher's top tokens and
-    "any other token", and its gradient with respect to z. Overwrites z.
+    "any other token". Overwrite e, the exponentials of the logits z, by the gradient
+    `exp_scale e + kl_scale dKL/dz`. `z_NK` are the logits of the top tokens.
     """
+    exp_NV, sum_N1, log_sum_N1 = exponentials
     ids_NK, log_q_NK = teacher.ids.long(), teacher.log_q.float()
     q_NK, log_rest_q_N1 = log_q_NK.exp(), teacher.log_rest[:, None]
-    z_NK = z_NV.gather(-1, ids_NK)
-    exp_NV, sum_N1, log_sum_N1 = _exponentials_(z_NV)
-    log_p_NK = z_NK - log_sum_N1
+    exp_NK, log_p_NK = exp_NV.gather(-1, ids_NK), z_NK - log_sum_N1
     exp_NV.scatter_(-1, ids_NK, 0.0)
     rest_N1 = exp_NV.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     log_rest_p_N1, rest_q_N1 = (rest_N1 / sum_N1).log(), log_rest_q_N1.exp()
+    # dKL/dz is p (1 - q(rest) / p(rest)) at other tokens, and p - q at the top tokens.
+    exp_NV.mul_(exp_scale_N1 + kl_scale_N1 * (1 / sum_N1 - rest_q_N1 / rest_N1))
+    top_NK = exp_scale_N1 * exp_NK + kl_scale_N1 * (log_p_NK.exp() - q_NK)
+    exp_NV.scatter_(-1, ids_NK, top_NK)
     kl_N1 = (q_NK * (log_q_NK - log_p_NK)).sum(-1, keepdim=True)
-    kl_N1 += rest_q_N1 * (log_rest_q_N1 - log_rest_p_N1)
-    # dKL/dz is p - q at the top tokens, and p (1 - q(rest) / p(rest)) elsewhere.
-    exp_NV.mul_(1 / sum_N1 - rest_q_N1 / rest_N1)
-    return kl_N1, exp_NV.scatter_(-1, ids_NK, log_p_NK.exp() - q_NK)
+    return kl_N1 + rest_q_N1 * (log_rest_q_N1 - log_rest_p_N1)
 
 
 def _exponentials_(z_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
