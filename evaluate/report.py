@@ -78,7 +78,7 @@ def read_sweeps(folders: Sequence[Path]) -> Sweeps:
     """What is in some folders. Shards of one sweep are put together. If there are several sweeps,
     each result and each failure is given its sweep's name.
 
-    Raises ValueError for a folder without results or failures, and if none has results.
+    Raises ValueError for a folder that does not exist, and if none has results.
     """
     found, failed = read_folders(folders)
     sweeps = shards_of(found)
@@ -109,22 +109,31 @@ def read_sweeps(folders: Sequence[Path]) -> Sweeps:
 def read_folders(
     folders: Sequence[Path],
 ) -> tuple[dict[Path, dict[str, Result]], dict[Path, dict[str, str]]]:
-    """The results and the failures in folders. A folder without results is not among the first."""
+    """The results and the failures in folders. A folder without results is not among the first, and
+    one without failures either is left out with a warning if others have any.
+    """
     found: dict[Path, dict[str, Result]] = {}
     failed: dict[Path, dict[str, str]] = {}
+    without = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: there is no such folder")
-        results, failed[folder] = read_results(folder), read_failures(folder)
-        if results:
-            found[folder] = results
-        elif not failed[folder]:
-            raise ValueError(
+        results, failures = read_results(folder), read_failures(folder)
+        if not results and not failures:
+            without.append(
                 f"{folder}: there are no results in it, name a --save_directory of "
                 "evaluate.evaluate"
             )
+            continue
+        failed[folder] = failures
+        if results:
+            found[folder] = results
         for name, result in results.items():
             result.documents = read_documents(folder, name)
+    if without and not failed:
+        raise ValueError(without[0])
+    for problem in without:  # such as a shard that has just begun
+        warnings.warn(problem, stacklevel=3)
     if not found:
         tasks = sorted({task for of_folder in failed.values() for task in of_folder})
         raise ValueError(

@@ -50,7 +50,10 @@ class Sweep:
         """Compute and store whatever is not in the folder."""
         missing: list[Missing] = [{} for _ in all_series]
         if self.ranks.is_first:
-            self.parts, self.tasks = parts_of(self.tasks, all_series, self.shard)
+            self.parts, tasks = parts_of(self.tasks, all_series, self.shard)
+            if self.tasks and not self.parts:
+                logger.warning("shard %d/%d: there are fewer scores than shards", *self.shard)
+            self.tasks = tasks
             self._read_tasks()
         if not self.ranks.from_first(bool(self.tasks)):
             return

@@ -77,7 +77,10 @@ def test_failures_of_shards_are_in_the_merged_report(tmp_path, capsys):
         stored_shard(tmp_path / "2", 2, no_data | {"code": "KeyError: 'a'"}, family_k1=0.6),
         stored_shard(tmp_path / "3", 3, no_data | {"other": "ValueError: b"}),  # nothing else
     ]
-    report([*map(str, folders), "--save_directory", str(tmp_path / "merged")])
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    with pytest.warns(UserWarning, match="begun: there are no results in it"):
+        report([*map(str, [*folders, begun]), "--save_directory", str(tmp_path / "merged")])
     summary = json.loads((tmp_path / "merged" / "summary.json").read_text())
     assert summary["failures"] == no_data | {"code": "KeyError: 'a'", "other": "ValueError: b"}
     assert {model["model"] for model in summary["models"]} == {"student", "k = 1"}
@@ -107,7 +110,7 @@ def test_failures_of_shards_are_in_the_merged_report(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_merged_report_is_that_of_the_whole_sweep(pair_folders, tmp_path, monkeypatch):
+def test_the_merged_report_is_that_of_the_whole_sweep(pair_folders, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -129,6 +132,9 @@ def test_the_merged_report_is_that_of_the_whole_sweep(pair_folders, tmp_path, mo
         if before:
             assert (folder / "family_k0.json").stat().st_mtime_ns == before
     assert sorted(counts) == [3, 4, 4, 4]
+    main(flags(pair_folders, tmp_path / "none", shard="1/16", **settings))
+    assert "shard 1/16: there are fewer scores than shards" in caplog.text
+    assert not read_results(tmp_path / "none")
     # In any sequence: shards know which of the parts they are.
     report([*map(str, reversed(folders)), "--save_directory", str(tmp_path / "merged")])
     assert without_costs(tmp_path / "merged") == without_costs(tmp_path / "whole")
