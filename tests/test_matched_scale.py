@@ -88,6 +88,24 @@ def test_several_runs_are_searched_one_after_the_other():
     assert len(curve.asked) <= 20
 
 
+def test_runs_whose_factors_depend_on_each_other_are_matched_together():
+    """On the demo's pair, the factor of one run alone makes the model worse, and both better."""
+
+    class Valley(Curve):
+        def rows(self, point):
+            x, y = (math.log(c / b) for c, b in zip(point.factors, self.best[BOTH], strict=True))
+            distance = x * x + y * y - 1.5 * x * y
+            return [n * (1 + i + self.depth * distance) for i, n in enumerate(TOKENS)]
+
+    curve = Valley({BOTH: (1.27, 1.24)}, depth=1.0)
+    lowest, plain, one = (
+        sum(curve.rows(Point(BOTH, factors))) for factors in ((1.27, 1.24), (1.0, 1.0), (1.0, 1.24))
+    )
+    assert one > plain
+    found = search(curve)[BOTH]
+    assert found.kl * sum(TOKENS) - lowest < 0.1 * (plain - lowest)
+
+
 def test_a_gain_within_its_error_is_no_gain():
     """The mean is lower at 1.4, but half of the documents get worse."""
     assert search(Curve({LAST: (1.4,)}, depth=0.02, noise=2.0))[LAST].factors == {0: 1.0}

@@ -139,14 +139,25 @@ def random_batches(rows_RT: torch.Tensor) -> Iterator[Batch]:
 
 
 def distill(pair: str, folder: Path, student: str, *flags: object) -> None:
+    run(*distillation(pair, folder, student), *flags)
+
+
+def distillation(pair: str, folder: Path, student: str, **changed: object) -> list[object]:
+    """The module and arguments that distill a student into `folder/student`. `changed` are settings
+    that differ from the pair's, None for those to leave out.
+    """
     settings = DISTILLATION | PAIRS[pair]["student"]
-    run(
+    settings |= {"eval_dataset": folder / "heldout.jsonl"} | changed
+    return [
         *("train.train", "--teacher_model_name_or_path", teacher_of(pair, folder)),
-        *("--dataset", folder / "train.jsonl", "--eval_dataset", folder / "heldout.jsonl"),
-        *("--save_directory", folder / student),
-        *(part for flag, value in settings.items() for part in (f"--{flag}", value)),
-        *flags,
-    )
+        *("--dataset", folder / "train.jsonl", "--save_directory", folder / student),
+        *(
+            part
+            for flag, value in settings.items()
+            if value is not None
+            for part in (f"--{flag}", value)
+        ),
+    ]
 
 
 def teacher_of(pair: str, folder: Path) -> Path:

@@ -1,0 +1,82 @@
+"""Study matched scale on trained pairs: does it help, why, and what else would?
+
+    python -m examples.studies.scale demo --folder F --seeds 0,1,2
+
+trains what is missing of a pair in F (`demo` is the shipped teacher; `llama` and `gpt_neox` also
+train a teacher), searches orders and factors on calibration text, and scores all models on held-out
+text. It goes on where it was stopped. It prints what is found about all pairs that F holds by then,
+and writes that to `scale.json`, `scale.md` and `scale.png` in `--save_directory`, by default F.
+"""
+
+import argparse
+from pathlib import Path
+
+from examples.stdlib.demo import DISTILLATION
+from examples.studies.claims.__main__ import keep_settings
+from examples.studies.orders import PAIRS
+from examples.studies.scale.findings import findings_of
+from examples.studies.scale.pairs import SETTINGS, STUDENTS, TEXTS, make
+from examples.studies.scale.picture import draw
+from examples.studies.scale.tables import all_tables
+from patching.cli.command_line import user_errors
+from patching.files.outputs import environment, write_json, write_text
+from patching.files.plot import save_figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    folder = arguments.folder.resolve()
+    with user_errors():
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        students = arguments.students.split(",")
+        if unknown := sorted(set(students) - set(STUDENTS)):
+            raise ValueError(f"students={unknown[0]}: choose from {', '.join(STUDENTS)}")
+        settings = {"teacher_steps": arguments.steps, "student_steps": arguments.student_steps}
+        keep_settings(folder, settings)
+    make(arguments.pair, folder, seeds, students, arguments.steps, arguments.student_steps)
+    write_findings(folder, seeds, settings, arguments.save_directory or folder)
+
+
+def write_findings(
+    folder: Path, seeds: list[int], settings: dict[str, object], save_directory: Path
+) -> None:
+    """Print and write what is found about the pairs that have all seeds."""
+    pairs = [found for pair in PAIRS if (found := findings_of(pair, folder, seeds))]
+    text = all_tables(pairs)
+    print(f"\n{text}")
+    save_directory.mkdir(parents=True, exist_ok=True)
+    write_text(save_directory / "scale.md", f"{text}\n")
+    save_figure(draw(pairs), save_directory / "scale.png")
+    values = {
+        "seeds": seeds,
+        "settings": settings | {"texts": TEXTS, "distillation": DISTILLATION},
+        "of_pairs": {pair: PAIRS[pair]["student"] | SETTINGS.get(pair, {}) for pair in PAIRS},
+        "environment": {key: value for key, value in environment().items() if key != "command"},
+        "pairs": pairs,
+    }
+    write_json(save_directory / "scale.json", values)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="examples.studies.scale",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("pair", choices=PAIRS)
+    parser.add_argument("--folder", type=Path, required=True, help="for models and scores")
+    parser.add_argument("--seeds", default="0,1,2", help="of the students")
+    parser.add_argument(
+        "--students", default=",".join(STUDENTS), help="without and with the length term"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of the teacher")
+    parser.add_argument(
+        "--student_steps", type=int, default=DISTILLATION["max_steps"], help="of each student"
+    )
+    parser.add_argument("--save_directory", type=Path, help="for what was found")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

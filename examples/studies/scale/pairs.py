@@ -1,0 +1,216 @@
+"""The pairs of the study: their texts, teachers, students, and every score. What is finished is not
+done again.
+
+    F/PAIR/teacher, train.jsonl, calibration.jsonl, heldout.jsonl
+    F/PAIR/seed_S/student, student_length       distilled alike, the second one with a length term
+    F/PAIR/seed_S/student.order.json            its orders and factors, found on calibration text
+    F/PAIR/seed_S/student.scores.json           its models on held-out text
+    F/PAIR/baselines.json                       the pruned teacher on held-out text
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from examples.studies.claims.students import run
+from examples.studies.orders import PAIRS, distillation, teacher_of, train_teacher, write_texts
+from examples.studies.scale.scores import Scorer, Variant, text_sizes
+from examples.studies.scale.stream import AlignedStates, gap_factors, times
+from patching.blocks import as_layer_list
+from patching.family import Family
+from patching.files.outputs import write_json
+from patching.matched_scale import MatchedScales
+from patching.orders.findings import findings, matched_scales, order_file, tried_orders
+from patching.orders.measurements import Measurements
+from patching.recipe import Recipe, naively_pruned, patched_model, whole_model, with_scales
+from patching.running.block_influence import block_influence, most_influential
+from patching.running.calibration import Calibration
+from train import distillation as distillation_page
+from train.loss import cosine_distance
+
+ORDERS = ("last", "first", "klpatch")
+NAMED_ORDERS = ("last", "first")
+SETTINGS: dict[str, dict[str, Any]] = {"gpt_neox": {"alternate_every_n_layers": 2}}
+"""What differs from the pairs of the study of orders: these have more sizes."""
+TEXTS = 32
+"""Passages of calibration text, and as many of held-out text, up to 256 tokens of each."""
+ONE_FACTOR = 1.2
+EXPONENTS = (0.0, 0.5, 1.0, 1.5)
+"""Powers of the median ratios at a pruned teacher's gaps that are tried."""
+LENGTH_WEIGHT = 0.1
+"""The weight of the length term, next to a weight of 1 for the cosine term."""
+STUDENTS = ("student", "student_length")
+
+
+def make(
+    pair: str,
+    folder: Path,
+    seeds: Sequence[int],
+    students: Sequence[str],
+    teacher_steps: int,
+    student_steps: int,
+) -> None:
+    """Train and measure what is missing of a pair."""
+    of_pair = folder / pair
+    if not (of_pair / "heldout.jsonl").is_file():
+        write_texts(PAIRS[pair]["text"], of_pair)
+    if pair != "demo" and not (of_pair / "teacher" / "training.json").is_file():
+        train_teacher(pair, of_pair, teacher_steps, seed=0)
+    for student in students:
+        for seed in seeds:
+            path = of_pair / f"seed_{seed}" / student
+            if not (path / "config.json").is_file():
+                distill(pair, of_pair, path, {"seed": seed, "max_steps": student_steps})
+            family = Family.from_pretrained(
+                teacher_of(pair, of_pair), path, "last", match_scale=False, dtype="float32"
+            )
+            measure(family, of_pair, path)
+            if not (of_pair / "baselines.json").is_file():
+                write_json(of_pair / "baselines.json", baseline_scores(family, of_pair))
+
+
+def distill(pair: str, of_pair: Path, path: Path, settings: dict[str, Any]) -> None:
+    settings = {"eval_dataset": None, "heldout_documents": 2} | SETTINGS.get(pair, {}) | settings
+    command = distillation(pair, of_pair, str(path.relative_to(of_pair)), **settings)
+    with length_term() if path.name == "student_length" else nullcontext():
+        run(*command)
+
+
+def length_term() -> AbstractContextManager:
+    """Add the squared logarithm of the ratio of lengths to the cosine term of each pair of hidden
+    states. `train.train` has no such term.
+    """
+
+    def distance(
+        student_BTD: Tensor, teacher_BTD: Tensor, is_compared_BT: Tensor, backend: str | None
+    ) -> Tensor:
+        cosine = cosine_distance(student_BTD, teacher_BTD, is_compared_BT, backend)
+        with torch.autocast(student_BTD.device.type, enabled=False):
+            ratio_BT = student_BTD.float().norm(dim=-1) / teacher_BTD.float().norm(dim=-1)
+            squares_BT = ratio_BT.clamp_min(1e-8).log().square()
+            return cosine + LENGTH_WEIGHT * (squares_BT * is_compared_BT).sum()
+
+    return patch.object(distillation_page, "cosine_distance", distance)
+
+
+def text(of_pair: Path, name: str) -> Calibration:
+    return Calibration.read(str(of_pair / f"{name}.jsonl"), num_texts=TEXTS)
+
+
+def measure(family: Family, of_pair: Path, path: Path) -> None:
+    """Search orders and factors on calibration text, and score every model on held-out text."""
+    order_path, scores_path = (Path(f"{path}.{name}.json") for name in ("order", "scores"))
+    if not order_path.is_file():
+        write_json(order_path, searched(family, of_pair, path))
+    if scores_path.is_file():
+        return
+    batches = text(of_pair, "heldout").batches(family.tokenizer, family.configs["teacher"])
+    scorer = Scorer(family, batches)
+    found = json.loads(order_path.read_text())
+    parents = family.parents.load(("teacher", "student"))
+    calibration = text(of_pair, "calibration").batches(family.tokenizer, family.configs["teacher"])
+    fitted = AlignedStates.of(**parents, layer_map=family.layer_map, batches=calibration)
+    given = AlignedStates.of(**parents, layer_map=family.layer_map, batches=batches)
+    variants = dict(variants_of(family, found, fitted, given, path.name == "student"))
+    scores = {name: scorer.of(variant)._asdict() for name, variant in variants.items()}
+    write_json(scores_path, text_sizes(family, batches) | {"models": scores})
+
+
+def searched(family: Family, of_pair: Path, path: Path) -> dict[str, Any]:
+    calibration = text(of_pair, "calibration")
+    measurements = Measurements(family, calibration, Path(f"{path}.order_kl.json"))
+    tried = tried_orders(measurements, searches=("klpatch",))
+    scales = matched_scales(measurements, tried)
+    found = findings(measurements, tried, scales)
+    return order_file(measurements, found, scales, {}) | {"length_ratios": measurements.ratios}
+
+
+def variants_of(
+    family: Family,
+    found: dict[str, Any],
+    fitted: AlignedStates,
+    given: AlignedStates,
+    with_others: bool,
+) -> Iterator[tuple[str, Variant]]:
+    """Yield the names and models to score. `fitted` are states of calibration text, `given` those
+    of the text to score. Without the others there are only plain and rescaled models.
+    """
+    scales = MatchedScales.from_dict(found["scales"], "the order")
+    layers = range(len(family.layer_map.kept))
+    for patched in (frozenset(), frozenset(layers)):
+        yield name_of(patched, "plain"), Variant(patched_model(family.layer_map, patched))
+    for order in ORDERS:
+        for patched in sets_of(found, order):
+            recipe = patched_model(family.layer_map, patched)
+            matched = with_scales(recipe, scales.factors(patched))
+            yield name_of(patched, "plain"), Variant(recipe)
+            yield name_of(patched, "matched"), Variant(matched)
+            if not with_others:
+                continue
+            starts = [run[0] for run in recipe.student_runs]
+            one = with_scales(recipe, dict.fromkeys(starts, ONE_FACTOR))
+            yield name_of(patched, "one"), Variant(one)
+            rotations = fitted.rotations(recipe)
+            yield name_of(patched, "rotated"), Variant(recipe, rotations)
+            yield name_of(patched, "rotated and matched"), Variant(matched, rotations)
+            if order in NAMED_ORDERS:
+                for what in ("length", "direction"):
+                    yield name_of(patched, what), Variant(recipe, given.given(recipe, what))
+
+
+def name_of(patched: frozenset[int], treatment: str) -> str:
+    return f"{as_layer_list(sorted(patched))} {treatment}"
+
+
+def sets_of(found: dict[str, Any], order: str) -> list[frozenset[int]]:
+    """The sets of an order's sizes between student and teacher."""
+    return [
+        frozenset(member["patched_layers"]) for member in found["orders"][order]["members"][1:-1]
+    ]
+
+
+def baseline_scores(family: Family, of_pair: Path) -> dict[str, Any]:
+    """The teacher pruned to the depth of each size, naively and by block influence, as it is and
+    rescaled where layers are missing. Factors are chosen by KL on calibration text.
+    """
+    calibration, held_out = (
+        text(of_pair, name).batches(family.tokenizer, family.configs["teacher"])
+        for name in ("calibration", "heldout")
+    )
+    teacher = family.parents.load(["teacher"])["teacher"]
+    influences = block_influence(teacher, calibration)
+    chooser, scorer = Scorer(family, calibration), Scorer(family, held_out)
+    found: dict[str, Any] = {}
+    for k in range(family.max_layers_to_patch):
+        family_recipe = family.recipe(k)
+        recipes = {
+            "naive": naively_pruned(family.layer_map, family_recipe),
+            "block influence": most_influential(influences, family_recipe.depth),
+        }
+        for name, recipe in recipes.items():
+            ratios = gap_factors(teacher, recipe, calibration)
+            tried = {power: rescaled(recipe, ratios, power) for power in EXPONENTS}
+            kl = {power: sum(chooser.of(variant).kl) for power, variant in tried.items()}
+            best = min(kl, key=kl.__getitem__)
+            scores = {"plain": scorer.of(tried[0.0]), "matched": scorer.of(tried[best])}
+            found.setdefault(name, []).append(
+                {
+                    "num_layers_to_patch": k,
+                    "layers": [source.layer_idx for source in recipe.layers],
+                    "ratios": ratios,
+                    "exponent": best,
+                    **{treatment: score._asdict() for treatment, score in scores.items()},
+                }
+            )
+    whole = whole_model(family.layer_map.num_teacher_layers)
+    return {"baselines": found, "teacher": scorer.of(Variant(whole))._asdict()}
+
+
+def rescaled(recipe: Recipe, ratios: dict[int, float], power: float) -> Variant:
+    return Variant(recipe, {depth: times(ratio**power) for depth, ratio in ratios.items() if power})
