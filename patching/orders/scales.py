@@ -1,10 +1,11 @@
 """Search the factor of each run of student layers, by KL from the teacher.
 
-A search starts from the ratio of lengths where the run meets teacher layers, and looks along one
-run after the other, in the logarithm of the factor: two steps around the best factor so far, and
-the lowest point of the parabola through the three. A factor is kept only if its gain over 1 is
-larger than the standard error of that gain. Gains are paired by document, because documents differ
-from each other far more than the two models on one document.
+A search starts from the ratio of lengths where each run meets teacher layers. Runs depend on each
+other: one that reads a short stream must not write a long one. So it first looks along all of them
+at once, and then along one after the other, in the logarithm of the factor: at two steps around the
+best factors so far, and at the lowest point of the parabola through the three. In the end a factor
+is kept only if its gain over 1 is larger than the standard error of that gain. Gains are paired by
+document, because documents differ from each other far more than the two models on one document.
 
 Searches of many sets run in step, so that their models can be measured together. This file is
 numbers and one function that measures. It does not import torch.
@@ -23,7 +24,9 @@ LEAST_STEP = 0.05
 """Smallest first step, as a logarithm."""
 LARGEST_FACTOR = 4.0
 SWEEPS = 2
-"""How often to look along each run, if there are several. Steps are half as long each time."""
+"""How often to look along each run at most, if there are several. Steps are half as long each time,
+and it ends when they gain nothing beyond the error.
+"""
 
 Factors = tuple[float, ...]
 """One factor for each run, in the sequence of the model."""
@@ -141,33 +144,43 @@ def _search(patched: PatchedLayers, starts: Mapping[int, float], tokens: Sequenc
             return (*at[:i], _factor(log_factor), *at[i + 1 :])
 
         x = math.log(at[i])
-        around = [moved(x - step), at, moved(x + step)]
-        line = [moved(0.0), *around]
+        line = [moved(x - step), at, moved(x + step)]
         if (yield from ask(line)):
-            lowest = moved(x + step * _lowest(*map(kl, around)))
+            lowest = moved(x + step * _lowest(*map(kl, line)))
             line.append(lowest)
             yield from ask([lowest])
-        return best_of(line, moved(0.0))
+        return lowest_of(line)
 
-    def best_of(candidates: Collection[Factors], base: Factors) -> Factors:
-        """Return the candidate with the lowest KL, or `base` if that gains too little."""
-        measured = [factors for factors in candidates if factors in known]
-        if not measured or base not in known:
-            return base
-        best = min(measured, key=lambda factors: (kl(factors), factors))
-        gain, error = paired_gain(known[base], known[best], tokens)
-        return best if gain > error else base
+    def lowest_of(candidates: Collection[Factors]) -> Factors:
+        measured = (factors for factors in candidates if factors in known)
+        return min(measured, key=lambda factors: (kl(factors), factors))
+
+    def gains(at: Factors, base: Factors) -> bool:
+        gain, error = paired_gain(known[base], known[at], tokens)
+        return gain > error
 
     logs = [math.log(start) for start in starts.values()]
     halves, wholes = (tuple(_factor(x * share) for x in logs) for share in (0.5, 1.0))
     yield from ask([plain, halves, wholes])
     if plain not in known or not math.isfinite(kl(plain)):
         return None
-    at = min(known, key=lambda factors: (kl(factors), factors))
+    if len(logs) > 1 and wholes in known:
+        share = (1 + _lowest(*map(kl, (plain, halves, wholes)))) / 2
+        yield from ask([tuple(_factor(x * share) for x in logs)])
+    at = lowest_of(known)
     for sweep in range(SWEEPS if len(starts) > 1 else 1):
+        before = at
         for i, x in enumerate(logs):
             at = yield from look_along(i, at, max(abs(x) / 2, LEAST_STEP) / 2**sweep)
-    at = best_of([at], plain)
+        if not gains(at, before):
+            break
+    for i in range(len(logs)):  # what a run gains, given the others
+        without = (*at[:i], 1.0, *at[i + 1 :])
+        yield from ask([without])
+        if without in known and not gains(at, without):
+            at = without
+    if not gains(at, plain):
+        at = plain
     gain, error = paired_gain(known[plain], known[at], tokens)
     factors = dict(zip(starts, at))
     return SetScale(patched, factors, dict(starts), kl(plain), kl(at), error if gain else 0.0)

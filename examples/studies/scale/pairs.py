@@ -38,8 +38,8 @@ ORDERS = ("last", "first", "klpatch")
 NAMED_ORDERS = ("last", "first")
 SETTINGS: dict[str, dict[str, Any]] = {"gpt_neox": {"alternate_every_n_layers": 2}}
 """What differs from the pairs of the study of orders: these have more sizes."""
-TEXTS = 32
-"""Passages of calibration text, and as many of held-out text, up to 256 tokens of each."""
+TEXTS, TOKENS = 32, 128
+"""Passages of calibration text, and as many of held-out text, and tokens that are read of each."""
 ONE_FACTOR = 1.2
 EXPONENTS = (0.0, 0.5, 1.0, 1.5)
 """Powers of the median ratios at a pruned teacher's gaps that are tried."""
@@ -100,7 +100,7 @@ def length_term() -> AbstractContextManager:
 
 
 def text(of_pair: Path, name: str) -> Calibration:
-    return Calibration.read(str(of_pair / f"{name}.jsonl"), num_texts=TEXTS)
+    return Calibration.read(str(of_pair / f"{name}.jsonl"), num_texts=TEXTS, length=TOKENS)
 
 
 def measure(family: Family, of_pair: Path, path: Path) -> None:
@@ -156,10 +156,10 @@ def variants_of(
             starts = [run[0] for run in recipe.student_runs]
             one = with_scales(recipe, dict.fromkeys(starts, ONE_FACTOR))
             yield name_of(patched, "one"), Variant(one)
-            rotations = fitted.rotations(recipe)
-            yield name_of(patched, "rotated"), Variant(recipe, rotations)
-            yield name_of(patched, "rotated and matched"), Variant(matched, rotations)
             if order in NAMED_ORDERS:
+                rotations = fitted.rotations(recipe)
+                yield name_of(patched, "rotated"), Variant(recipe, rotations)
+                yield name_of(patched, "rotated and matched"), Variant(matched, rotations)
                 for what in ("length", "direction"):
                     yield name_of(patched, what), Variant(recipe, given.given(recipe, what))
 

@@ -92,7 +92,8 @@ def sizes_table(pairs: Sequence[Found]) -> str:
                 " ".join(f"{factor:.2f}" for factor in of_seed.values()) or "1"
                 for of_seed in of_size["factors"]
             )
-            kl = (f"{mean(of_size['kl'][name]):.4f}" for name in LABELS)
+            known = of_size["kl"]
+            kl = (f"{mean(known[name]):.4f}" if name in known else "" for name in LABELS)
             better = holds(value > 0 for value in gain["by_seed"])
             k = of_size["num_layers_to_patch"]
             rows.append([found["pair"], order, str(k), *kl, with_error(gain), better, factors])
@@ -105,11 +106,10 @@ def treatments_table(pairs: Sequence[Found]) -> str:
     rows = []
     for found, order, of_order in orders_of(pairs):
         plain = mean(of_order["mean"]["plain"])
+        gains = [of_order["mean_gain"].get(name) for name in LABELS if name != "plain"]
         shares = (
-            f"{gain['mean'] / plain:.1%} ± {gain['error'] / plain:.1%}"
-            for name in LABELS
-            if name != "plain"
-            for gain in [of_order["mean_gain"][name]]
+            f"{gain['mean'] / plain:.1%} ± {gain['error'] / plain:.1%}" if gain else ""
+            for gain in gains
         )
         rows.append([found["pair"], order, f"{plain:.4f}", *shares])
     names = [label for name, label in LABELS.items() if name != "plain"]
