@@ -60,8 +60,11 @@ class Scores:
         return [sets_of(found, order)[k - 1] for found in self.found]
 
     def has(self, order: str, treatment: str) -> bool:
-        names = (name_of(patched, treatment) for patched in self.sets(order, 1))
-        return all(name in of["models"] for name, of in zip(names, self.scores))
+        return all(
+            name_of(patched, treatment) in of["models"]
+            for k in self.sizes
+            for patched, of in zip(self.sets(order, k), self.scores)
+        )
 
     def rows(self, order: str, k: int, treatment: str, score: str) -> Rows:
         names = (name_of(patched, treatment) for patched in self.sets(order, k))
