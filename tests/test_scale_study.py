@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from patching_models import LAYER_MAP, family_pair, save_models
 
-from examples.studies.orders import PAIRS
 from examples.studies.scale import pairs as study
 from examples.studies.scale.__main__ import main
 from examples.studies.scale.findings import Scores, findings_of, gain
@@ -254,14 +252,6 @@ def test_wrong_students_and_other_settings_are_one_line(tmp_path, capsys, monkey
             main(["demo", "--folder", str(tmp_path), *flags])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
-
-
-def test_the_page_has_the_recorded_tables():
-    recorded = json.loads((ROOT / "examples/studies/scale/scale.json").read_text())
-    page = (ROOT / "docs" / "scale.md").read_text()
-    assert {found["pair"] for found in recorded["pairs"]} == set(PAIRS)
-    for title, table in TABLES.items():
-        assert table(recorded["pairs"]) in page, title
 
 
 @pytest.mark.slow
