@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-variants smollm2 test test-slow test-engines lint
+.PHONY: demo demo-variants smollm2 test test-slow test-faults test-engines lint
 
 demo: $(VENV)/requirements.done
 	$(RUN) -m examples.stdlib.demo
@@ -22,6 +22,9 @@ test: $(VENV)/requirements_dev.done
 
 test-slow: $(VENV)/requirements_dev.done
 	$(RUN) -m pytest -m slow
+
+test-faults: $(VENV)/requirements_dev.done
+	$(RUN) -m pytest -m faults
 
 # Makes the engines' environments in .engines, llama.cpp from source. The tables are those of docs/engines.md.
 test-engines: $(VENV)/requirements_dev.done

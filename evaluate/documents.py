@@ -44,8 +44,11 @@ def read_documents(folder: Path, name: str) -> Documents:
     path = folder / FOLDER / f"{name}.npz"
     if not path.is_file():
         return {}
-    with numpy.load(path, allow_pickle=False) as archive:
-        return dict(archive)
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # archives and arrays are damaged in many ways
+        raise ValueError(f"{path} is damaged ({error}): remove it") from error
 
 
 def add_documents(folder: Path, name: str, found: Documents) -> None:

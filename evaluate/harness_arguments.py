@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class TaskArguments:
         if isinstance(self.tasks, list):
             self.tasks = ",".join(self.tasks)
         problems = []
-        if self.limit is not None and self.limit <= 0:
+        if self.limit is not None and not 0 < self.limit < math.inf:
             problems.append(f"limit={self.limit}: choose a number above 0")
         if self.limit is not None and self.samples is not None:
             problems.append("--limit and --samples both choose documents: give one of them")
@@ -68,12 +69,14 @@ class TaskArguments:
             return None
         text = self.samples
         if not text.lstrip().startswith("{"):
-            text = Path(text).read_text(encoding="utf-8")
+            if not Path(text).is_file():
+                raise ValueError(f"samples={text}: there is no such file; write JSON or name one")
+            text = None
         try:
-            found = json.loads(text)
-        except ValueError as error:
+            found = json.loads(text or Path(self.samples).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"samples={self.samples}: this is not JSON ({error})") from error
-        if not all(
+        if not isinstance(found, dict) or not all(
             isinstance(of, list) and all(isinstance(i, int) and i >= 0 for i in of) and of
             for of in found.values()
         ):
@@ -249,8 +252,11 @@ class HarnessArguments(TaskArguments, PromptArguments):
             values = []
         if len(values) == 3:
             values.append(1234)  # lm-eval's default for the choice of examples
-        if len(values) not in (1, 4):
-            raise ValueError(f"seed={self.seed}: choose one number or four, such as 0,None,8,52")
+        if len(values) not in (1, 4) or not all(0 <= v < 2**32 for v in values if v is not None):
+            raise ValueError(
+                f"seed={self.seed}: choose one number or four, such as 0,None,8,52, each at most "
+                f"{2**32 - 1:,}"
+            )
         return values * (4 // len(values))
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from evaluate.arguments import EvaluationArguments
 from evaluate.baselines import BASELINES
@@ -22,6 +22,7 @@ from patching.architectures.distilbert import as_bert_config
 from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import Order
 from patching.checkpoints.fingerprint import fingerprint
+from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.units import parse_sizes
 from patching.family import Family
 from patching.patch_order import NAMED_ORDERS
@@ -225,9 +226,7 @@ def compared_models(arguments: EvaluationArguments, family: Family) -> dict[str,
         try:
             config = AutoConfig.from_pretrained(reference.name_or_path, **how)
             # Batched generation needs padding on the left.
-            tokenizer = AutoTokenizer.from_pretrained(
-                reference.name_or_path, padding_side="left", **how
-            )
+            tokenizer = read_tokenizer(reference, config, trust, padding_side="left")
         except (OSError, ValueError) as error:
             raise ValueError(f"compare={name}: the model cannot be read ({error})") from error
         if arguments.dataset and tokenizer.get_vocab() != family.tokenizer.get_vocab():

@@ -9,10 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from evaluate.baselines import BASELINES
+from patching.files.json_files import check_types, short_int
 from patching.files.outputs import locked, write_json
 
 LM_EVAL_KEYS = {
@@ -120,9 +122,9 @@ class Result:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     group_subtasks: dict[str, list[str]] = field(default_factory=dict)
-    higher_is_better: dict[str, dict[str, bool]] = field(default_factory=dict)
+    higher_is_better: dict[str, dict[str, bool | None]] = field(default_factory=dict)
     n_shot: dict[str, int] = field(default_factory=dict)
-    n_samples: dict[str, Any] = field(default_factory=dict)
+    n_samples: dict[str, dict[str, float]] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     generation_failures: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -222,11 +224,36 @@ class Result:
 def read_result(path: Path) -> Result | None:
     """The result in a file, None if it holds none. Raises ValueError for a damaged file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_int=short_int)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it") from error
-    is_result = isinstance(values, dict) and "series" in values and "results" in values
-    return Result.from_dict(values) if is_result else None
+    if not isinstance(values, dict) or "series" not in values or "results" not in values:
+        return None
+    try:
+        result = Result.from_dict(values)
+        check_result(result)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it") from error
+    return result
+
+
+IN_SETTINGS = {"limit": float | None, "seed": list[int | None] | int | str | None}
+IN_ARGUMENTS = {"shard": str | None}
+"""Types of what is read from a run's dictionaries."""
+
+
+def check_result(result: Result) -> None:
+    """Raise ValueError for values of other types than a sweep writes."""
+    check_types(result, Result, "it")
+    for run in result.runs.values():
+        for values, kinds in ((run.settings, IN_SETTINGS), (run.arguments, IN_ARGUMENTS)):
+            for name, kind in kinds.items():
+                check_types(values.get(name), kind, name)
+    inside = {group: {*tasks} - {group} for group, tasks in result.group_subtasks.items()}
+    try:
+        TopologicalSorter(inside).prepare()
+    except CycleError as error:
+        raise ValueError("a group of tasks contains itself") from error
 
 
 def read_results(folder: Path) -> dict[str, Result]:

@@ -27,6 +27,7 @@ from transformers import (
 from patching.architectures.checks import check_parents_match
 from patching.architectures.config import config_for
 from patching.architectures.layer_pattern import whole_periods_order
+from patching.architectures.lookup import check_builds
 from patching.assemble import assemble
 from patching.blocks import LayerMap, Order, as_layer_list
 from patching.checkpoints.companions import set_generation_config
@@ -110,6 +111,9 @@ class Family:
             trust_remote_code,
         )
         check_parents_match(parents.configs["student"], parents.configs["teacher"])
+        for parent in parents.configs.keys() - parents.given:
+            name = parents.references[parent].name_or_path
+            check_builds(parent, name, parents.configs[parent], trust_remote_code)
         student_config = _student_config(parents, kept_layers, student_config)
         if order is None:
             order = student_config.patch_order

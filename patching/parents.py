@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.architectures.distilbert import as_bert
 from patching.architectures.lookup import architecture_of, read_config
@@ -20,6 +20,7 @@ from patching.checkpoints.generation_settings import (
     own_settings,
 )
 from patching.checkpoints.stored_dtype import stored_dtype
+from patching.checkpoints.tokenizers import read_tokenizer
 from patching.files.model_files import read_json
 from patching.recipe import Parent, Reference
 
@@ -157,18 +158,13 @@ class Parents:
 
         Raises ValueError for a teacher in memory that does not say where it came from.
         """
-        name_or_path, revision = self.references["teacher"]
-        if not name_or_path:
+        reference, config = self.references["teacher"], self.configs["teacher"]
+        if not reference.name_or_path:
             raise ValueError(
                 "the teacher in memory does not say where it came from: give its tokenizer too"
             )
-        generates = not predicts_masked_tokens(self.configs["teacher"])
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path,
-            revision=revision,
-            trust_remote_code=self.trust_remote_code,
-            **({"padding_side": "left"} if generates else {}),
-        )
+        side = {} if predicts_masked_tokens(config) else {"padding_side": "left"}
+        tokenizer = read_tokenizer(reference, config, self.trust_remote_code, **side)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from patching.cli.units import parse_bytes, parse_count, parse_ranges, parse_sizes
+from patching.cli.units import parse_bytes, parse_count, parse_number, parse_ranges, parse_sizes
 
 if TYPE_CHECKING:
     from patching.family import Family
@@ -103,7 +103,7 @@ class SizeArguments:
             return {k: family.patched_layers(k) for k in sizes}
         named = {name: getattr(self, name) for name in self.ways_given}
         parse = {
-            "num_layers_to_patch": lambda text, _: int(text),
+            "num_layers_to_patch": lambda text, name: parse_number(text.strip(), name),
             "patched_layers": parse_ranges,
             "target_params": parse_count,
             "target_active_params": parse_count,

@@ -12,6 +12,7 @@ command that was stopped continues when it runs again. A masked language model h
 every step, so its predictions cannot be kept.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,8 +55,10 @@ class CacheArguments:
             for name in ("top_k", "batch_size", "max_rows")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             problems.append(f"temperature={self.temperature}: choose a number above 0")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed={self.seed}: choose 0 or more, at most {2**32 - 1:,}")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from patching.architectures.config import config_for
 from patching.architectures.models import load_model
 from patching.assemble import count_parameters
 from patching.blocks import LayerMap, as_layer_list
+from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.units import count_text, parse_count
 from patching.orders.kept_layers import mean_similarity, most_similar_layers
 from patching.recipe import Reference, initial_student
@@ -39,9 +40,7 @@ def choose_layers(
     if args.process_index == 0:
         reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
         trust = model_args.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(
-            reference.name_or_path, revision=reference.revision, trust_remote_code=trust
-        )
+        tokenizer = read_tokenizer(reference, config, trust)
         teacher = load_model(reference, "auto", trust, model_args.attn_implementation)
         batches = text.batches(tokenizer, config)
         similarity_JJ = similarity_by_depth(teacher.to(args.device), batches)

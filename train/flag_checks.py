@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +15,23 @@ from train.refused_flags import given_flags, refused_flags
 if TYPE_CHECKING:
     from train.training_args import DistillationArguments
 
+LARGEST_SEED = 2**32 - 1
+"""The largest that NumPy takes."""
+
 LEAST = dict.fromkeys(
-    ("kl_loss_weight", "cosine_loss_weight", "learning_rate", "warmup_steps"), 0
+    (
+        "kl_loss_weight",
+        "cosine_loss_weight",
+        "learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "adam_epsilon",
+        "max_grad_norm",
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+    ),
+    0,
 ) | dict.fromkeys(
     (
         "per_device_train_batch_size",
@@ -35,11 +51,19 @@ def check_flags(args: DistillationArguments) -> None:
     problems = [
         f"{name}={getattr(args, name)}: choose {minimum} or more"
         for name, minimum in LEAST.items()
-        if getattr(args, name) is not None and getattr(args, name) < minimum
+        if getattr(args, name) is not None and not minimum <= getattr(args, name) < math.inf
     ]
+    problems += [
+        f"{name}={getattr(args, name)}: choose 0 or more, below 1"
+        for name in ("adam_beta1", "adam_beta2")
+        if not 0 <= getattr(args, name) < 1
+    ]
+    problems += seed_problems(seed=args.seed, data_seed=args.data_seed)
+    if args.save_steps == 0:
+        problems.append("save_steps=0: choose a number above 0, or --save_strategy no")
     if args.save_directory is None:
         problems.append("--save_directory is required: name the folder for the student")
-    if args.temperature <= 0:
+    if not 0 < args.temperature < math.inf:
         problems.append(f"temperature={args.temperature}: choose a number above 0")
     if not args.loss_weights.active_terms:
         problems.append("every loss term is off: leave at least one on, with a weight above 0")
@@ -56,6 +80,15 @@ def check_flags(args: DistillationArguments) -> None:
     problems += refused_flags(args)
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def seed_problems(**seeds: int | None) -> list[str]:
+    """Return problems with seeds, by the names of their flags."""
+    return [
+        f"{name}={seed}: choose 0 or more, at most {LARGEST_SEED:,}"
+        for name, seed in seeds.items()
+        if seed is not None and not 0 <= seed <= LARGEST_SEED
+    ]
 
 
 def length_problems(args: DistillationArguments) -> list[str]:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from patching.architectures.distilbert import as_bert_config
 from patching.architectures.lookup import architecture_of
 from patching.architectures.models import empty_model
+from patching.files.json_files import has_type
 
 SWITCH = ("true", "false")
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -42,10 +43,10 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
                 raise ValueError(
                     f"fsdp_config={fsdp_config}: no such file; name a .json file or a model"
                 )
-            text = Path(fsdp_config).read_text(encoding="utf-8")
+            text = None
         try:
-            values = json.loads(text)
-        except ValueError as error:
+            values = json.loads(text or Path(fsdp_config).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"fsdp_config={fsdp_config} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"fsdp_config={fsdp_config}: not a JSON object of settings")
@@ -59,6 +60,9 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
         for name, allowed in SETTINGS.items()
         if allowed and name in values and str(values[name]).lower() not in map(str.lower, allowed)
     ]
+    classes = values.get("transformer_layer_cls_to_wrap")
+    if not has_type(classes, list[str] | None):
+        problems.append(f"transformer_layer_cls_to_wrap={classes}: write a list of class names")
     if str(values.get("sharding_strategy", "")).startswith("HYBRID"):
         problems.append("to share one copy of the models per node, use --fsdp_replicas NODES")
     if problems:
@@ -77,7 +81,7 @@ def layer_classes(model_name_or_path: str) -> list[str]:
     """
     try:
         config = as_bert_config(AutoConfig.from_pretrained(model_name_or_path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what transformers raises for a wrong field is no ValueError
         raise ValueError(
             f"fsdp_config={model_name_or_path}: neither a .json file nor a model that can be read "
             f"({error})"

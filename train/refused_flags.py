@@ -290,7 +290,12 @@ def _trackers(args: DistillationArguments) -> set[str]:
 
 def accelerator_problems(config: Any) -> list[str]:
     """Return the settings of `--accelerator_config`, a dict or JSON text, that would not act."""
-    values = json.loads(config) if isinstance(config, str) and config.startswith("{") else config
+    values = config
+    if isinstance(config, str) and config.startswith("{"):
+        try:
+            values = json.loads(config)
+        except (ValueError, RecursionError) as error:
+            return [f"accelerator_config={config} is not JSON ({error})"]
     if isinstance(values, str):
         return [f"accelerator_config={values}: give its JSON itself"]
     if not isinstance(values, dict):  # None, or complete already

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import DistributedType
 from transformers import (
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,7 +15,7 @@ from transformers import (
 )
 from transformers.training_args import ParallelMode
 
-from patching.architectures.lookup import max_positions, read_config
+from patching.architectures.lookup import check_builds, max_positions, read_config
 from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
 from patching.arguments import CalibrationArguments
 from patching.blocks import LayerMap, as_layer_list
@@ -24,6 +23,7 @@ from patching.checkpoints.fingerprint import fingerprint
 from patching.checkpoints.hub import check_can_push
 from patching.checkpoints.origin import origin_of
 from patching.checkpoints.splice import OutOfRange
+from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
@@ -113,11 +113,7 @@ def run(
         choose_reduction(args, teacher_config, layer_map, data_args.max_length)
         if model_args.teacher_fp8:
             check_fp8(args)
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_args.teacher_model_name_or_path,
-            revision=model_args.revision,
-            trust_remote_code=model_args.trust_remote_code,
-        )
+        tokenizer = read_tokenizer(reference, teacher_config, model_args.trust_remote_code)
         check_chats(chat_args, model_args, teacher_config)
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
         companions = student_companions(
@@ -197,6 +193,7 @@ def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrain
     """
     name, revision = model_args.teacher_model_name_or_path, model_args.revision
     config = read_config("teacher", name, revision, model_args.trust_remote_code)
+    check_builds("teacher", name, config, model_args.trust_remote_code)
     logit_change(empty_model(config, trust_remote_code=model_args.trust_remote_code))  # raises
     longest = max_positions(config)
     if longest is not None and max_length > longest:

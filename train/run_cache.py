@@ -6,9 +6,10 @@ from itertools import chain, islice
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
+from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
 from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
@@ -31,11 +32,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         config = read_teacher_config(arguments, data_args.max_length)
         change = logit_change(empty_model(config, trust_remote_code=arguments.trust_remote_code))
         check_can_be_cached(config, arguments.top_k)
-        tokenizer = AutoTokenizer.from_pretrained(
-            reference.name_or_path,
-            revision=reference.revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        tokenizer = read_tokenizer(reference, config, arguments.trust_remote_code)
         made_by = settings_of(reference, config, tokenizer, arguments.temperature)
         made_by["top_k"] = arguments.top_k
         writer = CacheWriter(arguments.teacher_cache, made_by)
@@ -47,6 +44,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         teacher = load_model(
             reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
         )
+    writer.begin()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type == "cpu":
         reuse_freed_memory()

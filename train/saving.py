@@ -1,6 +1,5 @@
 """The finished student and what made it: saved at once, recognized when requeued, uploaded."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig
 from patching.checkpoints.companions import Companions
 from patching.checkpoints.hub import push
 from patching.checkpoints.origin import Origin
+from patching.files.json_files import read_object
 from patching.files.outputs import environment, follow_umask, move_into_place, write_json
 from patching.student_config import StudentConfig
 from train.checkpoints.identity import differences, read_settings
@@ -102,7 +102,7 @@ def recorded_settings(args: DistillationArguments, checkpoint: str | None) -> di
     """
     path = Path(args.save_directory, RUN_FILE_NAME)
     if args.resumes and path.is_file():
-        return json.loads(path.read_text(encoding="utf-8")).get("settings")
+        return read_object(path).get("settings")
     return None if checkpoint is None else read_settings(checkpoint)
 
 

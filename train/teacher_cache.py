@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from patching.checkpoints.fingerprint import fingerprint
+from patching.files.json_files import read_object
 from patching.files.outputs import write_json
 from patching.recipe import Reference
 from patching.running.chunks import CHUNK_LOGITS, slices
@@ -35,6 +36,7 @@ CACHE_FILE_NAME = "cache.json"
 ROWS_READ = "rows_read"
 """Entry of that file: how many rows to train on were read, from the beginning of the text."""
 TOKENS_PER_FILE = 2**18
+KEY_BYTES = 16
 LEAST_LOG = -80.0
 """Logarithm of a mass too small to matter, where there are no other tokens."""
 
@@ -91,7 +93,7 @@ def row_key(ids: Iterable[int], document_starts: Iterable[int]) -> bytes:
     """Return the hash that a row is found by, of 16 bytes."""
     digest = hashlib.sha256(numpy.asarray(ids, dtype=numpy.int32).tobytes())
     digest.update(b"starts" + numpy.asarray(document_starts, dtype=numpy.int32).tobytes())
-    return digest.digest()[:16]
+    return digest.digest()[:KEY_BYTES]
 
 
 def key_of_row(row: dict[str, list[int]]) -> bytes:
@@ -113,6 +115,26 @@ def keys_of_batch(batch: Batch) -> list[tuple[bytes, int]]:
     return keys
 
 
+def rows_in(path: Path) -> dict[bytes, CachedRow]:
+    """Return the rows in a file by their keys. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, stops = file.get_tensor("keys"), file.get_tensor("stops").tolist()
+            lengths = {file.get_slice(name).get_shape()[0] for name in ("ids", "log_q", "log_rest")}
+        if keys.dtype != torch.uint8 or keys.shape != (len(stops), KEY_BYTES):
+            raise ValueError(f"its keys are {keys.dtype} of shape {tuple(keys.shape)}")
+        if sorted(stops) != stops or {stops[-1]} != lengths or stops[0] < 0:
+            raise ValueError("its rows end in other places than its tokens")
+    except (SafetensorError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it and run train.cache_teacher again"
+        ) from error
+    return {
+        key.numpy().tobytes(): CachedRow(path, start, stop)
+        for key, start, stop in zip(keys, [0, *stops], stops)
+    }
+
+
 class TeacherCache:
     """The predictions of a teacher in a folder."""
 
@@ -124,14 +146,11 @@ class TeacherCache:
                 f"teacher_cache={folder}: no {CACHE_FILE_NAME} there, write one with "
                 "python -m train.cache_teacher"
             )
-        self.made_by: dict[str, Any] = json.loads((self.folder / CACHE_FILE_NAME).read_text())
+        self.made_by = read_object(self.folder / CACHE_FILE_NAME)
         self.rows: dict[bytes, CachedRow] = {}
         self._opened: dict[Path, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                keys, stops = file.get_tensor("keys"), file.get_tensor("stops").tolist()
-            for key, start, stop in zip(keys, [0, *stops], stops):
-                self.rows[key.numpy().tobytes()] = CachedRow(path, start, stop)
+            self.rows |= rows_in(path)
 
     def check(self, expected: dict[str, Any]) -> None:
         """Raise ValueError, naming every difference, if the cache was made by something else."""
@@ -206,15 +225,20 @@ class CacheWriter:
     def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
         """Raises ValueError if the folder holds a cache that was made by something else."""
         self.folder, self.made_by = folder, made_by
-        if not (folder / CACHE_FILE_NAME).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / CACHE_FILE_NAME, made_by | {"complete": False})
-        begun = TeacherCache(folder)
-        begun.check(made_by)
-        self.rows = set(begun.rows)
+        self.rows: set[bytes] = set()
+        if (folder / CACHE_FILE_NAME).exists():
+            begun = TeacherCache(folder)
+            begun.check(made_by)
+            self.rows = set(begun.rows)
         self._num_files = len(list(folder.glob("*.safetensors")))
         self._keys: list[bytes] = []
         self._parts: list[TopTokens] = []
+
+    def begin(self) -> None:
+        """Make the folder, once nothing can be wrong any more with what the user gave."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / CACHE_FILE_NAME).exists():
+            write_json(self.folder / CACHE_FILE_NAME, self.made_by | {"complete": False})
 
     def add(self, key: bytes, top: TopTokens) -> None:
         """Add a row's predictions, one for each of its tokens."""

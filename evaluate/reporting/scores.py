@@ -110,7 +110,7 @@ def kind_of(result: Result, score: Score) -> str:
         return "perplexity"
     for name in (score.task, *subtasks_of(result, score.task)):
         if output_type := result.configs.get(name, {}).get("output_type"):
-            return KINDS[output_type]
+            return KINDS.get(output_type, "classification")
     return "classification"
 
 

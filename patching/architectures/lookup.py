@@ -1,6 +1,8 @@
 """Find the architecture of a config: its row in the table, or one that transformers declares."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,9 @@ from patching.architectures.models import empty_model, predicts_masked_tokens
 from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Architecture
 from patching.files.model_files import read_json
 from patching.recipe import LayerSource, Parent, Recipe, Reference, whole_model
+
+MOST_LAYERS = 10_000
+DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 _declared: dict[tuple[type[PreTrainedConfig], str], Architecture] = {}
 """Architectures outside the table, by what decides them in a config."""
@@ -155,6 +160,22 @@ def _is_dtype(value: object) -> bool:
     return value is None or isinstance(getattr(torch, name, None), torch.dtype)
 
 
+def fault_of_depth(values: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the number of layers in a config.json, None if nothing is.
+
+    transformers makes lists of as many entries when it reads the file, whatever the number.
+    """
+    for fields in (values, values.get("text_config")):
+        for name in DEPTH_FIELDS if isinstance(fields, dict) else ():
+            num_layers = fields.get(name, 1)
+            if isinstance(num_layers, int) and not 1 <= num_layers <= MOST_LAYERS:
+                return (
+                    f"{name} is {num_layers} in its config.json, and a model has at least 1 and at "
+                    f"most {MOST_LAYERS:,} layers: download or save it again"
+                )
+    return None
+
+
 def read_config(
     parent: Parent, name_or_path: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
@@ -179,12 +200,27 @@ def read_config(
                 f"{parent}_model_name_or_path={name_or_path}: {name} in its config.json is "
                 f"{values[name]}, write a dtype such as bfloat16 or leave the field out"
             )
+    if fault := fault_of_depth(values):
+        raise ValueError(f"{parent}_model_name_or_path={name_or_path}: {fault}")
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what transformers raises for a wrong field is no ValueError
         raise unreadable(error) from error
     config = as_bert_config(config)
     architecture_of(config, trust_remote_code)
     return config
+
+
+def check_builds(
+    parent: Parent, name_or_path: str, config: PreTrainedConfig, trust_remote_code: bool
+) -> None:
+    """Raise ValueError unless transformers builds an empty model of a config that was read."""
+    try:
+        empty_model(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # sizes that do not fit together end in errors of many kinds
+        raise ValueError(
+            f"{parent}_model_name_or_path={name_or_path}: transformers cannot build a model of its "
+            f"config.json ({type(error).__name__}: {error}); download or save it again"
+        ) from error

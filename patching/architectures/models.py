@@ -19,7 +19,7 @@ from transformers import (
 
 from patching.architectures.distilbert import as_bert
 from patching.architectures.table import ARCHITECTURES
-from patching.files.model_files import fault_of_pickles, pickled_files
+from patching.files.model_files import fault_of_pickles, pickled_files, weights_files
 from patching.recipe import Reference
 
 
@@ -72,6 +72,8 @@ def load_model(
     Raises ValueError if files are damaged or tensors are missing, which transformers would fill
     with random numbers and a warning.
     """
+    if weights_files(reference) is None:  # raises for an index that names files elsewhere
+        pickled_files(reference)
     try:
         config = AutoConfig.from_pretrained(
             reference.name_or_path,

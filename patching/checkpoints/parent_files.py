@@ -111,7 +111,7 @@ def code_files(reference: Reference, auto_map: Any) -> dict[str, Path]:
     An entry such as `repository--module.Class` names another repository, from which everybody
     loads it, so it needs no file.
 
-    Raises ValueError if a file is missing.
+    Raises ValueError if a file is missing, or lies outside the model's folder.
     """
     entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     classes = [name for entry in entries for name in _as_list(entry) if isinstance(name, str)]
@@ -121,6 +121,11 @@ def code_files(reference: Reference, auto_map: Any) -> dict[str, Path]:
         file_name = f"{modules.pop()}.py"
         if file_name in files:
             continue
+        if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
+            raise ValueError(
+                f"{reference.name_or_path}: its code needs {file_name}, which is not in its "
+                "folder; use the model as it was published"
+            )
         path = find_file(reference, file_name)
         if path is None:
             raise ValueError(f"{reference.name_or_path}: {file_name} is missing: its code needs it")

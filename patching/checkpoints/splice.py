@@ -5,7 +5,6 @@ of each tensor under its new name. A tensor passes through memory only if its dt
 rescaled, piece by piece.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from patching.architectures.checks import check_recipe
 from patching.architectures.config import config_for
@@ -36,7 +34,7 @@ from patching.checkpoints.safetensors_files import (
     write_all,
 )
 from patching.checkpoints.saved_config import runs_remote_code
-from patching.files.model_files import read_json
+from patching.files.model_files import read_json, weights_files
 from patching.files.outputs import write_json
 from patching.recipe import Parent, Recipe, Reference
 
@@ -258,33 +256,6 @@ def _tensors_on_disk(
             if either is not None:
                 found[head] = found[embedding] = either
     return found
-
-
-def weights_files(reference: Reference) -> list[Path] | None:
-    """Return a model's safetensors files, from a folder or the hub. None if it has none.
-
-    Raises ValueError if an index is damaged or names a file that does not exist.
-    """
-    name_or_path, revision = reference
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **options)
-    if single is not None:
-        return [Path(single)]
-    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
-    if index is None:
-        return None
-    try:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it must name files in its own folder")
-        paths, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged: {error}; download or save it again") from error
-    files = [Path(path) for path in paths]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{name_or_path}: {', '.join(missing)} is missing, but its index names it")
-    return files
 
 
 def plan_files(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:

@@ -10,8 +10,8 @@ from transformers.modeling_utils import load_state_dict
 
 from patching.checkpoints.layout import DTYPE_NAMES
 from patching.checkpoints.safetensors_files import read_header
-from patching.checkpoints.splice import TORCH_DTYPES, weights_files
-from patching.files.model_files import fault_of_pickles, pickled_files
+from patching.checkpoints.splice import TORCH_DTYPES
+from patching.files.model_files import fault_of_pickles, pickled_files, weights_files
 from patching.recipe import Reference
 
 

@@ -38,6 +38,14 @@ class CommandLineParser(HfArgumentParser):
         settings = {"usage": "%(prog)s [flags]", "formatter_class": HelpFormatter}
         super().__init__(dataclass_types, **settings | kwargs)
 
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        *parsed, unknown = super().parse_args_into_dataclasses(
+            *args, return_remaining_strings=True, **kwargs
+        )
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return tuple(parsed)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; --help lists every flag\n")
 

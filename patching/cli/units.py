@@ -3,6 +3,7 @@
 import re
 from decimal import Decimal
 
+NUMBER = r"(\d{1,18}(?:\.\d{0,18})?)"
 PREFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_PREFIXES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -12,7 +13,7 @@ def parse_bytes(text: str, name: str) -> int:
 
     Raises ValueError, starting with the flag's `name`, for anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(rf"{NUMBER}\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
     if found:
         number, prefix, binary = found[1], (found[2] or "").upper(), found[3]
         if not binary or prefix:
@@ -31,7 +32,7 @@ def parse_count(text: str, name: str) -> int:
 
     Raises ValueError, starting with the flag's `name`, for anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMBT]?)", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(rf"{NUMBER}\s*([KMBT]?)", text.strip(), re.IGNORECASE)
     if found and (count := int(Decimal(found[1]) * COUNT_SUFFIXES[found[2].upper()])) > 0:
         return count
     raise ValueError(f"{name}={text}: write a number of parameters such as 350M or 3.1B")
@@ -78,6 +79,10 @@ def parse_sizes(text: str, max_layers_to_patch: int) -> list[int]:
     return sorted(sizes)
 
 
+LARGEST_NUMBER = 99_999
+"""Largest layer or size that is read, and most of them, so that no range takes all memory."""
+
+
 def parse_ranges(text: str, name: str) -> list[int]:
     """Parse numbers and inclusive ranges such as `0,2,4-7`, in the order given.
 
@@ -86,11 +91,26 @@ def parse_ranges(text: str, name: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         start, dash, stop = (piece.strip() for piece in part.partition("-"))
-        if (
-            not start.isdecimal()
-            or (dash and not stop.isdecimal())
-            or (dash and int(stop) < int(start))
-        ):
+        if not start.isdecimal() or (dash and not stop.isdecimal()):
             raise ValueError(f"{name}={text}: write numbers and ranges such as 4, 1,3,5 or 0-5")
-        numbers.extend(range(int(start), int(stop or start) + 1))
+        first, last = parse_number(start, name), parse_number(stop or start, name)
+        if last < first:
+            raise ValueError(f"{name}={text}: write numbers and ranges such as 4, 1,3,5 or 0-5")
+        numbers.extend(range(first, last + 1))
+        if len(numbers) > LARGEST_NUMBER:
+            raise ValueError(f"{name}: choose at most {LARGEST_NUMBER:,} numbers")
     return numbers
+
+
+def parse_number(text: str, name: str) -> int:
+    """Parse a layer or a size, which may be negative to be refused by its range.
+
+    Raises ValueError, starting with the flag's `name`, for anything else and for numbers that no
+    model has.
+    """
+    sign, digits = ("-", text[1:]) if text.startswith("-") else ("", text)
+    if not digits.isdecimal():
+        raise ValueError(f"{name}={text}: write a number such as 4")
+    if len(digits.lstrip("0")) > len(str(LARGEST_NUMBER)):
+        raise ValueError(f"{name}={text[:40]}: choose numbers of at most {LARGEST_NUMBER:,}")
+    return int(sign + digits)

@@ -1,5 +1,5 @@
 """Files of a model, in its folder or its hub repository: where they lie, JSON among them, and
-weights that are pickles.
+weights.
 """
 
 import json
@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import cached_files
 
 from patching.files.lfs import check_not_a_pointer
 from patching.recipe import Reference
@@ -57,18 +64,46 @@ def pickled_files(reference: Reference) -> list[Path]:
     path = find_file(reference, WEIGHTS_NAME)
     if path is not None:
         return [path]
-    index = read_json(reference, WEIGHTS_INDEX_NAME)
-    if index is None:
-        return []
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-        raise ValueError(f"{WEIGHTS_INDEX_NAME} of {reference.name_or_path} is damaged")
-    found = {name: find_file(reference, name) for name in sorted(set(weight_map.values()))}
-    if missing := [name for name, path in found.items() if path is None]:
+    index = find_file(reference, WEIGHTS_INDEX_NAME)
+    return [] if index is None else files_of_index(reference, index)
+
+
+def weights_files(reference: Reference) -> list[Path] | None:
+    """Return a model's safetensors files, from a folder or the hub. None if it has none.
+
+    Raises ValueError if an index is damaged or names a file that does not exist.
+    """
+    path = find_file(reference, SAFE_WEIGHTS_NAME)
+    if path is not None:
+        return [path]
+    index = find_file(reference, SAFE_WEIGHTS_INDEX_NAME)
+    return None if index is None else files_of_index(reference, index)
+
+
+def files_of_index(reference: Reference, index: Path) -> list[Path]:
+    """Return the weights files that an index names.
+
+    Raises ValueError if the index is damaged, names a file elsewhere, or one that does not exist.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(Path(name).name != name or name == ".." for name in names):
+            raise ValueError("it must name files in its own folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        check_not_a_pointer(index)
+        raise ValueError(f"{index} is damaged: {error}; download or save it again") from error
+    found = cached_files(  # all at once, so that the hub's are downloaded side by side
+        reference.name_or_path,
+        sorted(names),
+        revision=reference.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    files = [Path(path) for path in found or []]
+    if missing := sorted(names - {file.name for file in files}):
         raise ValueError(
-            f"{reference.name_or_path}: {missing[0]} is missing, but its index names it"
+            f"{reference.name_or_path}: {', '.join(missing)} is missing, but its index names it"
         )
-    return list(found.values())
+    return files
 
 
 def fault_of_pickles(paths: Sequence[Path]) -> ValueError | None:

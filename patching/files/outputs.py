@@ -70,6 +70,7 @@ def check_new_folder(path: Path) -> None:
     """Raise ValueError unless a new folder can be created at `path`, where nothing or an empty
     folder may be now. It may be a mount point, the current folder, or a link.
     """
+    _nearest(path)  # raises for a path that leads nowhere
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder that does not exist yet")
     if path.is_dir() and not _is_empty(path):
@@ -96,10 +97,12 @@ def _nearest(path: Path) -> Path:
     """Return the path itself or the folder closest to it that exists, with links followed."""
     try:
         nearest = path.resolve()
+        while not nearest.exists():
+            nearest = nearest.parent
     except RuntimeError as error:
         raise ValueError(f"{path} is a link that leads to itself: name another folder") from error
-    while not nearest.exists():
-        nearest = nearest.parent
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{path}: {error.strerror}, name another folder") from error
     return nearest
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -58,17 +58,18 @@ def load_documents(
     Raises ValueError if there is no text, no such column, or no file of a known kind.
     """
     column = text_column
-    documents, builder = open_dataset(name, dataset_config, dataset_split, streaming)
+    documents, builder, columns, first = open_dataset(
+        name, dataset_config, dataset_split, streaming
+    )
     if builder == "text" and holds_tokens:
         raise ValueError(f"tokens_column={column}: {name} is plain text and has no columns")
     column = "text" if builder == "text" else column
     flag = "tokens_column" if holds_tokens else "text_column"
-    columns = columns_of(documents, name)
     if column not in columns:
         raise ValueError(
             f"{flag}={column}: {name} has the columns {', '.join(columns)}, choose one of them"
         )
-    value = next(iter(documents), {}).get(column)
+    value = first.get(column)
     wanted, expected = (list, "lists of token ids") if holds_tokens else (str, "text")
     if value is not None and not isinstance(value, wanted):
         raise ValueError(
@@ -83,41 +84,58 @@ def load_documents(
     return documents
 
 
-def open_dataset(
-    name: str, dataset_config: str | None, dataset_split: str, streaming: bool
-) -> tuple[Dataset | IterableDataset, str | None]:
-    """Return what a file, a folder of files or a hub dataset holds, and the `datasets` builder that
-    reads local files.
+class OpenDataset(NamedTuple):
+    """What a file, a folder of files or a hub dataset holds."""
 
-    Raises ValueError for files that are empty, of no known kind or of several, or damaged.
+    documents: Dataset | IterableDataset
+    builder: str | None
+    """The `datasets` builder that reads local files."""
+    columns: list[str]
+    first: dict[str, Any]
+    """The first document."""
+
+
+def open_dataset(
+    name: str,
+    dataset_config: str | None,
+    dataset_split: str,
+    streaming: bool,
+    flag: str = "dataset",
+) -> OpenDataset:
+    """Return what a file, a folder of files or a hub dataset holds.
+
+    Raises ValueError, which names the `flag`, for files that are empty, of no known kind or of
+    several, or damaged, and for a hub dataset that cannot be read.
     """
     from datasets import load_dataset  # takes a second, and most command lines need no text
-    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name)
-    if not path.exists():
-        return load_dataset(name, dataset_config, split=dataset_split, streaming=True), None
-    builder, files = _local_files(path)
+    is_here = path.exists()
+    builder, files = _local_files(path, flag) if is_here else (None, [])
     extra = {"sample_by": "document"} if builder == "text" else {}
     try:
-        documents = load_dataset(
-            builder, data_files=files, split="train", streaming=streaming, **extra
-        )
-    except DatasetGenerationError as error:
-        cause = str(error.__cause__ or error)
-        raise ValueError(f"dataset={name} cannot be read as {builder}: {cause}") from error
-    return documents, builder
-
-
-def columns_of(documents: Dataset | IterableDataset, name: str) -> list[str]:
-    """Return the columns of a dataset. Raises ValueError if it is empty."""
-    columns = documents.column_names or list(next(iter(documents), {}))
+        if is_here:
+            documents = load_dataset(
+                builder, data_files=files, split="train", streaming=streaming, **extra
+            )
+        else:
+            documents = load_dataset(name, dataset_config, split=dataset_split, streaming=True)
+        first = next(iter(documents), {})
+    except Exception as error:  # parsers and decompressors raise errors of their own
+        cause = str(error.__cause__ or error) or type(error).__name__
+        raise ValueError(
+            f"{flag}={name} cannot be read as {builder}: {cause}; download or save it again"
+            if is_here
+            else f"{flag}={name}: this is neither a file or folder here nor a hub dataset that can "
+            f"be read ({cause})"
+        ) from error
+    columns = documents.column_names or list(first)
     if not columns:
-        raise ValueError(f"dataset={name}: there is no text in it")
-    return columns
+        raise ValueError(f"{flag}={name}: there is no text in it")
+    return OpenDataset(documents, builder, columns, first)
 
 
-def _local_files(path: Path) -> tuple[str, list[str]]:
+def _local_files(path: Path, flag: str) -> tuple[str, list[str]]:
     """Return the name of the `datasets` builder for a file or folder, and the files in it."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     kinds = {file: BUILDERS.get(_kind(file)) for file in files}
@@ -126,12 +144,12 @@ def _local_files(path: Path) -> tuple[str, list[str]]:
     if len(builders) != 1:
         found = "several kinds" if builders else "none of these"
         raise ValueError(
-            f"dataset={path}: name a .txt, .jsonl, .csv or .parquet file, which may be compressed "
+            f"{flag}={path}: name a .txt, .jsonl, .csv or .parquet file, which may be compressed "
             f"(.gz, .zst), or a folder of one kind; there is {found}"
         )
     files_with_text = [str(file) for file in known if file.stat().st_size]
     if not files_with_text:
-        raise ValueError(f"dataset={path}: there is no text in it")
+        raise ValueError(f"{flag}={path}: there is no text in it")
     return builders.pop(), files_with_text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from patching.blocks import as_layer_list
+from patching.files.json_files import check_types
 from patching.files.outputs import finite_or_none, write_json
 from patching.orders.scales import Point, RowSums
 from patching.orders.search import PatchedLayers
@@ -37,14 +38,18 @@ class Measured:
             return cls(settings, path)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            before = stored["settings"]
+            before = dict(stored["settings"])
             kl = {_layers(layers): _finite(value) for layers, value in stored["kl"].items()}
             rows = {
                 _point(name): [*map(_finite, sums)] for name, sums in stored.get("rows", {}).items()
             }
             influences, ratios = stored["block_influence"], stored.get("length_ratios")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for name, values in (("block_influence", influences), ("length_ratios", ratios)):
+                check_types(values, list[float] | None, name)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it") from error
+        except RecursionError as error:
+            raise ValueError(f"{path} is nested too deeply: remove it") from error
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
@@ -83,4 +88,4 @@ def _layers(text: str) -> PatchedLayers:
 
 
 def _finite(value: float | None) -> float:
-    return math.inf if value is None else value
+    return math.inf if value is None else float(value)

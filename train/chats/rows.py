@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from patching.files.texts import columns_of, open_dataset
+from patching.files.texts import open_dataset
 from train.chats.arguments import ChatArguments
 from train.chats.masks import Chat, MarkedChat, Refused, mark_responses, special_ids
 from train.data_args import DEFAULT_SHUFFLE_BUFFER, DataArguments, Packing
@@ -67,8 +67,9 @@ def chat_stream(
 def load_chats(arguments: ChatArguments) -> IterableDataset:
     """Return chats in one column, `text`, as a stream. Raises ValueError if no columns hold any."""
     name = arguments.sft_dataset
-    chats, builder = open_dataset(name, arguments.sft_config, arguments.sft_split, streaming=True)
-    columns = columns_of(chats, name)
+    chats, builder, columns, _ = open_dataset(
+        name, arguments.sft_config, arguments.sft_split, streaming=True, flag="sft_dataset"
+    )
     if builder == "text" or not ("messages" in columns or {"prompt", "completion"} <= {*columns}):
         raise ValueError(
             f"sft_dataset={name}: it has the columns {', '.join(columns)}, and chats are in "

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from patching.blocks import LayerMap
+from patching.files.json_files import read_object
 from train.data import Rows
 
 FILE_NAME = "made_by.json"
@@ -90,7 +91,7 @@ def template_key(tokenizer: PreTrainedTokenizerBase) -> str:
 def read_settings(checkpoint: str) -> dict[str, Any] | None:
     """Return the settings that made a checkpoint, or None if it does not record them."""
     path = Path(checkpoint, FILE_NAME)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def differences(

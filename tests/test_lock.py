@@ -1,0 +1,57 @@
+"""requirements.lock: every package of the tests' environment, in one version and with hashes."""
+
+import re
+
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+SHA256 = re.compile(r"--hash=sha256:[0-9a-f]{64}$")
+
+
+def locked() -> dict[str, tuple[str, list[str]]]:
+    """Return the version and the hashes of each package in the lock file."""
+    found = {}
+    entries = re.sub(r"^ *#.*\n", "", LOCK, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    for entry in filter(None, map(str.strip, entries)):
+        requirement, *hashes = entry.split(" --hash=")
+        name, _, version = requirement.partition(";")[0].strip().partition("==")
+        found[canonicalize_name(name)] = (version, [f"--hash={each.strip()}" for each in hashes])
+    return found
+
+
+def required() -> list[Requirement]:
+    lines = []
+    for name in ("requirements.txt", "requirements_dev.txt"):
+        lines += (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and line[0] not in "#-"]
+
+
+def test_every_package_has_one_version_and_hashes():
+    packages = locked()
+    assert len(packages) > len(required())
+    for name, (version, hashes) in packages.items():
+        assert version and hashes, name
+        assert all(map(SHA256.match, hashes)), name
+
+
+def test_versions_are_those_that_the_requirements_allow():
+    packages = locked()
+    for requirement in required():
+        version, _ = packages[canonicalize_name(requirement.name)]
+        assert version in requirement.specifier, requirement.name
+
+
+def test_it_names_no_place_to_download_from():
+    assert "://" not in LOCK
+    assert not re.search(r"--(extra-)?index-url|--find-links", LOCK)
+
+
+def test_every_build_of_torch_is_listed():
+    """Its CPU build is another file than the one for GPUs."""
+    builds = re.findall(r"^# +(torch-\S+)\s+sha256:([0-9a-f]{64})$", LOCK, flags=re.MULTILINE)
+    assert any("+cpu" in name for name, _ in builds)
+    assert any("+cpu" not in name for name, _ in builds)
+    hashes = locked()["torch"][1]
+    assert {f"--hash=sha256:{digest}" for _, digest in builds} == set(hashes)
