@@ -249,6 +249,9 @@ def check_result(result: Result) -> None:
         for values, kinds in ((run.settings, IN_SETTINGS), (run.arguments, IN_ARGUMENTS)):
             for name, kind in kinds.items():
                 check_types(values.get(name), kind, name)
+    for task, counts in result.n_samples.items():
+        if not {"original", "effective"} <= counts.keys():
+            raise ValueError(f"n-samples of {task} lacks original or effective")
     inside = {group: {*tasks} - {group} for group, tasks in result.group_subtasks.items()}
     try:
         TopologicalSorter(inside).prepare()

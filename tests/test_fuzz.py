@@ -184,7 +184,7 @@ ORDER = {"order": [2, 0], "settings": {"kept_layers": [0, 2, 3, 5], "teacher": "
 def check_order(data: bytes) -> None:
     path = written(data, "order.json")
     try:
-        order, found_for = read_order(path)
+        order, found_for, *_ = read_order(path)
         sequence = LAYER_MAP.sequence(order)
     except ValueError as error:
         assert "order" in str(error)
