@@ -113,7 +113,9 @@ class Family:
         check_parents_match(parents.configs["student"], parents.configs["teacher"])
         for parent in parents.configs.keys() - parents.given:
             name = parents.references[parent].name_or_path
-            check_builds(parent, name, parents.configs[parent], trust_remote_code)
+            check_builds(
+                f"{parent}_model_name_or_path", name, parents.configs[parent], trust_remote_code
+            )
         student_config = _student_config(parents, kept_layers, student_config)
         if order is None:
             order = student_config.patch_order

@@ -220,7 +220,7 @@ def _config_of(
     trust_remote_code: bool,
 ) -> PreTrainedConfig:
     if model is None:
-        return read_config(parent, *reference, trust_remote_code)
+        return read_config(f"{parent}_model_name_or_path", *reference, trust_remote_code)
     architecture_of(model.config, trust_remote_code)  # raises for one that is not supported
     return model.config
 

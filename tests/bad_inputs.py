@@ -6,7 +6,7 @@ must contain. `tests/test_bad_inputs.py` runs them all. To add an input, add a l
 
 The commands run in a folder with `teacher` (a qwen3 of 6 layers, weights in several files), its
 `student` (kept layers 0,2,3,5, so layers 0 and 2 are patchable), `text.jsonl`, `tasks` with the task
-`choice`, and `results` of a sweep.
+`choice`, `chats.jsonl`, and `results` of a sweep.
 """
 
 import gzip
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +32,14 @@ COMMANDS = {
     "patching.similarity": MEASURED,
     "train.train": f"{TRAINED} --save_directory out --max_steps 1 --bf16 False "
     "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --disable_tqdm True",
+    "train.weight_delta": "--student student --teacher_from teacher --teacher_to teacher "
+    "--save_directory out",
     "train.cache_teacher": f"{TRAINED} --teacher_cache cache --bf16 False",
     "evaluate.evaluate": f"{PAIR} --save_directory out --tasks choice --include_path tasks "
     "--num_layers_to_patch 1 --dtype float32",
     "evaluate.report": "--save_directory=out results",
 }
-PATCH, ORDERS, SIMILARITY, TRAIN, CACHE, EVALUATE, REPORT = COMMANDS
+PATCH, ORDERS, SIMILARITY, TRAIN, DELTA, CACHE, EVALUATE, REPORT = COMMANDS
 
 Prepare = Callable[[Path], object]
 
@@ -196,7 +199,15 @@ def archive(name: str, **arrays: Any) -> Prepare:
     return write(name, content.getvalue())
 
 
-def zipped_cache(**values: Any) -> Prepare:
+def zipped(name: str, inner_name: str, content: bytes) -> Prepare:
+    """Write a ZIP archive of one file."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr(inner_name, content)
+    return write(name, data.getvalue())
+
+
+def damaged_cache(**values: Any) -> Prepare:
     return several(
         write("teacher_cache/cache.json", json.dumps(values)),
         write("teacher_cache/rows-00000.safetensors", b"\0" * 40),
@@ -215,11 +226,20 @@ def results_copied(folder: Path) -> None:
     shutil.copytree(folder / "results", folder / "more")
 
 
+NPY_OF_EXABYTES = (
+    b"\x93NUMPY\x01\x00v\x00"
+    + b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000000,), }".ljust(117)
+    + b"\n"
+)
 BINARY = bytes(range(256)) * 4
 LATIN = "caf\xe9".encode("latin-1")
 DEEP = "[" * 100_000 + "]" * 100_000
 HUGE_LENGTH = struct.pack("<Q", 2**63)
 ORDER = "--order order.json"
+CHATS = "--sft_dataset chats.jsonl"
+TEMPLATE = write(
+    "teacher/chat_template.jinja", "{% for m in messages %}{{ m['content'] + '.' }}{% endfor %}"
+)
 CONFIG, INDEX = "teacher/config.json", "teacher/model.safetensors.index.json"
 LAYERS = "student/student_config.json"
 RESULT = "results/family_k0.json"
@@ -473,6 +493,9 @@ TABLE = [
     BadInput("a checkpoint that is not there", TRAIN, "--resume_from_checkpoint nowhere", None, ("resume_from_checkpoint=nowhere", "no checkpoint there")),
     BadInput("checkpoint: a damaged record", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/made_by.json", "{")), ("made_by.json", "is damaged")),
     BadInput("checkpoint: another record", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/made_by.json", "[]")), ("made_by.json", "is damaged")),
+    BadInput("checkpoint: a binary record", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/made_by.json", BINARY)), ("made_by.json", "is damaged")),
+    BadInput("checkpoint: a truncated state", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", '{"global_st'), write("c/optimizer.pt", "")), ("trainer_state.json is damaged", "remove it")),
+    BadInput("checkpoint: a truncated position", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/stream.json", "[")), ("stream.json is damaged", "remove it")),
     BadInput("checkpoint: only a model", TRAIN, "--resume_from_checkpoint c", write("c/trainer_state.json", "{}"), ("resume_from_checkpoint=c", "holds only the model")),
     BadInput("checkpoint: of other settings", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/made_by.json", '{"seed": 5}')), ("seed was 5 and is 0", "start over in another --output_dir")),
 
@@ -501,6 +524,41 @@ TABLE = [
     BadInput("text: an unknown packing", TRAIN, "--packing tight", None, ("packing", "tight", "documents")),
     BadInput("text: fewer than no documents held out", TRAIN, "--heldout_documents=-1", None, ("heldout_documents=-1", "choose 0 or more")),
 
+    # train.train: chats
+    BadInput("chats: missing", TRAIN, "--sft_dataset nowhere.jsonl", TEMPLATE, ("sft_dataset=nowhere.jsonl", "neither a file or folder here nor a hub dataset")),
+    BadInput("chats: empty", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", "")), ("sft_dataset=chats.jsonl", "there is no text in it")),
+    BadInput("chats: binary", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", BINARY)), ("sft_dataset=chats.jsonl cannot be read as json", "download or save it again")),
+    BadInput("chats: plain text", TRAIN, "--sft_dataset chats.txt", several(TEMPLATE, write("chats.txt", "Hello.")), ("sft_dataset=chats.txt", "chats are in `messages`")),
+    BadInput("chats: other columns", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"prompt": "a"}\n')), ("sft_dataset=chats.jsonl", "has the columns prompt", "`prompt` and `completion`")),
+    BadInput("chats: numbers", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"messages": 5}\n')), ("sft_dataset=chats.jsonl", "it holds no messages", "raise --sft_max_refused")),
+    BadInput("chats: no role", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"messages": [{"content": "a"}]}\n')), ("sft_dataset=chats.jsonl", "it holds no messages", "raise --sft_max_refused")),
+    BadInput("chats: only questions", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n')), ("sft_dataset=chats.jsonl", "no message of the assistant", "raise --sft_max_refused")),
+    BadInput("chats: an answer that is a list", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"messages": [{"role": "assistant", "content": [{"x": 1}]}]}\n')), ("sft_dataset=chats.jsonl", "the chat template fails", "raise --sft_max_refused")),
+    BadInput("chats: a damaged template", TRAIN, CHATS, write("teacher/chat_template.jinja", "{% for"), ("sft_dataset=chats.jsonl", "the chat template fails", "correct the chats or their template")),
+    BadInput("chats: a template that runs code", TRAIN, CHATS, write("teacher/chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ("sft_dataset=chats.jsonl", "the chat template fails", "unsafe")),
+    BadInput("chats without a template", TRAIN, CHATS, None, ("sft_dataset", "no chat template", "add it as chat_template.jinja")),
+    BadInput("more than all steps on chats", TRAIN, f"{CHATS} --sft_share 2", TEMPLATE, ("sft_share=2", "up to 1")),
+    BadInput("a share of refused chats that is no number", TRAIN, f"{CHATS} --sft_max_refused nan", TEMPLATE, ("sft_max_refused=nan", "choose a share from 0 to 1")),
+    BadInput("a share of no chats", TRAIN, "--sft_share 0.2", None, ("--sft_share only applies with --sft_dataset",)),
+    BadInput("chats and passes over the text", TRAIN, f"-max_steps --num_train_epochs 1 {CHATS}", TEMPLATE, ("sft_dataset", "give --max_steps and not --num_train_epochs")),
+
+    # train.weight_delta
+    BadInput("a cosine beyond 1", DELTA, "--min_cosine 2", None, ("min_cosine=2", "choose a cosine from -1 to 1")),
+    BadInput("a cosine that is no number", DELTA, "--min_cosine nan", None, ("min_cosine=nan", "choose a cosine from -1 to 1")),
+    BadInput("a delta over a model", DELTA, "--save_directory teacher", None, ("teacher is not empty", "name another folder")),
+    BadInput("a delta from several processes", DELTA, "", None, ("2 processes were started", "leave out torchrun"), {"WORLD_SIZE": "2"}),
+    BadInput("a delta without a student", DELTA, "-student", None, ("--student", "required")),
+    BadInput("a delta of a model that is no student", DELTA, "--student teacher", None, ("student_config.json cannot be read",)),
+    BadInput("a delta from a teacher that is not there", DELTA, "--teacher_from nowhere", None, ("teacher_from=nowhere", "neither a model folder nor a hub repository")),
+    BadInput("a delta to a teacher that is not there", DELTA, "--teacher_to nowhere", None, ("teacher_to=nowhere", "neither a model folder nor a hub repository")),
+    BadInput("a delta to a teacher of other depth", DELTA, "--teacher_to student", None, ("teacher_to=student", "it has 4 layers", "a teacher of 6")),
+    BadInput("student_config.json: out of range, for a delta", DELTA, "", student_layers([0, 2, 3, 9], [1, 4]), (NO_STUDENT, "every teacher layer exactly once")),
+    BadInput("config.json: sizes that do not fit, for a delta", DELTA, "", edit(CONFIG, num_key_value_heads=0), ("teacher_from=teacher", "cannot build a model of its config.json", "download or save it again")),
+    BadInput("safetensors: truncated, for a delta", DELTA, "", weights(lambda data: data[:-1]), DAMAGED),
+    BadInput("safetensors: a header of exabytes of a student, for a delta", DELTA, "", weights(lambda data: HUGE_LENGTH + data[8:], "student"), DAMAGED),
+    BadInput("index: an absolute path, for a delta", DELTA, "", index(weight_map={"a": "/etc/passwd"}), ("name files in its own folder", *DAMAGED)),
+    BadInput("teachers whose weights are no numbers", DELTA, "", weights(lambda data: data[:-4096] + b"\xff" * 4096), ("min_cosine=0.73", "the teachers differ too much", "lower --min_cosine")),
+
     # train.cache_teacher, and its folder
     BadInput("no tokens per prediction", CACHE, "--top_k 0", None, ("top_k=0", "choose 1 or more")),
     BadInput("more tokens than there are", CACHE, "--top_k 9999", None, ("top_k=9999", "vocabulary has 257")),
@@ -514,8 +572,10 @@ TABLE = [
     BadInput("a cache in a file", CACHE, "--teacher_cache text.jsonl", None, ("text.jsonl", "is not a folder")),
     BadInput("cache.json: not JSON", CACHE, "--teacher_cache teacher_cache", write("teacher_cache/cache.json", "{"), ("cache.json", "is damaged")),
     BadInput("cache.json: a list", CACHE, "--teacher_cache teacher_cache", write("teacher_cache/cache.json", "[]"), ("cache.json", "is damaged")),
+    BadInput("cache.json: empty", CACHE, "--teacher_cache teacher_cache", write("teacher_cache/cache.json", ""), ("cache.json", "is damaged")),
+    BadInput("cache.json: binary", CACHE, "--teacher_cache teacher_cache", write("teacher_cache/cache.json", BINARY), ("cache.json", "is damaged")),
     BadInput("cache.json: of another teacher", CACHE, "--teacher_cache teacher_cache", write("teacher_cache/cache.json", '{"teacher": "other", "complete": false}'), ("teacher_cache=teacher_cache", "its teacher is other", "or make another")),
-    BadInput("cache: rows that are damaged", CACHE, "--teacher_cache teacher_cache", zipped_cache(), ("rows-00000.safetensors", "is damaged")),
+    BadInput("cache: rows that are damaged", CACHE, "--teacher_cache teacher_cache", damaged_cache(), ("rows-00000.safetensors", "is damaged")),
     BadInput("training on no cache", TRAIN, "--use_cosine_loss False --teacher_cache nowhere", None, ("teacher_cache=nowhere",)),
     BadInput("training on a cache with the cosine", TRAIN, "--teacher_cache nowhere", None, ("teacher_cache", "--use_cosine_loss False")),
     BadInput("training on a damaged cache", TRAIN, "--use_cosine_loss False --teacher_cache teacher_cache", write("teacher_cache/cache.json", "5"), ("cache.json", "is damaged")),
@@ -531,6 +591,8 @@ TABLE = [
     BadInput("order_kl.json: not JSON", ORDERS, "--save_directory found", write("found/order_kl.json", "{"), ("order_kl.json is damaged", "remove it")),
     BadInput("order_kl.json: a list", ORDERS, "--save_directory found", write("found/order_kl.json", "[]"), ("order_kl.json is damaged", "remove it")),
     BadInput("order_kl.json: texts", ORDERS, "--save_directory found", write("found/order_kl.json", '{"settings": 1, "kl": 2, "block_influence": 3}'), ("order_kl.json is damaged", "remove it")),
+    BadInput("order_kl.json: binary", ORDERS, "--save_directory found", write("found/order_kl.json", BINARY), ("order_kl.json is damaged", "remove it")),
+    BadInput("order_kl.json: nested without end", ORDERS, "--save_directory found", write("found/order_kl.json", DEEP), ("order_kl.json is nested too deeply", "remove it")),
     BadInput("order_kl.json: of other models", ORDERS, "--save_directory found", write("found/order_kl.json", '{"settings": {}, "kl": {}, "block_influence": null}'), ("order_kl.json was measured with", "choose another folder")),
     BadInput("similarity without text", SIMILARITY, "-calibration", None, ("hidden states are compared on text", "--calibration")),
     BadInput("similarity on no documents", SIMILARITY, "--calibration_texts 0", None, ("calibration_texts=0", "choose 1 or more")),
@@ -595,6 +657,8 @@ TABLE = [
     BadInput("result: runs that are a list", REPORT, "", edit(RESULT, runs=[1, 2]), ("family_k0.json is damaged", "remove it")),
     BadInput("documents: no archive", REPORT, "", write("results/documents/family_k0.npz", BINARY), ("family_k0.npz is damaged", "remove it")),
     BadInput("documents: truncated", REPORT, "", write("results/documents/family_k0.npz", b"PK\x03\x04" + BINARY), ("family_k0.npz is damaged", "remove it")),
+    BadInput("documents: empty", REPORT, "", write("results/documents/family_k0.npz", b""), ("family_k0.npz is damaged", "remove it")),
+    BadInput("documents: scores of exabytes", REPORT, "", zipped("results/documents/family_k0.npz", "choice/acc,none.npy", NPY_OF_EXABYTES), ("family_k0.npz is damaged", "remove it")),
     BadInput("documents: a pickle", REPORT, "", archive("results/documents/family_k0.npz", a=numpy.array([Runs()], dtype=object)), ("family_k0.npz is damaged", "remove it")),
 ]
 

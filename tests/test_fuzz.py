@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
+from chat_templates import CHATML, MARKED, tokenizer_with
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits import bounded
@@ -33,15 +34,17 @@ from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.exports import csv_table, json_summary
 from evaluate.reporting.tables import markdown_report
 from evaluate.result import FinishedTask, Parameters, Result, Run, read_result
-from patching.checkpoints.parent_files import files_of_index
 from patching.checkpoints.safetensors_files import StoredTensor, read_header
 from patching.cli import units
+from patching.files.model_files import files_of_index
 from patching.orders.measured import Measured
 from patching.patch import main
 from patching.patch_order import read_order
 from patching.recipe import Recipe, Reference, intermediate_model
 from patching.student_config import StudentConfig, read_student_config
+from train.chats.rows import rows_of_chats
 from train.fsdp_config import read_fsdp_config
+from train.loss import NO_TARGET
 from train.teacher_cache import TeacherCache
 
 HUGE = st.sampled_from([-1, 2**31, 2**53, 2**63, 2**64, 10**30, 10**400])
@@ -345,6 +348,39 @@ def check_cache(data: bytes) -> None:
     assert all(0 <= row.start <= row.stop <= 5 for row in cache.rows.values())
 
 
+CHATS = {
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo <|im_end|>"},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+}
+COMPLETION = {"prompt": "Hi", "completion": [{"role": "assistant", "content": "Yo"}]}
+TOKENIZERS = [tokenizer_with(template) for template in (CHATML, MARKED)]
+
+
+def check_chat(data: bytes) -> None:
+    """What is learned lies within the row, with a label for each of its tokens."""
+    try:
+        example = json.loads(data)
+    except ValueError:
+        return
+    if not isinstance(example, dict):  # a line of a dataset is an object
+        return
+    for tokenizer in TOKENIZERS:
+        found = rows_of_chats([example], tokenizer, 24, "documents", NO_TARGET)
+        assert found.num_chats == 1
+        columns = found.columns
+        assert len(columns["labels"]) == 1 - sum(found.refused.values())
+        for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True):
+            assert len(ids) == len(labels) <= 24
+            learned = [label for label in labels if label != NO_TARGET]
+            assert learned and all(label in (token, NO_TARGET) for token, label in zip(ids, labels))
+
+
 class Target(NamedTuple):
     check: Callable[[Any], None]
     examples: st.SearchStrategy
@@ -364,6 +400,7 @@ TARGETS = {
     "scores of documents": Target(check_documents, damaged(archive()), 4_000),
     "measured orders": Target(check_measured, changed(KL), 4_000),
     "fsdp_config": Target(check_fsdp, changed(FSDP), 4_000),
+    "chat masks": Target(check_chat, changed(CHATS) | changed(COMPLETION), 6_000),
     "teacher caches": Target(check_cache, damaged(ROWS), 4_000),
 }
 FEW = 40

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from patching.architectures.lookup import read_config
+from patching.architectures.lookup import check_builds, read_config
 from patching.blocks import LayerMap
 from patching.checkpoints.companions import Companions
 from patching.checkpoints.layout import Layout, layout_of, renumbered, tensors_of
@@ -66,7 +66,8 @@ class Variant:
 
         Raises ValueError if it does not have `num_layers` or cannot be read piece by piece.
         """
-        config = read_config("teacher", *reference, trust_remote_code=False)
+        config = read_config(flag, *reference, trust_remote_code=False)
+        check_builds(flag, reference.name_or_path, config, trust_remote_code=False)
         found = config.get_text_config().num_hidden_layers
         if found != num_layers:
             raise ValueError(
@@ -173,6 +174,7 @@ def plan_delta(student: Reference, teacher_from: Reference, teacher_to: Referenc
     before = Variant.read("teacher_from", teacher_from, layer_map.num_teacher_layers)
     after = Variant.read("teacher_to", teacher_to, layer_map.num_teacher_layers)
     config = read_config("student", *student, trust_remote_code=False)
+    check_builds("student", student.name_or_path, config, trust_remote_code=False)
     dtype = stored_dtype(student) or torch.float32
     splice = _plan_copy("student", student, config, layout_of(config, dtype), dtype)
     wanted = {tensor.name: tensor.shape for shard in splice.shards for tensor in shard.tensors}

@@ -192,9 +192,10 @@ def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrain
     positions.
     """
     name, revision = model_args.teacher_model_name_or_path, model_args.revision
-    config = read_config("teacher", name, revision, model_args.trust_remote_code)
-    check_builds("teacher", name, config, model_args.trust_remote_code)
-    logit_change(empty_model(config, trust_remote_code=model_args.trust_remote_code))  # raises
+    flag, trust_remote_code = "teacher_model_name_or_path", model_args.trust_remote_code
+    config = read_config(flag, name, revision, trust_remote_code)
+    check_builds(flag, name, config, trust_remote_code)
+    logit_change(empty_model(config, trust_remote_code=trust_remote_code))  # raises
     longest = max_positions(config)
     if longest is not None and max_length > longest:
         raise ValueError(

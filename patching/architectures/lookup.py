@@ -13,7 +13,7 @@ from patching.architectures.distilbert import as_bert_config
 from patching.architectures.models import empty_model, predicts_masked_tokens
 from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Architecture
 from patching.files.model_files import read_json
-from patching.recipe import LayerSource, Parent, Recipe, Reference, whole_model
+from patching.recipe import LayerSource, Recipe, Reference, whole_model
 
 MOST_LAYERS = 10_000
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -177,16 +177,16 @@ def fault_of_depth(values: Mapping[str, Any]) -> str | None:
 
 
 def read_config(
-    parent: Parent, name_or_path: str, revision: str | None, trust_remote_code: bool
+    flag: str, name_or_path: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
-    """Read a model's config from a folder or the hub, that of a DistilBERT as a BERT's.
+    """Read the config of a flag's model from a folder or the hub, that of a DistilBERT as a BERT's.
 
     Raises ValueError if it cannot be read or its architecture is not supported.
     """
 
     def unreadable(error: Exception) -> ValueError:
         return ValueError(
-            f"{parent}_model_name_or_path={name_or_path}: this is neither a model folder nor a hub "
+            f"{flag}={name_or_path}: this is neither a model folder nor a hub "
             f"repository that can be read from here ({error})"
         )
 
@@ -197,11 +197,11 @@ def read_config(
     for name in ("dtype", "torch_dtype"):
         if name in values and not _is_dtype(values[name]):
             raise ValueError(
-                f"{parent}_model_name_or_path={name_or_path}: {name} in its config.json is "
+                f"{flag}={name_or_path}: {name} in its config.json is "
                 f"{values[name]}, write a dtype such as bfloat16 or leave the field out"
             )
     if fault := fault_of_depth(values):
-        raise ValueError(f"{parent}_model_name_or_path={name_or_path}: {fault}")
+        raise ValueError(f"{flag}={name_or_path}: {fault}")
     try:
         config = AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -214,13 +214,13 @@ def read_config(
 
 
 def check_builds(
-    parent: Parent, name_or_path: str, config: PreTrainedConfig, trust_remote_code: bool
+    flag: str, name_or_path: str, config: PreTrainedConfig, trust_remote_code: bool
 ) -> None:
     """Raise ValueError unless transformers builds an empty model of a config that was read."""
     try:
         empty_model(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # sizes that do not fit together end in errors of many kinds
         raise ValueError(
-            f"{parent}_model_name_or_path={name_or_path}: transformers cannot build a model of its "
+            f"{flag}={name_or_path}: transformers cannot build a model of its "
             f"config.json ({type(error).__name__}: {error}); download or save it again"
         ) from error

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from patching.files.json_files import read_object
 from train.checkpoints.identity import ANNOUNCED, differences, read_settings
 
 LAST = ("last", "true")
@@ -56,9 +57,12 @@ def check_resumable(
 ) -> None:
     """Raise ValueError, naming every reason, unless this run can resume from the checkpoint: it
     must hold the optimizer too, come from a run with the same `settings`, read its data the same
-    way, and shard its models or not as before.
+    way, and shard its models or not as before. Raises ValueError for a damaged file, too.
     """
     folder = Path(checkpoint)
+    for path in (folder / TRAINER_STATE_NAME, folder / STREAM_FILE_NAME):
+        if path.is_file():
+            read_object(path)
     problems = []
     if not any(folder.glob("optimizer*")):
         problems.append("it holds only the model (--save_only_model), so no run can continue it")
