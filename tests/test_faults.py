@@ -21,6 +21,8 @@ from local_tasks import CHOICE, GENERATION, QUESTIONS, flags, write_task
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from patching.matched_scale import MatchedScales, SetScale
+
 NUM_KILLS = 20
 WAIT_SECONDS = 60
 """In which a rank has to notice that the other is gone."""
@@ -37,6 +39,10 @@ def given(tmp_path_factory) -> Path:
     (folder / "tasks").mkdir()
     write_task(folder / "tasks", "choice", QUESTIONS * 3, **CHOICE)
     write_task(folder / "tasks", "generation", QUESTIONS, **GENERATION)
+    # Factors far from 1, so that the weights show whether they were used.
+    scale = SetScale(frozenset({1}), {0: 1.3, 2: 0.7}, {0: 1.3, 2: 0.7}, 0.2, 0.1, 0.01)
+    scales = MatchedScales.of([scale], {"text": "text.jsonl"}).to_dict()
+    (folder / "order.json").write_text(json.dumps({"order": [1, 0], "scales": scales}))
     return folder
 
 
@@ -63,6 +69,34 @@ def training(given: Path, folder: Path, *more: object) -> list[object]:
     return [word for name, value in settings.items() for word in (f"--{name}", value)] + [*more]
 
 
+def commands(given: Path, folder: Path) -> dict[str, tuple[str, list[object]]]:
+    """Every command that writes into a folder. `test_models` lists those that write a new model."""
+    parents = pair(given)
+    text = ["--calibration", given / "text.jsonl", "--dtype", "float32"]
+    out = ["--save_directory", folder]
+    in_files = ["--max_shard_size", "60KB"]
+    teachers = ["--teacher_from", given / "teacher", "--teacher_to", given / "teacher"]
+    values = {"tasks": "choice", "include_path": given / "tasks"}
+    splice = [*parents, "--num_layers_to_patch", 1, *out, *in_files]
+    return {
+        "splice": ("patching.patch", splice),
+        "splice at matched scale": ("patching.patch", [*splice, "--order", given / "order.json"]),
+        "weight delta": (
+            "train.weight_delta",
+            ["--student", given / "student", *teachers, *out],
+        ),
+        "training": ("train.train", training(given, folder)),
+        "search": ("patching.orders", [*parents, *text, *out]),
+        "sweep": (
+            "evaluate.evaluate",
+            flags((given / "teacher", given / "student"), folder, **values),
+        ),
+    }
+
+
+COMMANDS = [*commands(Path(), Path())]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
@@ -83,13 +117,16 @@ def check_finished_or_not_loadable(out: Path, whole: Path) -> None:
         shutil.rmtree(out)
 
 
-def test_splice(given, work):
+@pytest.mark.parametrize("name", ["splice", "splice at matched scale", "weight delta"])
+def test_models(name, given, work):
     def command(folder: Path) -> Command:
-        words = [*pair(given), "--num_layers_to_patch", 1, "--save_directory", folder]
-        return Command("patching.patch", [*words, "--max_shard_size", "60KB"], work / "log")
+        return Command(*commands(given, folder)[name], work / "log")
 
     whole, out = work / "whole", work / "killed" / "out"
     seconds = command(whole).finish()
+    assert ("scale" in name) == bool(
+        json.loads((whole / "boomerang.json").read_text()).get("scale")
+    )
     for _ in range(NUM_KILLS):
         command(out).kill_within(seconds)
         check_finished_or_not_loadable(out, whole)
@@ -255,25 +292,7 @@ def small_disk(work) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def commands(given: Path, folder: Path) -> dict[str, tuple[str, list[object]]]:
-    """Every command that writes into a folder."""
-    text = ["--calibration", given / "text.jsonl", "--dtype", "float32"]
-    values = {"tasks": "choice", "include_path": given / "tasks"}
-    return {
-        "training": ("train.train", training(given, folder)),
-        "search": ("patching.orders", [*pair(given), *text, "--save_directory", folder]),
-        "sweep": (
-            "evaluate.evaluate",
-            flags((given / "teacher", given / "student"), folder, **values),
-        ),
-        "splice": (
-            "patching.patch",
-            [*pair(given), "--num_layers_to_patch", 1, "--save_directory", folder],
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", ["training", "search", "sweep", "splice"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk(name, given, small_disk, work):
     """The command fails and says why, and succeeds when there is room."""
     (small_disk / "filler").write_bytes(bytes(240_000))
@@ -291,7 +310,7 @@ def test_a_full_disk(name, given, small_disk, work):
     command.finish()
 
 
-@pytest.mark.parametrize("name", ["training", "search", "sweep", "splice"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_folder_that_cannot_be_written_to(name, given, small_disk, work):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     module, words = commands(given, small_disk / "out")[name]

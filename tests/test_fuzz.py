@@ -5,6 +5,7 @@ that it documents, and allocates nothing because a file says so.
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -37,6 +38,7 @@ from evaluate.result import FinishedTask, Parameters, Result, Run, read_result
 from patching.checkpoints.safetensors_files import StoredTensor, read_header
 from patching.cli import units
 from patching.files.model_files import files_of_index
+from patching.matched_scale import MatchedScales, SetScale
 from patching.orders.measured import Measured
 from patching.patch import main
 from patching.patch_order import read_order
@@ -164,7 +166,10 @@ def check_index(data: bytes) -> None:
     assert files and all(file.parent == folder and file.is_file() for file in files)
 
 
-STUDENT = StudentConfig(LAYER_MAP, (0, 2)).to_dict()
+SCALES = MatchedScales.of(
+    [SetScale(frozenset({2, 3}), {0: 1.3}, {0: 1.2}, 0.5, 0.4, 0.01)], {"text": "a", "tokens": 9}
+)
+STUDENT = StudentConfig(LAYER_MAP, (0, 2), SCALES).to_dict()
 
 
 def check_student_config(data: bytes) -> None:
@@ -175,25 +180,32 @@ def check_student_config(data: bytes) -> None:
         assert "student_config.json" in str(error)
         return
     found.save(path.parent)
-    assert read_student_config(str(path.parent)) == found
+    again = read_student_config(str(path.parent))
+    assert as_text(again.to_dict()) == as_text(found.to_dict())
     assert [layer for block in found.layer_map.blocks for layer in block] == list(
         range(found.layer_map.num_teacher_layers)
     )
 
 
-ORDER = {"order": [2, 0], "settings": {"kept_layers": [0, 2, 3, 5], "teacher": "a b"}}
+ORDER = {
+    "order": [2, 0],
+    "settings": {"kept_layers": [0, 2, 3, 5], "teacher": "a b"},
+    "scales": SCALES.to_dict(),
+}
 
 
 def check_order(data: bytes) -> None:
     path = written(data, "order.json")
     try:
-        order, found_for, *_ = read_order(path)
+        order, found_for, scales = read_order(path)
         sequence = LAYER_MAP.sequence(order)
     except ValueError as error:
         assert "order" in str(error)
         return
     assert sorted(sequence) == list(range(len(LAYER_MAP.kept)))
     assert isinstance(found_for, dict)
+    factors = scales.sets.values() if scales else ()
+    assert all(0 < factor < math.inf for found in factors for factor in found.factors.values())
 
 
 RECIPE = intermediate_model(LAYER_MAP, 1, "last").to_dict()
@@ -461,6 +473,7 @@ DAMAGED_FILES = (
 def pair(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     save_models(folder, *family_pair("qwen3"), max_shard_size="60KB")
+    StudentConfig(LAYER_MAP, "last", SCALES).save(folder / "student")
     return folder
 
 

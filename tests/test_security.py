@@ -60,6 +60,7 @@ def training(folder: str, *more: str) -> list[str]:
         "teacher_model_name_or_path": "teacher", "dataset": "text.jsonl", "max_length": 32,
         "max_steps": 2, "save_steps": 1, "bf16": False, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1, "disable_tqdm": True, "save_directory": folder,
+        "measure_order": False,
     }  # fmt: skip
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)] + [
         *more
