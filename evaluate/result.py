@@ -224,13 +224,14 @@ class Result:
 def read_result(path: Path) -> Result | None:
     """The result in a file, None if it holds none. Raises ValueError for a damaged file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_int=short_int)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it") from error
     if not isinstance(values, dict) or "series" not in values or "results" not in values:
         return None
     try:
-        result = Result.from_dict(values)
+        result = Result.from_dict(json.loads(text, parse_int=short_int))
         check_result(result)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it") from error

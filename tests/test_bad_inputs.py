@@ -92,12 +92,12 @@ def check_message(bad: BadInput, output: str, errors: str) -> None:
 
 
 def named(table: list[BadInput], sample: Collection[BadInput] | None = None) -> list:
-    """Parameters for pytest. Those outside a sample run with `make test-faults` alone."""
+    """Parameters for pytest. Those outside a sample are slow."""
     return [
         pytest.param(
             bad,
             id=f"{bad.command}: {bad.name}",
-            marks=() if sample is None or bad in sample else pytest.mark.faults,
+            marks=() if sample is None or bad in sample else pytest.mark.slow,
         )
         for bad in table
     ]

@@ -73,11 +73,12 @@ def test_pickles_next_to_safetensors_are_never_read(here):
         for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pt"):
             torch.save({"x": Runs(here / "ran")}, here / parent / name)
     patch([*PATCH, "--save_directory", "out"])
-    train(training("trained", "--save_strategy", "no"))
+    train(training("trained"))
     assert not (here / "ran").exists()
     assert not list((here / "out").glob("*.bin")) + list((here / "out").glob("*.pt"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_code_in_it_is_not_run(here):
     words = training("trained", "--save_total_limit", "2")
     train(words)
@@ -137,6 +138,7 @@ def untouched(target: Path) -> bool:
     return {path.read_text() for path in target.iterdir()} == {'{"of": "the cache"}'}
 
 
+@pytest.mark.slow
 def test_nothing_is_written_through_links_into_a_cache(here):
     """An output folder may hold links into a cache of the hub, as a downloaded model's does."""
     cache = here.parent
@@ -150,7 +152,7 @@ def test_nothing_is_written_through_links_into_a_cache(here):
     names = ["tokenizer.json", "model.safetensors", "README.md", "run.json", "loss.png",
              "generation_config.json", "student_config.json"]  # fmt: skip
     into_links(here / "trained", names, cache / "3")
-    train(training("trained", "--save_strategy", "no"))
+    train(training("trained"))
     into_links(here / "results", ["summary.md", "summary.json", "summary.png"], cache / "4")
     values = {"tasks": "choice", "include_path": "tasks"}
     evaluate(flags(("teacher", "student"), "results", **values))
@@ -171,6 +173,7 @@ def test_a_model_is_not_saved_among_links(here, capsys):
 SECRET = "hf_" + "Secret" * 6
 
 
+@pytest.mark.slow
 def test_no_token_is_in_anything_written_or_printed(here, capsys, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, SECRET)

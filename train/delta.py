@@ -251,7 +251,10 @@ def numbers(on_disk: TensorOnDisk) -> Iterator[Tensor]:
 def sums(
     tensor: StoredTensor, student: TensorOnDisk, before: TensorOnDisk, after: TensorOnDisk
 ) -> Iterator[Tensor]:
-    """Yield the numbers of a new student's tensor, in the dtype to write."""
+    """Yield the numbers of a new student's tensor, in the dtype to write.
+
+    Raises ValueError if some are not finite.
+    """
     dtype = TORCH_DTYPES[tensor.dtype]
     if tensor.dtype not in CASTS:  # no weights
         for piece in numbers(after):
@@ -259,7 +262,13 @@ def sums(
         return
     pieces = zip(numbers(student), numbers(before), numbers(after), strict=True)
     for of_student, of_before, of_after in pieces:
-        yield cast(of_after + (of_student - of_before), dtype, tensor.name)
+        total = of_after + (of_student - of_before)
+        if not total.isfinite().all():
+            raise ValueError(
+                f"{tensor.name} holds numbers that are not finite, in the student or in a teacher: "
+                "download or save it again"
+            )
+        yield cast(total, dtype, tensor.name)
 
 
 def _differences(teacher: Variant, block: range) -> Iterator[Tensor]:

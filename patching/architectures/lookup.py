@@ -15,8 +15,11 @@ from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Archi
 from patching.files.model_files import read_json
 from patching.recipe import LayerSource, Recipe, Reference, whole_model
 
-MOST_LAYERS = 10_000
-DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LARGEST = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10**4) | {
+    "vocab_size": 10**9,
+    "hidden_size": 10**9,
+}
+"""Fields of config.json that must be at least 1, and at most this."""
 
 _declared: dict[tuple[type[PreTrainedConfig], str], Architecture] = {}
 """Architectures outside the table, by what decides them in a config."""
@@ -160,18 +163,18 @@ def _is_dtype(value: object) -> bool:
     return value is None or isinstance(getattr(torch, name, None), torch.dtype)
 
 
-def fault_of_depth(values: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the number of layers in a config.json, None if nothing is.
+def fault_of_sizes(values: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the sizes in a config.json, None if nothing is.
 
-    transformers makes lists of as many entries when it reads the file, whatever the number.
+    transformers makes lists with an entry per layer when it reads the file, whatever the number.
     """
     for fields in (values, values.get("text_config")):
-        for name in DEPTH_FIELDS if isinstance(fields, dict) else ():
-            num_layers = fields.get(name, 1)
-            if isinstance(num_layers, int) and not 1 <= num_layers <= MOST_LAYERS:
+        for name, largest in LARGEST.items() if isinstance(fields, dict) else ():
+            size = fields.get(name, 1)
+            if isinstance(size, int) and not 1 <= size <= largest:
                 return (
-                    f"{name} is {num_layers} in its config.json, and a model has at least 1 and at "
-                    f"most {MOST_LAYERS:,} layers: download or save it again"
+                    f"{name} is {size} in its config.json, and must be at least 1 and at most "
+                    f"{largest:,}: download or save it again"
                 )
     return None
 
@@ -200,7 +203,7 @@ def read_config(
                 f"{flag}={name_or_path}: {name} in its config.json is "
                 f"{values[name]}, write a dtype such as bfloat16 or leave the field out"
             )
-    if fault := fault_of_depth(values):
+    if fault := fault_of_sizes(values):
         raise ValueError(f"{flag}={name_or_path}: {fault}")
     try:
         config = AutoConfig.from_pretrained(

@@ -26,6 +26,12 @@ def read_tokenizer(
         raise ValueError(
             f"the tokenizer of {name} cannot be read ({error}): download or save its files again"
         ) from error
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        # transformers makes an empty tokenizer for a folder without files of one.
+        raise ValueError(
+            f"the tokenizer of {name} cannot be read: there is no text among its tokens; put its "
+            "files (tokenizer.json) next to the weights"
+        )
     vocab_size = config.get_text_config().vocab_size
     # Added tokens may lie beyond the embeddings of models that never see them.
     num_tokens = max(tokenizer.vocab_size, 1 + (tokenizer.eos_token_id or 0))

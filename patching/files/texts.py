@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -113,7 +114,10 @@ def open_dataset(
     is_here = path.exists()
     builder, files = _local_files(path, flag) if is_here else (None, [])
     extra = {"sample_by": "document"} if builder == "text" else {}
+    logger = logging.getLogger("datasets")  # it prints what the error says again
+    level = logger.level
     try:
+        logger.setLevel(logging.CRITICAL)
         if is_here:
             documents = load_dataset(
                 builder, data_files=files, split="train", streaming=streaming, **extra
@@ -129,6 +133,8 @@ def open_dataset(
             else f"{flag}={name}: this is neither a file or folder here nor a hub dataset that can "
             f"be read ({cause})"
         ) from error
+    finally:
+        logger.setLevel(level)
     columns = documents.column_names or list(first)
     if not columns:
         raise ValueError(f"{flag}={name}: there is no text in it")
