@@ -110,12 +110,7 @@ class Family:
             attn_implementation,
             trust_remote_code,
         )
-        check_parents_match(parents.configs["student"], parents.configs["teacher"])
-        for parent in parents.configs.keys() - parents.given:
-            name = parents.references[parent].name_or_path
-            check_builds(
-                f"{parent}_model_name_or_path", name, parents.configs[parent], trust_remote_code
-            )
+        _check_parents(parents)
         student_config = _student_config(parents, kept_layers, student_config)
         if order is None:
             order = student_config.patch_order
@@ -264,6 +259,15 @@ def layers_of_size(
             cached = (context, batch)
         k = deepest_within(family.sizes(max_shard_bytes), name, limits[name], *cached)
     return family.layer_map.patched_layers(k, family.order)
+
+
+def _check_parents(parents: Parents) -> None:
+    """Raise ValueError unless both configs fit together and those that were read are of models."""
+    check_parents_match(parents.configs["student"], parents.configs["teacher"])
+    for parent in [parent for parent in parents.configs if parent not in parents.given]:
+        name = parents.references[parent].name_or_path
+        flag = f"{parent}_model_name_or_path"
+        check_builds(flag, name, parents.configs[parent], parents.trust_remote_code)
 
 
 def _student_config(

@@ -85,6 +85,7 @@ def test_predictions_come_back_at_their_positions(tmp_path, monkeypatch):
     _, _, _, teacher_ND, teacher_head = heads_and_states()
     top = top_tokens(teacher_ND, teacher_head, UNCHANGED, 5, 1.0)
     writer = CacheWriter(tmp_path, {"top_k": 5, "vocab_size": V})
+    writer.begin()
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}, {"input_ids": [7, 8]}]
     for row, part in zip(rows, (slice(0, 3), slice(3, 6), slice(6, 8))):
         writer.add(key_of_row(row), top.at(part))

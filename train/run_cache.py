@@ -44,7 +44,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         teacher = load_model(
             reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
         )
-    writer.begin()
+        writer.begin()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type == "cpu":
         reuse_freed_memory()

@@ -219,7 +219,8 @@ class TeacherCache:
 class CacheWriter:
     """Writes rows into a folder, in files that appear when they are complete.
 
-    A folder that was begun with the same settings is continued: `rows` holds what it has.
+    A folder that was begun with the same settings is continued: `rows` holds what it has. `begin`
+    comes before the first row.
     """
 
     def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:

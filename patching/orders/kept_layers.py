@@ -34,10 +34,10 @@ def most_similar_layers(
     num_layers = len(similarity_JJ) - 1
     fewest = 1 if longest_block is None else -(-num_layers // longest_block)
     if not fewest <= num_kept <= num_layers:
-        blocks = "" if longest_block is None else f" in blocks of at most {longest_block}"
+        blocks = "" if longest_block is None else f", in blocks of at most {longest_block}"
         raise ValueError(
-            f"num_kept_layers={num_kept}: the teacher has {num_layers} layers{blocks}, choose "
-            f"{fewest}-{num_layers}"
+            f"num_kept_layers={num_kept}: the teacher has {num_layers} layers{blocks}: choose "
+            f"{fewest}-{num_layers} layers"
         )
     if longest_block is None:
         longest_block = -(-num_layers // num_kept)
