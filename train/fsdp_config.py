@@ -61,7 +61,7 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
         if allowed and name in values and str(values[name]).lower() not in map(str.lower, allowed)
     ]
     classes = values.get("transformer_layer_cls_to_wrap")
-    if not has_type(classes, list[str] | None):
+    if not has_type(classes, list[str] | str | None):
         problems.append(f"transformer_layer_cls_to_wrap={classes}: write a list of class names")
     if str(values.get("sharding_strategy", "")).startswith("HYBRID"):
         problems.append("to share one copy of the models per node, use --fsdp_replicas NODES")
