@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from evaluate.arguments import EvaluationArguments
@@ -227,7 +228,7 @@ def compared_models(arguments: EvaluationArguments, family: Family) -> dict[str,
             config = AutoConfig.from_pretrained(reference.name_or_path, **how)
             # Batched generation needs padding on the left.
             tokenizer = read_tokenizer(reference, config, trust, padding_side="left")
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPError, ValueError) as error:
             raise ValueError(f"compare={name}: the model cannot be read ({error})") from error
         if arguments.dataset and tokenizer.get_vocab() != family.tokenizer.get_vocab():
             raise ValueError(

@@ -639,7 +639,7 @@ TABLE = [
 
     # evaluate.report, and stored results
     BadInput("a report on nothing", REPORT, "nowhere", None, ("nowhere", "there is no such folder")),
-    BadInput("a report on no results", REPORT, "teacher", None, ("teacher", "there are no results in it")),
+    BadInput("a report on no results", REPORT, "", remove("results/*.json"), ("results", "there are no results in it")),
     BadInput("a report on a file", REPORT, "text.jsonl", None, ("text.jsonl", "there is no such folder")),
     BadInput("a report into a file", REPORT, "--save_directory text.jsonl", None, ("text.jsonl", "is not a folder")),
     BadInput("a report on two sweeps in neither", REPORT, "-save_directory more", results_copied, ("several sweeps", "--save_directory")),

@@ -81,10 +81,13 @@ def listing(folder: Path) -> dict[str, tuple]:
 
 
 def check_message(bad: BadInput, output: str, errors: str) -> None:
-    """One line, with the words of the table. Progress bars may come before it."""
+    """One line, with the words of the table. Progress may come before it: bars, and the lines that
+    say how often the hub was asked.
+    """
     assert "Traceback" not in errors + output
     lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip()]
-    lines = [line for line in lines if "examples [" not in line and "%|" not in line]
+    progress = ("examples [", "%|", "thrown while requesting", "Retrying in ")
+    lines = [line for line in lines if not any(part in line for part in progress)]
     assert len(lines) == 1, errors
     assert lines[0].startswith(("error: ", f"{bad.command}: error: "))
     for word in bad.words:

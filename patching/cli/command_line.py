@@ -8,12 +8,13 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from huggingface_hub.errors import HTTPError
 from transformers.hf_argparser import HfArgumentParser
 
 from patching.blocks import as_layer_list
 from patching.files.outputs import num_ranks
 
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, HTTPError, ImportError, FloatingPointError)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

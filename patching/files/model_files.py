@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HTTPError
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -47,12 +48,15 @@ def find_file(reference: Reference, file_name: str) -> Path | None:
     """
     if not reference.name_or_path:
         return None
-    path = cached_file(
-        reference.name_or_path,
-        file_name,
-        revision=reference.revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
+    try:
+        path = cached_file(
+            reference.name_or_path,
+            file_name,
+            revision=reference.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except HTTPError as error:  # a connection that breaks is no OSError
+        raise OSError(f"{reference.name_or_path}: {error}") from error
     return None if path is None else Path(path)
 
 
