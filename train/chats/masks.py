@@ -106,7 +106,7 @@ class _Template:
 
     def render(self, messages: Sequence[Message], is_prompt: bool = False) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 list(messages),
                 tools=self._tools,
                 tokenize=False,
@@ -114,6 +114,11 @@ class _Template:
             )
         except RENDERING_ERRORS as error:
             raise Refused(f"the chat template fails: {error}") from error
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Refused("it holds halves of characters") from error
+        return text
 
     def marked_tokens(self, messages: list[Message], ids: list[int]) -> list[bool]:
         """Return the tokens in the template's marks. `ids` are those of the rendered chat."""
@@ -174,11 +179,12 @@ def with_marker(message: Message) -> Message:
     """Return a message with the marker after the name of its last tool call, or else after what it
     says but before whitespace at its end, which templates may strip.
     """
-    if message.get("tool_calls"):
-        *others, call = message["tool_calls"]
-        if "function" in call:
-            function = call["function"]
-            call = {**call, "function": {**function, "name": f"{function['name']}{MARKER}"}}
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise Refused("its tool calls are not a list of objects")
+        *others, call = calls
+        if isinstance(function := call.get("function"), dict):
+            call = {**call, "function": {**function, "name": f"{function.get('name')}{MARKER}"}}
         else:
             call = {**call, "name": f"{call.get('name')}{MARKER}"}
         return {**message, "tool_calls": [*others, call]}

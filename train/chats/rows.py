@@ -108,7 +108,11 @@ def chat_of(example: dict[str, Any]) -> Chat:
 
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value or []
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list | None):
+        raise Refused("it holds no messages")
+    return value or []
 
 
 def _without_none(value: Any) -> Any:
