@@ -519,4 +519,4 @@ def test_a_splice_that_succeeds_loads(name, pair):
 @pytest.mark.faults
 @pytest.mark.parametrize("name", DAMAGED_FILES)
 def test_many_splices_that_succeed_load(name, pair):
-    fuzz_splices(pair, name, 300)
+    fuzz_splices(pair, name, 100)

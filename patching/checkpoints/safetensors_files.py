@@ -70,6 +70,11 @@ class StoredTensor(NamedTuple):
         return self.num_elements * ITEM_BYTES[self.dtype]
 
 
+MOST_DIMENSIONS = 16
+LARGEST_NUMBER = 2**63
+"""Limits of what a header says, so that products of it are quickly known."""
+
+
 class TensorOnDisk(NamedTuple):
     """A tensor and the half-open byte range of a file that holds its data."""
 
@@ -113,7 +118,10 @@ def _read_header(path: Path) -> dict[str, TensorOnDisk]:
         bits = OTHER_BITS.get(dtype) or 8 * ITEM_BYTES.get(dtype, 0)
         if not bits:
             raise ValueError(f"{name} has the unknown dtype {dtype}")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        numbers = (*shape, start, stop)
+        if len(shape) > MOST_DIMENSIONS or not all(
+            type(number) is int and 0 <= number <= LARGEST_NUMBER for number in numbers
+        ):
             raise ValueError(f"{name} has an invalid shape or invalid offsets")
         tensor = StoredTensor(name, dtype, tuple(shape))
         if 8 * (stop - start) != tensor.num_elements * bits:
