@@ -238,21 +238,32 @@ def read_result(path: Path) -> Result | None:
     return result
 
 
-IN_SETTINGS = {"limit": float | None, "seed": list[int | None] | int | str | None}
+IN_SETTINGS = {"limit": float | None, "seed": list[int | None] | str, "dtype": str}
 IN_ARGUMENTS = {"shard": str | None}
-"""Types of what is read from a run's dictionaries."""
+IN_CONFIGS = {"output_type": str}
+"""Types of what is read from the dictionaries of a run, and from a task's config."""
+COUNTS = {
+    "n_samples": ("original", "effective"),
+    "generation_failures": ("answers", "cut", "looping", "failed"),
+}
+"""What is counted for each task."""
 
 
 def check_result(result: Result) -> None:
     """Raise ValueError for values of other types than a sweep writes."""
     check_types(result, Result, "it")
+    typed = [(config, IN_CONFIGS) for config in result.configs.values()]
     for run in result.runs.values():
-        for values, kinds in ((run.settings, IN_SETTINGS), (run.arguments, IN_ARGUMENTS)):
-            for name, kind in kinds.items():
-                check_types(values.get(name), kind, name)
-    for task, counts in result.n_samples.items():
-        if not {"original", "effective"} <= counts.keys():
-            raise ValueError(f"n-samples of {task} lacks original or effective")
+        typed += [(run.settings, IN_SETTINGS), (run.arguments, IN_ARGUMENTS)]
+    for values, kinds in typed:
+        for name in values.keys() & kinds.keys():
+            check_types(values[name], kinds[name], name)
+    for field_name, names in COUNTS.items():
+        for task, counts in getattr(result, field_name).items():
+            if lacking := [name for name in names if name not in counts]:
+                raise ValueError(f"{field_name} of {task} lacks {', '.join(lacking)}")
+    if any(counts["answers"] < 1 for counts in result.generation_failures.values()):
+        raise ValueError("there are failures of no answers")
     inside = {group: {*tasks} - {group} for group, tasks in result.group_subtasks.items()}
     try:
         TopologicalSorter(inside).prepare()

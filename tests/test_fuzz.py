@@ -274,6 +274,7 @@ def stored_result() -> dict[str, Any]:
             "n-shot": {"choice": 0},
             "n-samples": {"choice": {"original": 9, "effective": 5}},
             "versions": {"choice": 1.0},
+            "generation_failures": {"choice": {"answers": 5, "cut": 1, "looping": 0, "failed": 1}},
             "configs": {"choice": {"output_type": "multiple_choice"}},
         },
     )
