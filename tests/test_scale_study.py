@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from patching_models import LAYER_MAP, family_pair, save_models
 
+from examples.studies.orders import PAIRS
 from examples.studies.scale import pairs as study
 from examples.studies.scale.__main__ import main
 from examples.studies.scale.findings import Scores, findings_of, gain
@@ -19,7 +21,7 @@ from examples.studies.scale.stream import (
     junctions,
     times,
 )
-from examples.studies.scale.tables import TABLES, all_tables, dip_verdict
+from examples.studies.scale.tables import TABLES, all_tables, dip_verdict, tables_of
 from patching.assemble import assemble
 from patching.family import Family
 from patching.orders.measurements import Measurements
@@ -184,6 +186,7 @@ def scored(family, tmp_path_factory):
             study.measure(family, of_pair, path)
     scores = study.baseline_scores(family, of_pair)
     (of_pair / "baselines.json").write_text(json.dumps(scores))
+    (of_pair / "settings.json").write_text(json.dumps({"student_steps": 1}))
     return folder
 
 
@@ -191,6 +194,7 @@ def test_findings_follow_from_scores(scored):
     found = findings_of("demo", scored, [0, 1])
     assert findings_of("demo", scored, [0, 1, 2]) is None
     scores = Scores(scored / "demo", "student", [0, 1])
+    assert found["settings"] == {"student_steps": 1}
     assert found["layers"] == [4, 5, 6] and found["teacher"]["kl"] == pytest.approx(
         [0, 0], abs=1e-6
     )
@@ -254,12 +258,20 @@ def test_wrong_students_and_other_settings_are_one_line(tmp_path, capsys, monkey
         assert message in capsys.readouterr().err
 
 
+def test_the_page_has_the_recorded_tables():
+    recorded = json.loads((ROOT / "examples/studies/scale/scale.json").read_text())
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert {found["pair"] for found in recorded["pairs"]} <= set(PAIRS)
+    for title, table in tables_of(recorded["pairs"]).items():
+        assert table in page, title
+
+
 @pytest.mark.slow
 def test_a_pair_is_trained_and_measured(tmp_path, capsys):
     flags = ["--seeds", "0", "--steps", "2", "--student_steps", "2"]
     main(["llama", "--folder", str(tmp_path), *flags])
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"llama", "settings.json", "scale.json", "scale.md", "scale.png"}
+    assert names == {"llama", "scale.json", "scale.md", "scale.png"}
     (found,) = json.loads((tmp_path / "scale.json").read_text())["pairs"]
     assert found["layers"] == [7, 8, 9, 10, 11, 12] and found["length_term"]
     capsys.readouterr()

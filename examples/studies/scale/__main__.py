@@ -15,7 +15,7 @@ from examples.stdlib.demo import DISTILLATION
 from examples.studies.claims.__main__ import keep_settings
 from examples.studies.orders import PAIRS
 from examples.studies.scale.findings import findings_of
-from examples.studies.scale.pairs import SETTINGS, STUDENTS, TEXTS, make
+from examples.studies.scale.pairs import SETTINGS, STUDENTS, make
 from examples.studies.scale.picture import draw
 from examples.studies.scale.tables import all_tables
 from patching.cli.command_line import user_errors
@@ -32,14 +32,12 @@ def main(argv: list[str] | None = None) -> None:
         if unknown := sorted(set(students) - set(STUDENTS)):
             raise ValueError(f"students={unknown[0]}: choose from {', '.join(STUDENTS)}")
         settings = {"teacher_steps": arguments.steps, "student_steps": arguments.student_steps}
-        keep_settings(folder, settings)
+        keep_settings(folder / arguments.pair, settings)
     make(arguments.pair, folder, seeds, students, arguments.steps, arguments.student_steps)
-    write_findings(folder, seeds, settings, arguments.save_directory or folder)
+    write_findings(folder, seeds, arguments.save_directory or folder)
 
 
-def write_findings(
-    folder: Path, seeds: list[int], settings: dict[str, object], save_directory: Path
-) -> None:
+def write_findings(folder: Path, seeds: list[int], save_directory: Path) -> None:
     """Print and write what is found about the pairs that have all seeds."""
     pairs = [found for pair in PAIRS if (found := findings_of(pair, folder, seeds))]
     text = all_tables(pairs)
@@ -49,7 +47,7 @@ def write_findings(
     save_figure(draw(pairs), save_directory / "scale.png")
     values = {
         "seeds": seeds,
-        "settings": settings | {"texts": TEXTS, "distillation": DISTILLATION},
+        "distillation": DISTILLATION,
         "of_pairs": {pair: PAIRS[pair]["student"] | SETTINGS.get(pair, {}) for pair in PAIRS},
         "environment": {key: value for key, value in environment().items() if key != "command"},
         "pairs": pairs,

@@ -113,6 +113,7 @@ def findings_of(pair: str, folder: Path, seeds: Sequence[int]) -> dict[str, Any]
     found = {
         "pair": pair,
         "seeds": [*seeds],
+        "settings": json.loads((of_pair / "settings.json").read_text()),
         "layers": scores.layers,
         "parameters": scores.parameters,
         "tokens": sum(scores.units["kl"]),

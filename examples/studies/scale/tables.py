@@ -248,5 +248,15 @@ TABLES = {
 }
 
 
+def tables_of(pairs: Sequence[Found]) -> dict[str, str]:
+    """Return the tables by title, that of the length term only if it was measured."""
+    has_term = any(found["length_term"] for found in pairs)
+    return {
+        title: table(pairs)
+        for title, table in TABLES.items()
+        if has_term or table is not length_term_table
+    }
+
+
 def all_tables(pairs: Sequence[Found]) -> str:
-    return "\n\n".join(f"### {title}\n\n{table(pairs)}" for title, table in TABLES.items())
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables_of(pairs).items())
