@@ -129,7 +129,7 @@ def family(models, tmp_path_factory):
     return Family.from_pretrained(*names, "last", dtype="float32")
 
 
-TEXT = Calibration("texts", [f"text {i} is about {i * i}" for i in range(6)], 16)
+TEXT = Calibration("texts", [f"text {i} is about {i * i}"[: 4 + 3 * i] for i in range(6)], 16)
 
 
 def test_scores_are_those_of_other_code(family):
@@ -220,6 +220,10 @@ def test_findings_follow_from_scores(scored):
     line = sum(w * bits for w, bits in zip((1 - share, share), ends))
     under = line - size["bits_per_byte"]["plain"][0]
     assert size["under_line"]["plain"]["mean"] == pytest.approx(under)
+    scores.parameters = [10, 11, 14]  # a quarter of the way
+    ends = (scores.rows("last", k, "plain", "kl")[0] for k in (0, -1))
+    quarter = [0.75 * student + 0.25 * teacher for student, teacher in zip(*ends)]
+    assert scores.line(1, "kl")[0] == pytest.approx(quarter)
     naive = found["baselines"]["naive"]
     lead = naive["lead"]["first"]["plain"][1]["mean"]
     first = found["orders"]["first"]["sizes"][0]["bits_per_byte"]["plain"][0]
