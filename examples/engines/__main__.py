@@ -2,11 +2,13 @@
 
     python -m examples.engines
     python -m examples.engines --architectures llama,gpt2 --engines mlx_lm
+    python -m examples.engines --chat smollm2_output
 
 Members of small trained pairs are saved, three sizes for each architecture, and run in every engine
 on token ids of held-out text. Environments, pairs and outcomes are kept in `.engines` and made only
-once. The tables of `docs/engines.md` are written with --write. The exit status is 1 if an engine
-that must agree does not.
+once. With --chat, sizes of a real model answer chat prompts in llama.cpp. The tables of
+`docs/engines.md` are written with --write. The exit status is 1 if an engine that must agree does
+not.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from examples.engines.agreement import Reference
+from examples.engines.chat import chat, chat_failures, chat_tables, open_family
 from examples.engines.check import (
     NUM_ROWS,
     ROW_TOKENS,
@@ -35,12 +38,37 @@ from examples.engines.pairs import PAIRS
 from examples.engines.quantized import measure_sizes, quantized_table
 from examples.engines.records import Record
 from examples.engines.table import engines_table, reasons
+from patching.cli.command_line import user_errors
 
 PAGE = ROOT / "docs" / "engines.md"
 
 
 def main() -> None:
     arguments = parse_args()
+    if arguments.chat is not None:
+        tables, problems = chat_in_llama_cpp(arguments.chat)
+    else:
+        tables, problems = compare_engines(arguments)
+    print("\n\n".join(tables.values()))
+    if arguments.write:
+        write_tables(PAGE, tables)
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+def chat_in_llama_cpp(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Let sizes of a chat model answer, and return their tables and what differs."""
+    with user_errors():
+        family = open_family(folder)
+    try:
+        chats = chat(family)
+    except Unavailable as error:
+        sys.exit(str(error))
+    return {"chat": chat_tables(chats)}, chat_failures(chats)
+
+
+def compare_engines(arguments: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
+    """Run all members in all engines, and return the tables and what is wrong."""
     members, outcomes, unavailable = {}, {name: {} for name in arguments.engines}, {}
     for architecture in arguments.architectures:
         members[architecture] = save_members(architecture)
@@ -64,11 +92,7 @@ def main() -> None:
     }
     if arguments.quantize:
         tables["quantized"] = quantized_table(measure_sizes(arguments.rows))
-    print("\n\n".join(tables.values()))
-    if arguments.write:
-        write_tables(PAGE, tables)
-    if problems := failures(members, outcomes, unavailable):
-        sys.exit("\n".join(problems))
+    return tables, failures(members, outcomes, unavailable)
 
 
 class Comparison:
@@ -119,6 +143,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--quantize", action="store_true", help="also measure every size with llama.cpp's quantizer"
+    )
+    parser.add_argument(
+        "--chat",
+        type=Path,
+        metavar="DIR",
+        help="instead, let sizes of SmolLM2 answer chat prompts in llama.cpp; DIR is the folder of "
+        "examples.smollm2",
     )
     parser.add_argument(
         "--write", action="store_true", help=f"write the tables to {PAGE.relative_to(ROOT)}"

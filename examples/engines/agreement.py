@@ -56,7 +56,7 @@ class Agreement(NamedTuple):
 def agreement(ours: Reference, theirs: Predictions) -> Agreement:
     clear_RT = ours.gaps_RT >= NEAR_TIE
     same_RT = ours.top1_RT == theirs.top1_RT
-    lengths = [_before_near_tie(gaps_N) for gaps_N in ours.greedy_gaps_PN]
+    lengths = [before_near_tie(gaps_N) for gaps_N in ours.greedy_gaps_PN]
     differences = sum(
         not np.array_equal(our_N[:length], their_N[:length])
         for our_N, their_N, length in zip(ours.greedy_PN, theirs.greedy_PN, lengths)
@@ -71,7 +71,8 @@ def agreement(ours: Reference, theirs: Predictions) -> Agreement:
     )
 
 
-def _before_near_tie(gaps_N: np.ndarray) -> int:
+def before_near_tie(gaps_N: np.ndarray) -> int:
+    """Return the number of tokens before the first near-tie, all of them if there is none."""
     near_ties = np.flatnonzero(gaps_N < NEAR_TIE)
     return int(near_ties[0]) if len(near_ties) else len(gaps_N)
 

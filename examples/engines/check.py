@@ -5,7 +5,7 @@ Shapes: R rows, T positions, V vocabulary, P prompts, N new tokens.
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +49,13 @@ def save_members(name: str, all_sizes: bool = False) -> list[SavedMember]:
     teacher, student = pair_folders(name)
     family = Family.from_pretrained(teacher, student, dtype="float32")
     largest = len(family) - 1
+    return save_sizes(name, family, range(largest + 1) if all_sizes else (0, largest // 2, largest))
+
+
+def save_sizes(name: str, family: Family, sizes: Iterable[int]) -> list[SavedMember]:
+    """Save some sizes of a family, in place of what was saved under this name."""
     members = []
-    for k in range(largest + 1) if all_sizes else (0, largest // 2, largest):
+    for k in sizes:
         folder = FOLDER / "members" / name / f"k{k}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)

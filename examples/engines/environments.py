@@ -103,15 +103,16 @@ def converter() -> Path:
 
     Raises Unavailable if that package cannot be had.
     """
-    folder = FOLDER / "llama.cpp" / LLAMA_CPP.partition("==")[2]
+    package, _, version = LLAMA_CPP.partition("==")
+    folder = FOLDER / "llama.cpp" / version
     if not (folder / CONVERTER).exists():
         python, download = python_of("llama_cpp"), FOLDER / "download"
-        flags = ("-q", "--no-deps", "--no-binary", ":all:", "-d", str(download))
+        flags = ("-q", "--no-deps", "--no-binary", package, "-d", str(download))
         _run([str(python), "-m", "pip", "download", *flags, LLAMA_CPP], "llama_cpp")
-        (package,) = download.glob("llama_cpp_python-*.tar.gz")
+        (archive,) = download.glob("llama_cpp_python-*.tar.gz")
         staging = folder.with_suffix(".part")
         shutil.rmtree(staging, ignore_errors=True)
-        _unpack_converter(package, staging)
+        _unpack_converter(archive, staging)
         staging.rename(folder)
         shutil.rmtree(download)
     return folder / CONVERTER
