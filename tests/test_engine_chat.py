@@ -44,10 +44,16 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What `examples.smollm2` leaves, made of a tiny llama that chats."""
-    folder = tmp_path_factory.mktemp("chat")
-    for model in save_pair(folder, "llama-tied"):
-        save_tokenizer(chat_tokenizer(), model)
+    """What `examples.smollm2` leaves, made of a tiny llama that chats in ASCII: llama.cpp's binding
+    does not stop within a character.
+    """
+    folder, tokenizer = tmp_path_factory.mktemp("chat"), chat_tokenizer()
+    others = [i for token, i in tokenizer.get_vocab().items() if not token.isascii()]
+    for path in save_pair(folder, "llama-tied"):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.get_input_embeddings().weight.data[others] = 0
+        model.save_pretrained(path)
+        save_tokenizer(tokenizer, path)
     order = folder / "results" / "search" / "order.json"
     order.parent.mkdir(parents=True)
     order.write_text("[1, 0]")
@@ -150,13 +156,14 @@ def test_sizes_chat_in_llama_cpp_and_here(family, tmp_path, monkeypatch):
     assert "**Where is it?**" in table and "| 2 | 6 |" in table and " tokens, the same |" in table
     pre_tokenizer = "gpt-2"
     with pytest.raises(RuntimeError, match="takes the tokenizer for gpt-2 and not for smollm"):
-        chatting.chat(family)
+        chatting.answers_of_llama_cpp([*chats])
     (tmp_path / "chat_llama_cpp.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(chatting, "convert_to_gguf", lambda members, kind: {})
     with pytest.raises(RuntimeError, match="exit status 3, see .*engine.log"):
-        chatting.chat(family)
+        chatting.answers_of_llama_cpp([*chats])
     monkeypatch.setattr(chatting, "convert_to_gguf", lambda members, kind: {members[0]: "no head"})
     with pytest.raises(RuntimeError, match="no head"):
-        chatting.chat(family)
+        chatting.answers_of_llama_cpp([*chats])
 
 
 def test_a_folder_without_an_evaluation_is_an_error_of_one_line(

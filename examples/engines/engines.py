@@ -55,6 +55,13 @@ LIMITS: dict[tuple[str, str], Limit] = {
         "It runs every layer with full attention, so it is right for texts as long as the window, "
         "and always ties the head."
     ),
+    ("ctranslate2", "llama"): Limit(
+        "It runs theta 10,000 without scaling: where a config has `rope_scaling`, its converter "
+        "reads `rope_theta` only inside that, and files of Llama 3 do not have it there."
+    ),
+    ("ctranslate2", "gemma2"): Limit(
+        "Its converter knows neither the window of every second layer nor the soft caps."
+    ),
     **dict.fromkeys(
         [("llama_cpp", "gemma2"), ("llama_cpp_f16", "gemma2")],
         Limit(
