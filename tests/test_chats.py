@@ -1,7 +1,11 @@
 """Training on chats: their rows, the loss on responses alone, and the two phases of a run."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -9,10 +13,11 @@ import matplotlib.figure
 import pytest
 import torch
 from chat_runs import TEMPLATE, chat_tokenizer, command, save_chat_teacher, write_chats
-from conftest import byte_tokenizer, run_module
+from conftest import ROOT, byte_tokenizer, run_module
 from safetensors.torch import load_file
 from torch.nn import functional
 from training_runs import LAYER_MAP, teacher_of, trainer_for
+from transformers import AutoModelForCausalLM
 
 from patching.running.hidden_states import hidden_states_at
 from train import stream as stream_module
@@ -20,7 +25,15 @@ from train.batches import collate, in_turns
 from train.chats.arguments import ChatArguments
 from train.chats.masks import Refused
 from train.chats.phases import Phases, num_targets
-from train.chats.rows import TOO_LONG, ChatStream, chat_of, chat_stream, fill, rows_of_chats
+from train.chats.rows import (
+    TOO_LONG,
+    ChatStream,
+    chat_of,
+    fill,
+    load_rows_of_chats,
+    rows_of_chats,
+)
+from train.checkpoints.find import find_checkpoint
 from train.data import load_phases
 from train.data_args import DataArguments
 from train.loss import CONTEXT, IGNORED_LABEL, NO_TARGET, count
@@ -108,9 +121,9 @@ def test_what_other_examples_have_is_left_out_and_tools_may_be_json():
 
 
 def stream_of(path: Path, tokenizer=TOKENIZER, max_length: int = 48, **flags) -> ChatStream:
-    arguments = ChatArguments(sft_dataset=str(path), **flags)
+    arguments = ChatArguments(sft_dataset=str(path), sft_heldout_chats=0, **flags)
     data = DataArguments(max_length=max_length, shuffle_buffer=10)
-    return chat_stream(arguments, data, tokenizer, seed=0)
+    return load_rows_of_chats(arguments, data, tokenizer, seed=0)[0]
 
 
 def test_too_many_refused_chats_are_an_error(tmp_path):
@@ -152,6 +165,31 @@ def test_counts_of_refused_chats_go_on_after_a_resumption(tmp_path, monkeypatch)
         assert list(islice(second, 60 - stop)) == rows[stop:]
         assert second.position == whole.position
         assert second.position["num_chats"] > 20
+
+
+def test_held_out_chats_are_not_trained_on(chats, tmp_path):
+    data = DataArguments(dataset="x", max_length=48)
+    lines = chats.read_text().splitlines(keepends=True)
+    examples = [json.loads(line) for line in lines]
+
+    def text_and_held_out(**flags):
+        arguments = ChatArguments(sft_dataset=str(chats), **flags)
+        stream, held_out = load_rows_of_chats(arguments, data, TOKENIZER, seed=0)
+        return "".join(TOKENIZER.decode(row["input_ids"]) for row in islice(stream, 70)), held_out
+
+    trained_on, held_out = text_and_held_out()
+    assert held_out.to_dict() == cut(examples[:6], 48).columns  # a tenth
+    numbers = range(0, 60, 3)
+    assert [i for i in numbers if f"No, {i}." not in trained_on] == [0, 3]
+    (tmp_path / "other.jsonl").write_text("".join(lines[7:11]))
+    other = str(tmp_path / "other.jsonl")
+    _, held_out = text_and_held_out(sft_eval_dataset=other, sft_heldout_chats=3)
+    assert held_out.to_dict() == cut(examples[7:10], 48).columns
+    (tmp_path / "other.jsonl").write_text(json.dumps(reply("x" * 60, "no")) + "\n")
+    with pytest.raises(ValueError, match=f"1 held-out chats .{TOO_LONG}.*sft_heldout_chats 0"):
+        text_and_held_out(sft_eval_dataset=other)
+    with pytest.raises(ValueError, match="it is a single chat"):
+        load_rows_of_chats(ChatArguments(sft_dataset=other), data, TOKENIZER, seed=0)
 
 
 # The loss
@@ -276,9 +314,8 @@ def whole_run(tmp_path_factory, teacher, text_file, chats) -> Path:
     return folder
 
 
-def check_resumes(whole: Path, folder: Path, words: list[str], step: int) -> None:
-    name = f"checkpoint-{step}"
-    shutil.copytree(whole / "checkpoints" / name, folder / "checkpoints" / name)
+def check_ends_like(whole: Path, folder: Path, words: list[str]) -> None:
+    """Resume a run from its last checkpoint and compare all of it with one that never stopped."""
     main([*words, "--resume_from_checkpoint", "last"])
     for key in ("loss", "learning_rate", "grad_norm", "tokens_seen", "loss_tokens_per_step"):
         assert [line[key] for line in log_of(folder)] == [line[key] for line in log_of(whole)], key
@@ -290,7 +327,59 @@ def check_resumes(whole: Path, folder: Path, words: list[str], step: int) -> Non
     "step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4, 5, 6))]
 )
 def test_a_run_resumes_around_the_boundary(whole_run, tmp_path, teacher, text_file, chats, step):
-    check_resumes(whole_run, tmp_path, command(teacher, tmp_path, text_file, chats), step)
+    name = f"checkpoint-{step}"
+    shutil.copytree(whole_run / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    check_ends_like(whole_run, tmp_path, command(teacher, tmp_path, text_file, chats))
+
+
+KILLED = """
+import os, signal, sys
+from train.train import main
+from train.trainer import DistillationTrainer
+
+name, step, *words = sys.argv[1:]
+method = getattr(DistillationTrainer, name)
+
+def killed(self, *args, **kwargs):
+    if self.state.global_step == int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(self, *args, **kwargs)
+
+setattr(DistillationTrainer, name, killed)
+main(words)
+"""
+"""Runs train.train, and kills the process the first time that a method is called after `step`
+steps."""
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_around_the_boundary_ends_as_if_never_killed(
+    whole_run, tmp_path, teacher, text_file, chats
+):
+    """Steps 1 to 3 are of text. Each process goes on from what the one before it left."""
+    words = command(teacher, tmp_path, text_file, chats)
+    for method, step, saved in (
+        ("compute_loss", 2, 2),  # in the last step of text
+        ("add_to_checkpoint", 3, 2),  # while the checkpoint after it is written
+        ("compute_loss", 3, 3),  # in the first step of chats
+        ("add_to_checkpoint", 4, 3),
+        ("compute_loss", 4, 4),
+    ):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, method, str(step), *words,
+             "--resume_from_checkpoint", "last"],
+            cwd=ROOT,
+            # As many threads as this process: sums over other numbers of them round differently.
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        last = find_checkpoint("last", str(tmp_path / "checkpoints"))
+        assert Path(last).name == f"checkpoint-{saved}"
+        assert not (tmp_path / "config.json").exists()
+    check_ends_like(whole_run, tmp_path, words)
 
 
 def test_the_log_and_the_plot_show_both_phases(whole_run, monkeypatch, tmp_path):
@@ -322,6 +411,22 @@ def test_the_log_and_the_plot_show_both_phases(whole_run, monkeypatch, tmp_path)
     )
 
 
+def test_the_loss_of_held_out_chats_is_that_of_their_responses(whole_run, chats):
+    held_out = json.loads((whole_run / "run.json").read_text())["held_out"]
+    student = AutoModelForCausalLM.from_pretrained(whole_run, dtype=torch.float32).double()
+    nats, num_targets = 0.0, 0
+    for line in chats.read_text().splitlines()[:6]:
+        columns = rows_of_chats([json.loads(line)], TOKENIZER, 48, "False", CONTEXT).columns
+        ids, labels = (torch.tensor(columns[name]) for name in ("input_ids", "labels"))
+        labels = labels[:, 1:].where(labels[:, 1:] >= 0, -100)
+        logits = student(input_ids=ids).logits[0, :-1]
+        nats += functional.cross_entropy(logits, labels[0], reduction="sum").item()
+        num_targets += int((labels >= 0).sum())
+    assert held_out["eval_chat_cross_entropy"] == pytest.approx(nats / num_targets, rel=1e-3)
+    assert held_out["eval_cross_entropy"] != held_out["eval_chat_cross_entropy"]
+    assert "| chat_loss, held out |" in (whole_run / "README.md").read_text()
+
+
 def test_the_end_of_text_ends_a_line_of_the_log(tmp_path, teacher, text_file, chats):
     main(command(teacher, tmp_path, text_file, chats, logging_steps=4))
     assert [(line["step"], line["phase"]) for line in log_of(tmp_path)] == [(3, 1), (4, 2)]
@@ -333,6 +438,8 @@ def test_a_run_on_chats_alone_needs_no_text(tmp_path, teacher, chats):
     (line,) = log_of(tmp_path)
     assert line["phase"] == 2
     assert line["chat_tokens_seen"] == line["tokens_seen"]
+    held_out = json.loads((tmp_path / "run.json").read_text())["held_out"]
+    assert held_out["eval_loss"] > 0 and "eval_chat_loss" not in held_out
 
 
 def test_the_plan_names_both_phases(tmp_path, teacher, text_file, chats, capsys):
@@ -347,6 +454,7 @@ def test_the_plan_names_both_phases(tmp_path, teacher, text_file, chats, capsys)
     ("flags", "message"),
     [
         ({"sft_share": 0}, "sft_share=0: choose a share above 0, up to 1"),
+        ({"sft_heldout_chats": -1}, "sft_heldout_chats=-1: choose 0 or more"),
         ({"sft_max_refused": 2}, "sft_max_refused=2: choose a share from 0 to 1"),
         ({"max_steps": -1}, "text and chats share a number of steps, give --max_steps"),
         ({"sft_dataset": None}, "--sft_share only applies with --sft_dataset"),

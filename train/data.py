@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from patching.files.texts import load_documents
 from train.chats.arguments import ChatArguments
 from train.chats.phases import Phases
-from train.chats.rows import chat_stream
+from train.chats.rows import load_rows_of_chats
 from train.data_args import DEFAULT_SHUFFLE_BUFFER, DataArguments, Packing
 from train.stream import (
     DOCUMENTS_PER_CHUNK,
@@ -49,6 +49,9 @@ class Share(NamedTuple):
 class Rows(NamedTuple):
     train: Dataset | Stream | Phases
     held_out: Dataset | None
+    """Text, or chats where no text is held out."""
+    held_out_chats: Dataset | None = None
+    """Chats that are held out besides the text."""
 
     @property
     def is_stream(self) -> bool:
@@ -109,10 +112,10 @@ def load_phases(
     num_steps: int,
     num_set_aside: int = 0,
 ) -> Rows:
-    """Return the rows of text, then of chats, that a run of `num_steps` takes, and held-out text.
-    Without steps of text, only text of its own is held out (`--eval_dataset`).
+    """Return the rows of text, then of chats, that a run of `num_steps` takes, and held-out rows of
+    both. Without steps of text, only text of its own is held out (`--eval_dataset`).
 
-    Raises ValueError as `load_rows` and `chat_stream` do.
+    Raises ValueError as `load_rows` and `load_rows_of_chats` do.
     """
     num_text_steps = chats.num_text_steps(num_steps)
     text, held_out = None, None
@@ -120,8 +123,11 @@ def load_phases(
         text, held_out = load_rows(arguments, tokenizer, seed, num_set_aside, as_stream=True)
     elif arguments.eval_dataset is not None:
         held_out = tokenize_held_out(given_held_out(arguments), arguments, tokenizer)
-    stream = chat_stream(chats, arguments, tokenizer, seed)
-    return Rows(Phases(text, stream, num_text_steps, arguments.max_length), held_out)
+    stream, held_out_chats = load_rows_of_chats(chats, arguments, tokenizer, seed)
+    phases = Phases(text, stream, num_text_steps, arguments.max_length)
+    if held_out is None:
+        return Rows(phases, held_out_chats)
+    return Rows(phases, held_out, held_out_chats)
 
 
 def load_rows(

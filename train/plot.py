@@ -23,7 +23,11 @@ def plot_terms(log: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4 * num_panels, 3), layout="constrained")
     panels = figure.subplots(1, num_panels, squeeze=False)[0]
     for axes, name in zip(panels, names):
-        for key, style, label in ((name, "-", "training"), (f"eval_{name}", "o", "held out")):
+        for key, style, label in (
+            (name, "-", "training"),
+            (f"eval_{name}", "o", "held out"),
+            (f"eval_chat_{name}", "s", "held-out chats"),
+        ):
             if points := _points(log, key):
                 axes.plot(*zip(*points), style, label=label, markersize=4)
         axes.set(title=name.replace("_", " "), xlabel="step")

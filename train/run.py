@@ -165,6 +165,7 @@ def run(
         settings,
         train_dataset=rows.train,
         eval_dataset=rows.held_out,
+        held_out_chats=rows.held_out_chats,
     )
     student_config = StudentConfig(layer_map, recommended_order(teacher_config.model_type))
     made = Made(flags, settings, teacher_config, origin_of(reference), student_config)

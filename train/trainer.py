@@ -51,10 +51,12 @@ class DistillationTrainer(StepTrainer):
         masking: Masking | None = None,
         cache: TeacherCache | None = None,
         settings: dict[str, Any] | None = None,
+        held_out_chats: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         """`masking` is for masked language models. With `cache`, `teacher` is None. `settings` are
-        what identifies the run in its checkpoints.
+        what identifies the run in its checkpoints. `held_out_chats` are evaluated besides the
+        held-out text.
         """
         assert predicts_masked_tokens(student.config) == (masking is not None)
         for model in filter(None, (student, teacher)):
@@ -64,7 +66,7 @@ class DistillationTrainer(StepTrainer):
         install_distillation_forward(student, teacher, layer_map, args.loss_weights)
         if kwargs.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
-        self._settings = settings
+        self._settings, self._held_out_chats = settings, held_out_chats
         self._flops = flops_per_token(student.config, teacher and teacher.config, args.loss_weights)
         self.log_line = LogLine.of_run(args, layer_map)
         self.stop_on_sigterm = StopOnSigterm()
@@ -113,8 +115,13 @@ class DistillationTrainer(StepTrainer):
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the loss and its terms over the held-out rows, cross entropy and KL always."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        """Return the loss and its terms over the held-out rows, cross entropy and KL always. Those
+        over chats have `_chat` after the prefix if text is held out, too.
+        """
+        held_out = {metric_key_prefix: eval_dataset or self.eval_dataset}
+        if eval_dataset is None and self._held_out_chats is not None:
+            held_out[f"{metric_key_prefix}_chat"] = self._held_out_chats
+        metrics = {}
 
         def forward(batch: Batch, counts: StepCounts) -> LossTerms:
             with self.compute_loss_context_manager():
@@ -122,11 +129,12 @@ class DistillationTrainer(StepTrainer):
                 return self.model_wrapped(**batch, counts=counts)
 
         with self.log_line.paused(), eval_mode(self.model_wrapped):
-            means = held_out_means(
-                forward, rows, self.args, self._share, self._masking, self._sum_over_ranks
-            )
+            for prefix, rows in held_out.items():
+                means = held_out_means(
+                    forward, rows, self.args, self._share, self._masking, self._sum_over_ranks
+                )
+                metrics |= {f"{prefix}_{name}": value for name, value in means.items()}
             release(self.accelerator.unwrap_model(self.model_wrapped).get_output_embeddings())
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
             check_metrics(self.state.global_step, metrics)
             self.log(metrics)
             state = (self.args, self.state, self.control, metrics)

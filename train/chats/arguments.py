@@ -37,6 +37,20 @@ class ChatArguments:
             "schedule; 1 for chats alone"
         },
     )
+    sft_eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "held-out chats, named like --sft_dataset (default: hold out some chats of "
+            "--sft_dataset)"
+        },
+    )
+    sft_heldout_chats: int = field(
+        default=64,
+        metadata={
+            "help": "number of chats to hold out: the first ones of --sft_eval_dataset, or else of "
+            "--sft_dataset, at most a tenth of it; 0 for none"
+        },
+    )
     sft_all_positions: bool = field(
         default=False,
         metadata={
@@ -56,6 +70,8 @@ class ChatArguments:
         problems = []
         if not 0 < self.sft_share <= 1:
             problems.append(f"sft_share={self.sft_share:g}: choose a share above 0, up to 1")
+        if self.sft_heldout_chats < 0:
+            problems.append(f"sft_heldout_chats={self.sft_heldout_chats}: choose 0 or more")
         if not 0 <= self.sft_max_refused <= 1:
             problems.append(f"sft_max_refused={self.sft_max_refused:g}: choose a share from 0 to 1")
         defaults = type(self).__dataclass_fields__

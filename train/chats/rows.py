@@ -9,7 +9,7 @@ from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from patching.files.texts import open_dataset
@@ -30,10 +30,10 @@ class CutChats(NamedTuple):
     refused: dict[str, int]
 
 
-def chat_stream(
+def load_rows_of_chats(
     arguments: ChatArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> "ChatStream":
-    """Return the rows of the chats that the flags name.
+) -> tuple["ChatStream", Dataset | None]:
+    """Return the rows of the chats that the flags name, and those of the held-out chats if any are.
 
     Raises ValueError if there are none, or if the tokenizer has no chat template or cannot say
     where its tokens are in the text.
@@ -46,7 +46,7 @@ def chat_stream(
         )
     if not tokenizer.is_fast:
         raise ValueError(f"sft_dataset: {name} needs a fast tokenizer (tokenizer.json)")
-    chats = load_chats(arguments)
+    chats, columns, held_out = split_chats(arguments)
     cut = partial(
         rows_of_chats,
         tokenizer=tokenizer,
@@ -54,28 +54,63 @@ def chat_stream(
         packing=data.packing,
         context_label=NO_TARGET if arguments.sft_all_positions else CONTEXT,
     )
-    return ChatStream(
+    stream = ChatStream(
         arguments.sft_dataset,
-        chats,
+        chats.map(_in_one_column, remove_columns=columns),
         Workers(cut, data.tokenizer_processes),
         data.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER,
         seed,
         max_refused=arguments.sft_max_refused,
     )
+    if not held_out:
+        return stream, None
+    rows = cut(held_out)
+    if not rows.columns["labels"]:
+        reasons = ", ".join(rows.refused)
+        raise ValueError(
+            f"no response is in the {len(held_out)} held-out chats ({reasons}): name others as "
+            "--sft_eval_dataset, or add --sft_heldout_chats 0"
+        )
+    return stream, Dataset.from_dict(rows.columns)
 
 
-def load_chats(arguments: ChatArguments) -> IterableDataset:
-    """Return chats in one column, `text`, as a stream. Raises ValueError if no columns hold any."""
-    name = arguments.sft_dataset
+def split_chats(
+    arguments: ChatArguments,
+) -> tuple[IterableDataset, list[str], list[dict[str, Any]]]:
+    """Return chats to train on, their columns, and held-out chats. Raises ValueError if no columns
+    hold any, or if there is a single chat and it would be held out.
+    """
+    chats, columns = load_chats(arguments, "sft_dataset")
+    num_held_out = arguments.sft_heldout_chats
+    if num_held_out == 0:
+        return chats, columns, []
+    if arguments.sft_eval_dataset is not None:
+        held_out, _ = load_chats(arguments, "sft_eval_dataset")
+        return chats, columns, list(held_out.take(num_held_out))
+    first = list(chats.take(10 * num_held_out))
+    if len(first) < 2:
+        raise ValueError(
+            f"sft_dataset={arguments.sft_dataset}: it is a single chat, so none can be held out: "
+            "give --sft_eval_dataset or --sft_heldout_chats 0"
+        )
+    num_held_out = min(num_held_out, max(1, len(first) // 10))
+    return chats.skip(num_held_out), columns, first[:num_held_out]
+
+
+def load_chats(arguments: ChatArguments, flag: str) -> tuple[IterableDataset, list[str]]:
+    """Return the chats that a flag names, as a stream, and their columns. Raises ValueError if no
+    columns hold any.
+    """
+    name = getattr(arguments, flag)
     chats, builder, columns, _ = open_dataset(
-        name, arguments.sft_config, arguments.sft_split, streaming=True, flag="sft_dataset"
+        name, arguments.sft_config, arguments.sft_split, streaming=True, flag=flag
     )
     if builder == "text" or not ("messages" in columns or {"prompt", "completion"} <= {*columns}):
         raise ValueError(
-            f"sft_dataset={name}: it has the columns {', '.join(columns)}, and chats are in "
+            f"{flag}={name}: it has the columns {', '.join(columns)}, and chats are in "
             "`messages`, or in `prompt` and `completion`"
         )
-    return chats.map(_in_one_column, remove_columns=columns)
+    return chats, columns
 
 
 def _in_one_column(example: dict[str, Any]) -> dict[str, Any]:
