@@ -1,8 +1,10 @@
-"""Small chats with exact answers: sums, strings, and questions about functions of the standard
-library, in one to three turns.
+"""Small chats with exact answers: sums, strings of letters, and questions about functions of the
+standard library, in two to four turns.
 
-A later question may be about the answer before it. Questions about functions show a line of a
-module, so they can be answered for modules that no model has seen.
+The questions are easy and short on purpose, because a small model must learn them within minutes.
+Numbers go up to 18, and strings are letters with spaces between them: each is one token of the
+shipped teacher's tokenizer. What is asked about a function is in the question, so functions of
+modules that no model has seen can be asked about. A later question may be about the answer before.
 
     stdlib_chat_sum, stdlib_chat_string, stdlib_chat_lookup   the first question of a chat
     stdlib_chat_follow_up                                      a later one, after the turns before
@@ -13,6 +15,7 @@ All four are lm-eval tasks for `--apply_chat_template`, scored by exact match.
 import ast
 import json
 import random
+import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,21 +24,21 @@ from examples.stdlib.corpus import Module
 from examples.stdlib.tasks import write_task
 
 TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}Q: {{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}A: {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
 )
-"""Roles are plain text, because a new token would need a larger embedding than the teacher's."""
-SYSTEM = "Answer with the result alone."
+"""Roles are plain text, because a new token would need a larger embedding than the teacher's. A
+space begins each answer, so that a word is the same tokens there as in the question."""
+SYSTEM = "return the result"
 KINDS = ("sum", "string", "lookup")
 TASK_NAMES = tuple(f"stdlib_chat_{kind}" for kind in (*KINDS, "follow_up"))
-MAX_NEW_TOKENS = 16
-WORDS = [
-    "class", "module", "import", "string", "number", "object", "return", "value", "index",
-    "method", "buffer", "header", "parser", "thread", "socket", "format", "closed", "length",
-    "source", "target", "system", "record", "window", "signal", "default", "encode", "server",
-]  # fmt: skip
-NUM_TEST_WORDS = 7
+MAX_NEW_TOKENS = 24
+LARGEST_NUMBER = 18
+LETTERS = string.ascii_lowercase.replace("q", "")
+"""Those that are one token after a space, also as capitals."""
+PLACES = ("first", "second", "third")
 
 
 class Question(NamedTuple):
@@ -45,25 +48,30 @@ class Question(NamedTuple):
 
 
 def sum_question(draw: random.Random, is_test: bool) -> Question:
-    """A tenth of all pairs of numbers is only asked in tests."""
+    """A fifth of all pairs of numbers is only asked in tests."""
     while True:
-        a, b = draw.randint(2, 60), draw.randint(2, 39)
-        if ((7 * a + 3 * b) % 10 == 0) == is_test:
+        a, b = draw.randint(1, LARGEST_NUMBER), draw.randint(1, 9)
+        if ((7 * a + 3 * b) % 5 == 0) == is_test and a + b <= LARGEST_NUMBER:
             break
     if draw.random() < 0.5:
-        return Question("sum", f"What is {a} + {b}?", str(a + b))
-    return Question("sum", f"What is {a + b} - {b}?", str(a))
+        return Question("sum", f"what is {a} + {b}?", str(a + b))
+    return Question("sum", f"what is {a + b} - {b}?", str(a))
 
 
 def string_question(draw: random.Random, is_test: bool) -> Question:
-    """The last words are only asked in tests."""
-    word = draw.choice(WORDS[-NUM_TEST_WORDS:] if is_test else WORDS[:-NUM_TEST_WORDS])
+    """A tenth of all strings is only asked in tests: those whose letters sum up to a number that
+    ends with 0.
+    """
+    while True:
+        letters = draw.choices(LETTERS, k=draw.randint(4, 7))
+        if (sum(map(ord, letters)) % 10 == 0) == is_test:
+            break
+    word = " ".join(letters)
     text, answer = draw.choice(
         [
-            (f"Write {word} in capitals.", word.upper()),
-            (f"What is the first letter of {word}?", word[0]),
-            (f"What is the last letter of {word}?", word[-1]),
-            (f"How many letters has {word}?", str(len(word))),
+            (f"upper case of {word}?", word.upper()),
+            (f"reverse of {word}?", word[::-1]),
+            (f"first letter of {word}?", word[0]),
         ]
     )
     return Question("string", text, answer)
@@ -71,34 +79,31 @@ def string_question(draw: random.Random, is_test: bool) -> Question:
 
 def lookup_question(functions: list[tuple[str, list[str]]], draw: random.Random) -> Question:
     name, parameters = draw.choice(functions)
-    line = f"def {name}({', '.join(parameters)}):"
-    place = draw.randrange(min(3, len(parameters)))
-    text, answer = draw.choice(
+    listed = ", ".join(parameters)
+    place = draw.randrange(min(len(PLACES), len(parameters)))
+    asked, answer = draw.choice(
         [
-            (f"{line}\nWhat is the name of this function?", name),
-            (f"{line}\nWhat is parameter {place + 1} of this function?", parameters[place]),
-            (f"{line}\nHow many parameters has this function?", str(len(parameters))),
+            ("its name?", name),
+            (f"its {PLACES[place]} parameter?", parameters[place]),
+            ("its parameters?", listed),
         ]
     )
-    return Question("lookup", text, answer)
+    return Question("lookup", f"{name} takes {listed}. {asked}", answer)
 
 
 def follow_up(question: Question, draw: random.Random) -> Question:
     """A question about the answer to the question before."""
-    if question.answer.isdigit():
-        number = draw.randint(1, 9)
-        return Question("follow_up", f"Add {number} to that.", str(int(question.answer) + number))
-    text, answer = draw.choice(
-        [
-            ("Write that in capitals.", question.answer.upper()),
-            ("What is the first letter of that?", question.answer[0]),
-        ]
-    )
-    return Question("follow_up", text, answer)
+    answer = question.answer
+    if answer.isdigit() and int(answer) < LARGEST_NUMBER:
+        number = draw.randint(1, min(9, LARGEST_NUMBER - int(answer)))
+        return Question("follow_up", f"add {number} to that", str(int(answer) + number))
+    if question.kind == "string" and answer.islower():
+        return Question("follow_up", "upper case of that?", answer.upper())
+    return Question("follow_up", "repeat that", answer)
 
 
 def functions_of(modules: Iterable[Module]) -> list[tuple[str, list[str]]]:
-    """Names and parameters of the functions of some modules that have one to five parameters."""
+    """Names and parameters of some modules' public functions of two or three short parameters."""
     found = {}
     for module in modules:
         try:
@@ -108,7 +113,8 @@ def functions_of(modules: Iterable[Module]) -> list[tuple[str, list[str]]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 parameters = [argument.arg for argument in node.args.args]
-                if 1 <= len(parameters) <= 5 and len(node.name) <= 24:
+                longest = max(map(len, parameters), default=0)
+                if 2 <= len(parameters) <= len(PLACES) and max(longest, len(node.name)) <= 16:
                     found[node.name, *parameters] = (node.name, parameters)
     return [found[key] for key in sorted(found)]
 
@@ -120,7 +126,7 @@ def chats(
     draw = random.Random(seed)
     while True:
         questions: list[Question] = []
-        for _ in range(draw.randint(1, 3)):
+        for _ in range(draw.randint(2, 4)):
             if questions and draw.random() < 0.5:
                 questions.append(follow_up(questions[-1], draw))
                 continue
@@ -152,7 +158,7 @@ def write_chats(modules: Iterable[Module], path: Path, num_chats: int, seed: int
 def documents(
     modules: Iterable[Module], seed: int, num_documents: int, end_of_turn: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return questions and answers by task, `num_documents` for each.
+    """Return questions and answers by task, `num_documents` different ones for each.
 
     The text of a follow-up holds the turns before it, as the template renders them: the template
     then puts the whole text into one turn of the user, which is the same text as that of all turns.
@@ -162,9 +168,11 @@ def documents(
         before = ""
         for i, (kind, text, answer) in enumerate(questions):
             of_task = found[f"stdlib_chat_{kind}"]
-            if (i == 0 or kind == "follow_up") and len(of_task) < num_documents:
-                of_task.append({"question": before + text, "answer": answer})
-            before += f"{text}\nassistant:\n{answer}{end_of_turn}\nuser:\n"
+            document = {"question": before + text, "answer": answer}
+            is_asked = (i == 0 or kind == "follow_up") and document not in of_task
+            if is_asked and len(of_task) < num_documents:
+                of_task.append(document)
+            before += f"{text}\nA: {answer}{end_of_turn}\nQ: "
         if all(len(of_task) == num_documents for of_task in found.values()):
             return found
 
@@ -180,6 +188,12 @@ def write_tasks(
         "generation_kwargs": {
             "until": ["\n"], "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False,
         },
+        "filter_list": [
+            {
+                "name": "strip",
+                "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
+            }
+        ],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
     for name, of_task in documents(modules, seed, num_documents, end_of_turn).items():
