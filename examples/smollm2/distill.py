@@ -4,14 +4,17 @@
 
 The student keeps 16 of the teacher's 30 layers and is saved in `smollm2_output/student`
 (`student_auto` with --kept_layers auto). A run that was stopped goes on from its last checkpoint
-when the same command is given again. Further flags are passed on to `train.train`, after those of
-the example, so that they prevail: `--max_steps 100` makes a shorter run.
+when the same command is given again. With --own_chats 256, half of the steps train on that many
+chats that the teacher writes itself, and the student is in `student_chats`. Further flags are
+passed on to `train.train`, after those of the example, so that they prevail: `--max_steps 100`
+makes a shorter run.
 """
 
 import argparse
 import shutil
 from pathlib import Path
 
+from examples.smollm2.own_chats import write_own_chats
 from examples.smollm2.tasks import write_passages
 from examples.smollm2.text import Text, add_flags, choose_text, student_folder
 from examples.stdlib.demo import run
@@ -33,10 +36,15 @@ DISTILLATION = {
 }
 
 
-def distill(folder: Path, text: Text, kept_layers: str, flags: list[str]) -> Path:
+def distill(
+    folder: Path, text: Text, kept_layers: str, flags: list[str], num_own_chats: int = 0
+) -> Path:
     """Distill a student of `folder/teacher`, or go on with it, and return its folder."""
     student = student_folder(folder, kept_layers)
     settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
+    if num_own_chats:
+        student = student.with_name(f"{student.name}_chats")
+        settings += ["--sft_dataset", write_own_chats(folder, num_own_chats)]
     if text.held_out is not None:
         settings += ["--eval_dataset", write_passages(text.held_out, folder / "heldout.jsonl")]
     if shutil.which("g++"):  # what torch.compile compiles with on a CPU
@@ -55,11 +63,12 @@ def distill(folder: Path, text: Text, kept_layers: str, flags: list[str]) -> Pat
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
+    parser.add_argument("--own_chats", type=int, default=0, help="chats by the teacher itself")
     arguments, flags = parser.parse_known_args(argv)
     folder = arguments.save_directory.resolve()
     with user_errors():
         text = choose_text(arguments.dataset, arguments.eval_dataset, folder)
-    distill(folder, text, arguments.kept_layers, flags)
+        distill(folder, text, arguments.kept_layers, flags, arguments.own_chats)
 
 
 if __name__ == "__main__":
