@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evaluate.result import Parameters, Result, update_result
-from examples.stdlib.chat_data import TASK_NAMES, write_chats, write_tasks
+from examples.stdlib.chat_data import NEW_SUMS, TASK_NAMES, write_chats, write_tasks
 from examples.stdlib.corpus import Module
 from examples.stdlib.tasks import TASK_FILES, write_task
 from examples.studies.chats import students
@@ -72,7 +72,7 @@ def test_everything_is_made_once_and_in_order(commands, tmp_path):
 
 def store(folder, seed, sweep, depth, matches, bits):
     result = Result("family", None, depth, Parameters(1, 1))
-    result.results = {task: {"exact_match,strip": matches} for task in TASK_NAMES}
+    result.results = {task: {"exact_match,strip": matches} for task in (*TASK_NAMES, NEW_SUMS)}
     result.results[TEXT_TASK] = {"bits_per_byte,none": bits}
     result.generation_failures = {task: {"answers": 4, "failed": 1} for task in TASK_NAMES}
     path = folder / f"seed_{seed}" / "results" / sweep

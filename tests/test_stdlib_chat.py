@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from examples.stdlib.chat_data import (
     LARGEST_NUMBER,
     LETTERS,
+    NEW_SUMS,
     TASK_NAMES,
     TEMPLATE,
     Question,
@@ -68,12 +69,15 @@ def test_answers_are_right(is_test):
     assert {name for name, _ in FUNCTIONS} == {"dumps", "load"}
 
 
-def test_strings_and_sums_of_tests_are_not_in_the_chats():
+def test_strings_of_tests_and_new_sums_are_not_in_the_chats():
     asked = {}
     for is_test in (False, True):
         made = [q for chat in islice(chats(FUNCTIONS, 5, is_test), 3000) for q in chat]
-        asked[is_test] = {q.text for q in made if q.kind in ("sum", "string")}
+        asked[is_test] = {q.text for q in made if q.kind == "string"}
     assert len(asked[True]) > 500 and not asked[True] & asked[False]
+    sums = {q.text for q in made if q.kind == "sum"}
+    new_sums = {of["question"] for of in documents(MODULES, 1, 40, "<eos>")[NEW_SUMS]}
+    assert len(sums) > 150 and len(new_sums) == 40 and not sums & new_sums
 
 
 def test_letters_and_numbers_are_tokens_as_they_are_asked_and_answered():
@@ -86,7 +90,7 @@ def test_follow_ups_are_asked_as_the_template_renders_all_turns():
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     tokenizer.chat_template = TEMPLATE
     found = documents(MODULES, 1, 20, tokenizer.eos_token)
-    assert [len(found[name]) for name in TASK_NAMES] == [20] * 4
+    assert [len(found[name]) for name in (*TASK_NAMES, NEW_SUMS)] == [20] * 5
     made = chats(FUNCTIONS, 1, is_test=True)
     rendered = set()
     for questions in islice(made, 2000):

@@ -30,7 +30,7 @@ from train.loss import CONTEXT, IGNORED_LABEL
 from train.stream import Row
 
 ROW_TOKENS = 256
-NUM_CHATS, NUM_DOCUMENTS = 30_000, 40
+NUM_CHATS, NUM_DOCUMENTS = 10_000, 40
 TRAINING_SEED, TEST_SEED = 0, 1
 
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = commands.add_parser("teacher")
     teacher.add_argument("--data", type=Path, required=True)
     teacher.add_argument("--save_directory", type=Path, required=True)
-    teacher.add_argument("--steps", type=int, default=600)
+    teacher.add_argument("--steps", type=int, default=200)
     teacher.add_argument("--batch_size", type=int, default=16, help="rows of 256 tokens per step")
     teacher.add_argument("--muon_lr", type=float, default=0.005)
     teacher.add_argument("--adam_lr", type=float, default=1e-3)

@@ -8,8 +8,11 @@ modules that no model has seen can be asked about. A later question may be about
 
     stdlib_chat_sum, stdlib_chat_string, stdlib_chat_lookup   the first question of a chat
     stdlib_chat_follow_up                                      a later one, after the turns before
+    stdlib_chat_new_sum                                        sums that are in no chat
 
-All four are lm-eval tasks for `--apply_chat_template`, scored by exact match.
+All of them are lm-eval tasks for `--apply_chat_template`, scored by exact match. Strings and
+functions of the first four are not in the chats, but their sums are, in other chats: models of this
+size learn sums by heart.
 """
 
 import ast
@@ -34,6 +37,7 @@ space begins each answer, so that a word is the same tokens there as in the ques
 SYSTEM = "return the result"
 KINDS = ("sum", "string", "lookup")
 TASK_NAMES = tuple(f"stdlib_chat_{kind}" for kind in (*KINDS, "follow_up"))
+NEW_SUMS = "stdlib_chat_new_sum"
 MAX_NEW_TOKENS = 24
 LARGEST_NUMBER = 18
 LETTERS = string.ascii_lowercase.replace("q", "")
@@ -47,11 +51,11 @@ class Question(NamedTuple):
     answer: str
 
 
-def sum_question(draw: random.Random, is_test: bool) -> Question:
-    """A fifth of all pairs of numbers is only asked in tests."""
+def sum_question(draw: random.Random, is_new: bool = False) -> Question:
+    """A fifth of all pairs of numbers is in no chat. These are asked about if `is_new`."""
     while True:
         a, b = draw.randint(1, LARGEST_NUMBER), draw.randint(1, 9)
-        if ((7 * a + 3 * b) % 5 == 0) == is_test and a + b <= LARGEST_NUMBER:
+        if ((7 * a + 3 * b) % 5 == 0) == is_new and a + b <= LARGEST_NUMBER:
             break
     if draw.random() < 0.5:
         return Question("sum", f"what is {a} + {b}?", str(a + b))
@@ -133,9 +137,10 @@ def chats(
             kind = draw.choice(KINDS)
             if kind == "lookup":
                 questions.append(lookup_question(functions, draw))
+            elif kind == "sum":
+                questions.append(sum_question(draw))
             else:
-                make = sum_question if kind == "sum" else string_question
-                questions.append(make(draw, is_test))
+                questions.append(string_question(draw, is_test))
         yield questions
 
 
@@ -174,7 +179,12 @@ def documents(
                 of_task.append(document)
             before += f"{text}\nA: {answer}{end_of_turn}\nQ: "
         if all(len(of_task) == num_documents for of_task in found.values()):
-            return found
+            break
+    draw, new_sums = random.Random(seed), {}
+    while len(new_sums) < num_documents:
+        _, text, answer = sum_question(draw, is_new=True)
+        new_sums[text] = {"question": text, "answer": answer}
+    return found | {NEW_SUMS: [*new_sums.values()]}
 
 
 def write_tasks(

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from evaluate.result import Result, read_results
-from examples.stdlib.chat_data import TASK_NAMES
+from examples.stdlib.chat_data import NEW_SUMS, TASK_NAMES
 from examples.studies.chats.students import SWEEPS, TEACHERS, TEXT_TASK
 from examples.studies.claims.findings import Claim, Lines, between, with_error
 from examples.studies.claims.students import missing_sweeps
@@ -33,6 +33,11 @@ def bits_per_byte(result: Result) -> float:
     return result.results[TEXT_TASK]["bits_per_byte,none"]
 
 
+def new_sums(result: Result) -> float:
+    """The share of right answers to sums that are in no chat."""
+    return result.results[NEW_SUMS]["exact_match,strip"]
+
+
 def failed_answers(result: Result) -> float:
     """The share of answers to chat questions that were cut off or loop."""
     of_tasks = [result.generation_failures[task] for task in TASK_NAMES]
@@ -43,6 +48,7 @@ SCORES: dict[str, Callable[[Result], float]] = {
     "exact_match": exact_match,
     "bits_per_byte": bits_per_byte,
     "failed_answers": failed_answers,
+    "new_sums": new_sums,
 }
 CLAIMS = (
     ("Text, then chats, beats text alone on chats", "yes", "exact_match", "two_phases", "text"),

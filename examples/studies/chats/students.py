@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.stdlib.chat_data import SYSTEM, TASK_NAMES
+from examples.stdlib.chat_data import NEW_SUMS, SYSTEM, TASK_NAMES
 from examples.stdlib.demo import DISTILLATION, TEACHER
 from examples.studies.claims.students import missing_sweeps, run
 
 TEXT_TASK = "stdlib_bits_per_byte"
+TASKS = (*TASK_NAMES, NEW_SUMS, TEXT_TASK)
 SYSTEM_FLAGS = ("--apply_chat_template", "--system_instruction", SYSTEM)
 ALL_SIZES, BELOW_TEACHER = "all", "0-4"
 """The teacher is the largest size of several sweeps, and is evaluated in one."""
 
 TEACHERS: dict[str, tuple[object, ...]] = {
     "chat": (),
-    "apart": ("--seed", 1, "--muon_lr", 0.03),
+    "apart": ("--seed", 1, "--muon_lr", 0.2),
 }
 """Each chat teacher's flags of `examples.stdlib.chat teacher`."""
 
@@ -124,7 +125,7 @@ def evaluation(folder: Path, of_seed: Path, name: str, num_documents: int | None
         *("evaluate.evaluate", "--teacher_model_name_or_path", folder / sweep.teacher),
         *("--student_model_name_or_path", of_seed / sweep.student),
         *("--save_directory", of_seed / "results" / name, "--num_layers_to_patch", sweep.sizes),
-        *("--tasks", ",".join((*TASK_NAMES, TEXT_TASK)), "--include_path", folder / "data/tasks"),
+        *("--tasks", ",".join(TASKS), "--include_path", folder / "data/tasks"),
         *("--eval_batch_size", 16, *SYSTEM_FLAGS),
         *(() if num_documents is None else ("--limit", num_documents)),
     ]
