@@ -29,7 +29,7 @@ SETTINGS = {
     name: value for name, value in DISTILLATION.items() if name != "per_device_eval_batch_size"
 } | {
     "per_device_train_batch_size": 4,
-    "max_steps": 100,
+    "max_steps": 80,
     "learning_rate": 1e-3,
     "heldout_documents": 0,
 }
