@@ -28,6 +28,7 @@ MODULES = [
     Module("broken", "def ("),
 ]
 FUNCTIONS = functions_of(MODULES)
+MANY_MODULES = [Module(f"m{i}", f"def f{i}(a, b{i}):\n    pass\n") for i in range(20)]
 
 
 def is_right(question: Question, before: str | None) -> bool:
@@ -76,7 +77,7 @@ def test_strings_of_tests_and_new_sums_are_not_in_the_chats():
         asked[is_test] = {q.text for q in made if q.kind == "string"}
     assert len(asked[True]) > 500 and not asked[True] & asked[False]
     sums = {q.text for q in made if q.kind == "sum"}
-    new_sums = {of["question"] for of in documents(MODULES, 1, 40, "<eos>")[NEW_SUMS]}
+    new_sums = {of["question"] for of in documents(MANY_MODULES, 1, 40, "<eos>")[NEW_SUMS]}
     assert len(sums) > 150 and len(new_sums) == 40 and not sums & new_sums
 
 
@@ -89,9 +90,11 @@ def test_letters_and_numbers_are_tokens_as_they_are_asked_and_answered():
 def test_follow_ups_are_asked_as_the_template_renders_all_turns():
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     tokenizer.chat_template = TEMPLATE
-    found = documents(MODULES, 1, 20, tokenizer.eos_token)
+    found = documents(MANY_MODULES, 1, 20, tokenizer.eos_token)
     assert [len(found[name]) for name in (*TASK_NAMES, NEW_SUMS)] == [20] * 5
-    made = chats(FUNCTIONS, 1, is_test=True)
+    with pytest.raises(ValueError, match="num_documents=20: the modules have too few functions"):
+        documents(MODULES, 1, 20, tokenizer.eos_token)
+    made = chats(functions_of(MANY_MODULES), 1, is_test=True)
     rendered = set()
     for questions in islice(made, 2000):
         messages = messages_of(questions)

@@ -20,6 +20,7 @@ import json
 import random
 import string
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,9 +168,12 @@ def documents(
 
     The text of a follow-up holds the turns before it, as the template renders them: the template
     then puts the whole text into one turn of the user, which is the same text as that of all turns.
+
+    Raises ValueError if the modules have too few functions for so many questions.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in TASK_NAMES}
-    for questions in chats(functions_of(modules), seed, is_test=True):
+    made = chats(functions_of(modules), seed, is_test=True)
+    for questions in islice(made, 100 * num_documents):
         before = ""
         for i, (kind, text, answer) in enumerate(questions):
             of_task = found[f"stdlib_chat_{kind}"]
@@ -180,6 +184,8 @@ def documents(
             before += f"{text}\nA: {answer}{end_of_turn}\nQ: "
         if all(len(of_task) == num_documents for of_task in found.values()):
             break
+    else:
+        raise ValueError(f"num_documents={num_documents}: the modules have too few functions")
     draw, new_sums = random.Random(seed), {}
     while len(new_sums) < num_documents:
         _, text, answer = sum_question(draw, is_new=True)
