@@ -168,7 +168,7 @@ def test_counts_of_refused_chats_go_on_after_a_resumption(tmp_path, monkeypatch)
 
 
 def test_held_out_chats_are_not_trained_on(chats, tmp_path):
-    data = DataArguments(dataset="x", max_length=48)
+    data = DataArguments(dataset="x", max_length=96)
     lines = chats.read_text().splitlines(keepends=True)
     examples = [json.loads(line) for line in lines]
 
@@ -178,14 +178,14 @@ def test_held_out_chats_are_not_trained_on(chats, tmp_path):
         return "".join(TOKENIZER.decode(row["input_ids"]) for row in islice(stream, 70)), held_out
 
     trained_on, held_out = text_and_held_out()
-    assert held_out.to_dict() == cut(examples[:6], 48).columns  # a tenth
+    assert held_out.to_dict() == cut(examples[:6], 96).columns  # a tenth
     numbers = range(0, 60, 3)
     assert [i for i in numbers if f"No, {i}." not in trained_on] == [0, 3]
     (tmp_path / "other.jsonl").write_text("".join(lines[7:11]))
     other = str(tmp_path / "other.jsonl")
     _, held_out = text_and_held_out(sft_eval_dataset=other, sft_heldout_chats=3)
-    assert held_out.to_dict() == cut(examples[7:10], 48).columns
-    (tmp_path / "other.jsonl").write_text(json.dumps(reply("x" * 60, "no")) + "\n")
+    assert held_out.to_dict() == cut(examples[7:10], 96).columns
+    (tmp_path / "other.jsonl").write_text(json.dumps(reply("x" * 99, "no")) + "\n")
     with pytest.raises(ValueError, match=f"1 held-out chats .{TOO_LONG}.*sft_heldout_chats 0"):
         text_and_held_out(sft_eval_dataset=other)
     with pytest.raises(ValueError, match="it is a single chat"):

@@ -15,7 +15,7 @@ TEXTS = ["u: Hi\na: ", "u: What is a name?\na: ", "u: "]
 
 
 def test_texts_are_continued_up_to_their_end_however_many_there_are():
-    model, tokenizer = tiny_model(tiny_config("llama")), chat_tokenizer()
+    model, tokenizer = tiny_model(tiny_config("llama", 3)), chat_tokenizer()
     tokenizer.padding_side = "left"
     alone = []
     for text in TEXTS:

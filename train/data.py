@@ -120,7 +120,8 @@ def load_phases(
     num_text_steps = chats.num_text_steps(num_steps)
     text, held_out = None, None
     if num_text_steps:
-        text, held_out = load_rows(arguments, tokenizer, seed, num_set_aside, as_stream=True)
+        rows = load_rows(arguments, tokenizer, seed, num_set_aside, as_stream=True)
+        text, held_out = rows.train, rows.held_out
     elif arguments.eval_dataset is not None:
         held_out = tokenize_held_out(given_held_out(arguments), arguments, tokenizer)
     stream, held_out_chats = load_rows_of_chats(chats, arguments, tokenizer, seed)

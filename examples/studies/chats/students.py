@@ -28,8 +28,8 @@ TEACHERS: dict[str, tuple[object, ...]] = {
 SETTINGS = {
     name: value for name, value in DISTILLATION.items() if name != "per_device_eval_batch_size"
 } | {
-    "per_device_train_batch_size": 4,
-    "max_steps": 80,
+    "per_device_train_batch_size": 2,
+    "max_steps": 60,
     "learning_rate": 1e-3,
     "heldout_documents": 0,
 }
