@@ -83,6 +83,8 @@ def read_scores(folder: Path, seeds: Sequence[int]) -> dict[str, Lines]:
             results = read_results(folder / f"seed_{seed}" / "results" / sweep).values()
             for result in sorted(results, key=lambda result: result.depth):
                 for name, score in SCORES.items():
+                    if name in ("bits_per_byte", "new_sums") and not SWEEPS[sweep].has_text:
+                        continue
                     line = scores[name].setdefault(sweep, {})
                     line.setdefault(result.depth, []).append(score(result))
     return scores

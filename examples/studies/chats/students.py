@@ -5,6 +5,7 @@ again.
 learning rate, which takes its layers further away from those they were.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,8 @@ from examples.stdlib.demo import DISTILLATION, TEACHER
 from examples.studies.claims.students import missing_sweeps, run
 
 TEXT_TASK = "stdlib_bits_per_byte"
-TASKS = (*TASK_NAMES, NEW_SUMS, TEXT_TASK)
+NUM_TEXTS = 10
+"""Documents of the text task that are evaluated, which takes longer than all chats."""
 SYSTEM_FLAGS = ("--apply_chat_template", "--system_instruction", SYSTEM)
 ALL_SIZES, BELOW_TEACHER = "all", "0-4"
 """The teacher is the largest size of several sweeps, and is evaluated in one."""
@@ -50,12 +52,14 @@ class Sweep(NamedTuple):
     student: str
     teacher: str
     sizes: str = BELOW_TEACHER
+    has_text: bool = False
+    """Whether it is evaluated on text, too, and on sums that are in no chat."""
 
 
 SWEEPS = {
-    "two_phases": Sweep("two_phases", "chat", ALL_SIZES),
-    "text": Sweep("text", "chat"),
-    "chats": Sweep("chats", "chat"),
+    "two_phases": Sweep("two_phases", "chat", ALL_SIZES, has_text=True),
+    "text": Sweep("text", "chat", has_text=True),
+    "chats": Sweep("chats", "chat", has_text=True),
     "base_in_chat": Sweep("base", "chat"),
     "delta_to_chat": Sweep("delta_to_chat", "chat"),
     "base_in_apart": Sweep("base", "apart", ALL_SIZES),
@@ -72,7 +76,7 @@ def make(
     """Make and evaluate what is missing in `folder`, seed by seed.
 
     `flags_of_all` go to `train.train` for every student. Of each task, `num_documents` are
-    evaluated, by default all.
+    evaluated, by default all, but NUM_TEXTS of text.
     """
     if not (folder / "data" / "tasks" / f"{TEXT_TASK}.yaml").is_file():
         run("examples.stdlib.chat", "data", "--save_directory", folder / "data")
@@ -120,12 +124,18 @@ def evaluation(folder: Path, of_seed: Path, name: str, num_documents: int | None
     """The module and arguments that evaluate a family on chats and on text. The template does not
     change how text is scored.
     """
-    sweep = SWEEPS[name]
+    sweep, tasks, chosen = SWEEPS[name], TASK_NAMES, {}
+    if sweep.has_text:
+        tasks = (*TASK_NAMES, NEW_SUMS, TEXT_TASK)
+        chosen = {TEXT_TASK: [*range(NUM_TEXTS)]}
+    limits = ("--samples", json.dumps(chosen)) if chosen else ()
+    if num_documents is not None:
+        limits = ("--limit", num_documents)
     return [
         *("evaluate.evaluate", "--teacher_model_name_or_path", folder / sweep.teacher),
         *("--student_model_name_or_path", of_seed / sweep.student),
         *("--save_directory", of_seed / "results" / name, "--num_layers_to_patch", sweep.sizes),
-        *("--tasks", ",".join(TASKS), "--include_path", folder / "data/tasks"),
+        *("--tasks", ",".join(tasks), "--include_path", folder / "data/tasks"),
         *("--eval_batch_size", 16, *SYSTEM_FLAGS),
-        *(() if num_documents is None else ("--limit", num_documents)),
+        *limits,
     ]
