@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import ROOT
 
 from evaluate.result import Parameters, Result, update_result
 from examples.stdlib.chat_data import NEW_SUMS, TASK_NAMES, write_chats, write_tasks
@@ -10,8 +11,16 @@ from examples.stdlib.corpus import Module
 from examples.stdlib.tasks import TASK_FILES, write_task
 from examples.studies.chats import students
 from examples.studies.chats.__main__ import main
-from examples.studies.chats.findings import LABELS, claims_of, read_scores
-from examples.studies.chats.students import STUDENTS, SWEEPS, TEACHERS, TEXT_TASK
+from examples.studies.chats.findings import (
+    LABELS,
+    SCORES,
+    claims_of,
+    claims_table,
+    cosines_table,
+    read_scores,
+    scores_table,
+)
+from examples.studies.chats.students import SETTINGS, STUDENTS, SWEEPS, TEACHERS, TEXT_TASK
 
 MODULES = [
     Module("a", "def dumps(obj, skip, indent):\n    pass\n"),
@@ -95,6 +104,23 @@ def test_claims_say_which_students_are_better(tmp_path):
     assert on_text.gains == {depth: pytest.approx([0.1, -0.1]) for depth in (8, 9)}
     assert (on_chats.verdict, on_text.verdict) == ("partly", "partly")
     assert LABELS.keys() == SWEEPS.keys()
+
+
+def test_the_page_has_the_recorded_figures():
+    recorded = json.loads((ROOT / "examples/studies/chats/chats.json").read_text())
+    page = (ROOT / "docs/chats.md").read_text()
+    scores = {
+        name: {
+            sweep: {int(depth): of for depth, of in line.items()}
+            for sweep, line in recorded[name].items()
+        }
+        for name in SCORES
+    }
+    assert claims_table(claims_of(scores)) in page
+    assert all(scores_table(lines) in page for lines in scores.values())
+    assert cosines_table(recorded["cosines"]) in page
+    assert recorded["settings"] == {"train.train": [], "documents": None}
+    assert recorded["distillation"] == SETTINGS and recorded["teachers"].keys() == TEACHERS.keys()
 
 
 @pytest.mark.slow
