@@ -11,7 +11,7 @@ from tqdm import tqdm
 from evaluate.cost import cost_of
 from evaluate.harness import Harness, first_prompts
 from evaluate.ranks import Ranks
-from evaluate.result import FinishedTask, Similarity
+from evaluate.result import FinishedTask, Result, Similarity
 from evaluate.series import MemberLM, Series, SeriesMember, sources_of
 from evaluate.shards import WHOLE, Shard
 from evaluate.sources import versions
@@ -134,15 +134,9 @@ class Sweep:
         return missing_tasks(stored, wanted, self.harness.log_samples)
 
     def _is_unmeasured(self, member: SeriesMember) -> bool:
-        """Whether a member's cost or its similarity on this text is not stored."""
         if not self.ranks.is_first or not any(name == member.name for _, name in self.parts):
             return False
-        result = self.store.results.get(member.name)
-        if result is None or result.cost is None:
-            return True
-        if result.similarity is None or self.text is None:
-            return False
-        return result.similarity.sha256 != self.text.sha256
+        return is_unmeasured(self.store.results.get(member.name), self.text)
 
     def _run_tasks(
         self,
@@ -196,6 +190,15 @@ def parts_of(
     chosen = set(shard.of(parts))
     names = {name for names, _ in chosen for name in names}
     return chosen, {name: loaded for name, loaded in tasks.items() if name in names}
+
+
+def is_unmeasured(result: Result | None, text: Calibration | None) -> bool:
+    """Whether a model's cost or its similarity on this text is not in its result."""
+    if result is None or result.cost is None:
+        return True
+    if result.similarity is None or text is None:
+        return False
+    return result.similarity.sha256 != text.sha256
 
 
 def measure(
