@@ -175,6 +175,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_saved_models_are_the_same_in_a_fresh_process(tmp_path):
     folders = []

@@ -83,7 +83,9 @@ def store(folder, seed, sweep, depth, matches, bits):
     result = Result("family", None, depth, Parameters(1, 1))
     result.results = {task: {"exact_match,strip": matches} for task in (*TASK_NAMES, NEW_SUMS)}
     result.results[TEXT_TASK] = {"bits_per_byte,none": bits}
-    result.generation_failures = {task: {"answers": 4, "failed": 1} for task in TASK_NAMES}
+    result.generation_failures = {
+        task: {"answers": 4, "cut": 1, "looping": 0, "failed": 1} for task in TASK_NAMES
+    }
     path = folder / f"seed_{seed}" / "results" / sweep
     update_result(path, f"family_k{depth - 7}", lambda _: result)
     (path / "summary.json").write_text("{}")

@@ -111,7 +111,8 @@ def test_held_out_documents_are_never_trained_on(text_file):
     rows = load_rows(arguments, TOKENIZER, seed=0)
     documents = documents_of(arguments, str(text_file))["text"]
     train, held_out = (
-        TOKENIZER.decode(tokens_of(part)).removesuffix("<eos>").split("<eos>") for part in rows
+        TOKENIZER.decode(tokens_of(part)).removesuffix("<eos>").split("<eos>")
+        for part in (rows.train, rows.held_out)
     )
     assert len(held_out) == 4  # a tenth of forty
     assert sorted([*train, *held_out]) == sorted(documents)

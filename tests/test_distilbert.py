@@ -167,6 +167,7 @@ def test_from_folders_as_from_memory(folders):
     assert torch.equal(sizes[0].model(ids_BT).logits, student(ids_BT).logits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_command_line_saves_an_ordinary_bert(folders, tmp_path):
     teacher, student = map(str, folders)

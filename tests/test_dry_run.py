@@ -234,7 +234,8 @@ def estimated(bf16: bool, num_ranks: int = 1, is_sharded: bool = False) -> Memor
     return memory(student, MEASURED, WEIGHTS, batch, shards, 6, True, replicas)
 
 
-@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
 def test_memory_is_that_of_a_measured_run(tmp_path, text_file, bf16):
     measured = peak_bytes_of(measured_command(tmp_path, text_file, bf16))
     estimate = estimated(bf16)

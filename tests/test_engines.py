@@ -75,6 +75,7 @@ def test_kl_is_that_of_torch():
     assert found.kl == pytest.approx(expected.item())
 
 
+@pytest.mark.slow
 def test_a_runner_agrees_with_us_and_a_wrong_config_does_not(tmp_path, monkeypatch):
     """The real runner on members saved by the toolkit, the last two damaged afterwards."""
     teacher, student = save_pair(tmp_path)

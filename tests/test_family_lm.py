@@ -102,7 +102,13 @@ def _encoded(pairs: list[tuple[str, str]]) -> list[tuple[None, list[int], list[i
     return [(None, encode(context), encode(continuation)) for context, continuation in pairs]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("llama", "gemma3_text"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt_neox", "gpt2")),
+    ],
+)
 def test_every_members_numbers_are_those_of_its_saved_checkpoint(model_type, tmp_path):
     names = save_models(tmp_path, *family_pair(model_type, tied=True))
     teacher, student = (build_intermediate_model(*names, k)[0] for k in (2, 0))

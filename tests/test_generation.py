@@ -46,7 +46,16 @@ def tree_of(model_type: str, **changes) -> PrefixTree:
     return PrefixTree(RECIPES, teacher=teacher, student=student)
 
 
-@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - ENCODERS))
+FEW = ("gemma2", "gpt2", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=[] if name in FEW else pytest.mark.slow)
+        for name in sorted(SETTINGS.keys() - ENCODERS)
+    ],
+)
 def test_answers_are_those_of_the_stock_harness(model_type):
     tree = tree_of(model_type)
     requests = instances(UNTIL, LONG | {"max_gen_toks": 5}, prompts=PROMPTS[1:4])

@@ -63,6 +63,7 @@ def test_a_run_with_other_settings_is_refused_with_every_difference(
     assert "teacher was" in refused()
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_resumes_with_a_warning(stopped, pair_folders, text_file, tmp_path):
     shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/checkpoint-2" / FILE_NAME).unlink()
@@ -71,6 +72,7 @@ def test_an_older_checkpoint_resumes_with_a_warning(stopped, pair_folders, text_
     assert (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_what_may_change_does_and_a_new_learning_rate_is_announced(
     stopped, pair_folders, text_file, tmp_path, capsys
 ):

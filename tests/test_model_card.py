@@ -132,6 +132,7 @@ def in_cache(cache: Path, folder: str, repository: str, commit: str, license_nam
     (snapshot / "README.md").write_text(f"---\nlicense: {license_name}\n---\n")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_parents_by_repository_name_and_revision(folders, tmp_path):
     cache = tmp_path / "cache"

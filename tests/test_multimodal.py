@@ -43,7 +43,14 @@ def student_kind(model: PreTrainedModel, layer_idx: int) -> str:
 
 @pytest.mark.parametrize(
     ("model_type", "tied"),
-    [("gemma3", True), ("gemma3", False), ("qwen2_5_vl", False), ("qwen2_vl", True)],
+    [
+        ("gemma3", True),
+        ("qwen2_5_vl", False),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("gemma3", False), ("qwen2_vl", True))
+        ),
+    ],
 )
 @torch.no_grad()
 def test_members_see_images_as_their_parents_do(model_type, tied, tmp_path):

@@ -353,6 +353,7 @@ def test_a_size_without_a_folder_is_refused(folders, capsys):
     assert "--save_directory is required: name a folder for the model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_importing_it_loads_neither_plots_nor_datasets():
     code = (
         "import sys; import patching.patch; "

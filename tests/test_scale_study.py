@@ -190,6 +190,7 @@ def scored(family, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_findings_follow_from_scores(scored):
     found = findings_of("demo", scored, [0, 1])
     assert findings_of("demo", scored, [0, 1, 2]) is None

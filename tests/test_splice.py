@@ -62,8 +62,15 @@ def saved_members(tmp_path_factory) -> list[Path]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", SETTINGS)
+@pytest.mark.parametrize(
+    ("model_type", "tied"),
+    [
+        # One of both in the fast tests, in turn.
+        pytest.param(name, tied, marks=[] if tied == bool(i % 2) else pytest.mark.slow)
+        for i, name in enumerate(SETTINGS)
+        for tied in (False, True)
+    ],
+)
 def test_a_splice_equals_the_model_in_memory(model_type, tied, tmp_path_factory, saved_members):
     folder = tmp_path_factory.mktemp("family")
     teacher, student = family_pair(model_type, tied)
@@ -133,7 +140,9 @@ print(len(sys.argv) - 1, "the same")
 """
 
 
-def test_in_a_fresh_process_the_logits_are_those_of_the_model_in_memory(saved_members):
+@pytest.mark.parametrize("run", ["fast tests", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_a_fresh_process_the_logits_are_those_of_the_model_in_memory(run, saved_members):
+    """Of the members that the tests above saved in this run."""
     if not saved_members:
         pytest.skip("nothing was saved: run this file as a whole")
     done = subprocess.run(

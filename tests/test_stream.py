@@ -143,6 +143,7 @@ def test_held_out_documents_of_a_mixture_come_from_all_its_texts(texts):
     assert not set(held_out) & set(documents_in(take(rows.train, 60)))
 
 
+@pytest.mark.slow
 def test_more_processes_make_the_same_rows(texts):
     assert take(stream_of(texts["a"], tokenizer_processes=2), 60) == take(stream_of(texts["a"]), 60)
     local = [

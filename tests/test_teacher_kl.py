@@ -109,7 +109,9 @@ def test_no_text_is_an_error():
         TeacherKL(teacher=teacher, student=student, batches=[])
 
 
-@pytest.mark.parametrize("room", [2**32, 3000, 0])
+@pytest.mark.parametrize(
+    "room", [3000, *(pytest.param(room, marks=pytest.mark.slow) for room in (2**32, 0))]
+)
 def test_states_kept_from_call_to_call_change_nothing_but_the_cost(room, monkeypatch):
     monkeypatch.setattr(teacher_kl, "MOST_KNOWN_BYTES", room)
     layer_map = LayerMap((0, 2, 4, 6, 8), 10)

@@ -120,6 +120,7 @@ def test_the_seed_of_the_text_is_its_own(tmp_path):
     assert held_out[0] != held_out[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_trainer_skips_what_was_read(tmp_path):
     """In the middle of a pass whose last step is short."""
     settings = {

@@ -1,5 +1,6 @@
 """Find the architecture of a config: its row in the table, or one that transformers declares."""
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -220,6 +221,7 @@ def check_builds(
     flag: str, name_or_path: str, config: PreTrainedConfig, trust_remote_code: bool
 ) -> None:
     """Raise ValueError unless transformers builds an empty model of a config that was read."""
+    config = copy.deepcopy(config)  # building a model sets dtypes in it
     try:
         empty_model(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # sizes that do not fit together end in errors of many kinds
