@@ -236,7 +236,7 @@ LATIN = "caf\xe9".encode("latin-1")
 DEEP = "[" * 100_000 + "]" * 100_000
 HUGE_LENGTH = struct.pack("<Q", 2**63)
 ORDER = "--order order.json"
-CHATS = "--sft_dataset chats.jsonl"
+CHATS = "--sft_dataset chats.jsonl --sft_heldout_chats 0"
 TEMPLATE = write(
     "teacher/chat_template.jinja", "{% for m in messages %}{{ m['content'] + '.' }}{% endfor %}"
 )

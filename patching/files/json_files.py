@@ -7,14 +7,14 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+def read_object(path: Path, may_be_null: bool = False) -> dict[str, Any] | None:
+    """Return the JSON object in a file, None for a null where there may be one.
 
     Raises ValueError if the file holds anything else, OSError if it cannot be read.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) and not (values is None and may_be_null):
             raise ValueError("it holds no JSON object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it") from error

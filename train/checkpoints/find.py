@@ -60,9 +60,9 @@ def check_resumable(
     way, and shard its models or not as before. Raises ValueError for a damaged file, too.
     """
     folder = Path(checkpoint)
-    for path in (folder / TRAINER_STATE_NAME, folder / STREAM_FILE_NAME):
-        if path.is_file():
-            read_object(path)
+    for name in (TRAINER_STATE_NAME, STREAM_FILE_NAME):
+        if (folder / name).is_file():  # before the first step there is no position in a stream
+            read_object(folder / name, may_be_null=name == STREAM_FILE_NAME)
     problems = []
     if not any(folder.glob("optimizer*")):
         problems.append("it holds only the model (--save_only_model), so no run can continue it")
