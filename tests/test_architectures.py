@@ -64,6 +64,7 @@ def test_cached_generation_equals_uncached(model_type):
 PAIRS = {kind: family_pair(kind, tied=True) for kind in ("gemma3_text", "olmo3", "qwen3_moe")}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @given(
     kind=st.sampled_from(sorted(PAIRS)),

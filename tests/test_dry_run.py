@@ -109,6 +109,7 @@ def test_kept_activations_are_those_autograd_keeps():
     assert saved_for_backward_bytes(config, checkpointed, is_sharded=False) < estimate / 4
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_can_be_divided():
     student = student_config(QWEN3_4B, LayerMap(default_kept_layers(36, 2, 1, 2), 36))
     batch = MicroBatch(2, 2048, torch.bfloat16, activation_checkpointing=True)
@@ -193,6 +194,7 @@ def test_every_optimizer_that_may_be_chosen_has_a_size():
         assert optimizer_bytes(nn.Linear(4, 4), optimizer) >= 0
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_hold_a_copy_of_the_gradients():
     student = student_config(QWEN3_4B, LayerMap(default_kept_layers(36, 2, 1, 2), 36))
     batch = MicroBatch(2, 2048, torch.bfloat16, activation_checkpointing=True)

@@ -30,24 +30,15 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param(
-            "import evaluate; evaluate.load, evaluate.Metric, evaluate.__version__",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("from evaluate import load, combine", marks=pytest.mark.slow),
-        pytest.param("import evaluate.loading; evaluate.load", marks=pytest.mark.slow),
-        pytest.param(
-            "from evaluate.utils.file_utils import is_relative_path; import evaluate; "
-            "evaluate.Metric",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "import evaluate.evaluate; import evaluate.report; import evaluate; evaluate.load",
-            marks=pytest.mark.slow,
-        ),
+        "import evaluate; evaluate.load, evaluate.Metric, evaluate.__version__",
+        "from evaluate import load, combine",
+        "import evaluate.loading; evaluate.load",
+        "from evaluate.utils.file_utils import is_relative_path; import evaluate; evaluate.Metric",
+        "import evaluate.evaluate; import evaluate.report; import evaluate; evaluate.load",
         "from evaluate.module import Metric; import evaluate; assert evaluate.Metric is Metric",
     ],
 )

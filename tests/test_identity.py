@@ -92,6 +92,7 @@ def test_what_may_change_does_and_a_new_learning_rate_is_announced(
     assert 0 < rates[2] < 1e-5  # step 3 of the new schedule
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_model_alone_is_refused(
     stopped, pair_folders, text_file, tmp_path, capsys
 ):
@@ -102,6 +103,7 @@ def test_a_checkpoint_of_the_model_alone_is_refused(
     assert "it holds only the model (--save_only_model)" in error
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_requeued_succeeds_and_says_so(
     pair_folders, text_file, tmp_path, capsys
 ):

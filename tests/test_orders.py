@@ -167,6 +167,7 @@ def test_the_area_is_the_mean_along_parameters():
     assert findings._area(members) == pytest.approx((30 + 30) / 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_stopped_and_started_again(exact, flags, tmp_path, monkeypatch, stop_after):
     """After 9 trees, it is stopped in the search for scales."""

@@ -83,6 +83,7 @@ def test_each_distinct_prefix_is_run_once(order, expected):
     assert calls.total() == tree.num_layer_forwards == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.frozensets(st.integers(0, 3)), min_size=1, max_size=6, unique=True))
 def test_any_sets_of_patched_layers(small_pair, patched):

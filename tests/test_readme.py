@@ -357,6 +357,7 @@ def test_published_evaluations_and_their_report_run(
     assert "one: k = 4" in (tmp_path / "both" / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_published_evaluation_on_text_runs(tmp_path):
     for name, model in (
         ("teacher", tiny_model(encoder_config("bert", NUM_LAYERS))),

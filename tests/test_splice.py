@@ -140,9 +140,9 @@ print(len(sys.argv) - 1, "the same")
 """
 
 
-@pytest.mark.parametrize("run", ["fast tests", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_a_fresh_process_the_logits_are_those_of_the_model_in_memory(run, saved_members):
-    """Of the members that the tests above saved in this run."""
+@pytest.mark.slow
+def test_in_a_fresh_process_the_logits_are_those_of_the_model_in_memory(saved_members):
+    """Of the members that the slow tests above saved, one pair of each family."""
     if not saved_members:
         pytest.skip("nothing was saved: run this file as a whole")
     done = subprocess.run(

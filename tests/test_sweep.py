@@ -300,6 +300,7 @@ def test_scores_are_those_of_simple_evaluate(pair_folders, tasks, tmp_path, num_
     assert found["results"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_everything_a_family_can_be_compared_with(pair_folders, tasks, tmp_path):
     """Both baselines, another student's family, and other models, one with another tokenizer."""

@@ -128,6 +128,7 @@ def whole_cache(pair_folders, text_file, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_from_the_cache_is_the_run_with_the_teacher(
     pair_folders, text_file, whole_cache, tmp_path, monkeypatch
 ):

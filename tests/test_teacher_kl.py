@@ -66,6 +66,7 @@ def test_a_small_divergence_is_not_lost_in_rounding():
     assert found[1].item() == pytest.approx(expected.item(), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIDES)
 def test_layers_of_a_search_are_counted_as_they_run(name, monkeypatch):
     layer_map = LayerMap((0, 2, 4, 6, 8, 9), 10)

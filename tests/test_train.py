@@ -300,6 +300,7 @@ def test_the_layers_to_shard_are_the_teachers(pair_folders, tmp_path):
         layer_classes(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_help_and_wrong_flags_do_not_import_the_trainer(tmp_path):
     """Those imports take seconds."""
     code = (
