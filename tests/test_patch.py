@@ -30,6 +30,7 @@ def flags(pair_folders, folder, **changes):
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_saved_intermediate_is_an_ordinary_checkpoint(pair_folders, tmp_path):
     folder = tmp_path / "k1"

@@ -458,9 +458,8 @@ patch.main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize(
-    ("where", "after"), [("copy_bytes", 4), pytest.param("write_json", 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "after"), [("copy_bytes", 4), ("write_json", 1)])
 def test_a_run_that_is_killed_leaves_nothing_that_loads(where, after, pair, tmp_path):
     out = tmp_path / "results" / "out"
     done = subprocess.run(
