@@ -19,6 +19,7 @@ from conftest import save_pair
 from killed import Command, ranks_of
 from local_tasks import CHOICE, GENERATION, QUESTIONS, flags, write_task
 from safetensors.torch import load_file
+from small_disks import mounted
 from transformers import AutoModelForCausalLM
 
 from patching.matched_scale import MatchedScales, SetScale
@@ -281,15 +282,8 @@ def found_in(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def small_disk(work) -> Iterator[Path]:
     """A file system of 300 kB, less than any of these commands writes."""
-    folder = work / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a tmpfs can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(work / "disk", "-o", "size=300k") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("name", COMMANDS)

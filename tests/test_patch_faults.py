@@ -16,6 +16,7 @@ from conftest import ROOT
 from patching_models import change_config, family_pair, save_models
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_disks import mounted
 from transformers import AutoModelForCausalLM
 
 from patching.files import outputs
@@ -332,27 +333,16 @@ def test_too_little_room_is_seen_before_anything_is_written(pair, tmp_path, caps
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 64 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a tmpfs can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "-o", "size=64k") as folder:
+        yield folder
 
 
 @pytest.fixture
 def mount_point(tmp_path) -> Iterator[Path]:
     """An empty file system of its own, as a new disk is."""
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)]).returncode:
-        pytest.skip("a tmpfs can only be mounted by root")
-    (folder / "lost+found").mkdir()
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "mounted") as folder:
+        (folder / "lost+found").mkdir()
+        yield folder
 
 
 def test_into_a_mount_point(pair, mount_point, capsys):

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.training_args import ParallelMode
 
 from patching.architectures.lookup import check_builds, max_positions, read_config
-from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
+from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.arguments import CalibrationArguments
 from patching.blocks import LayerMap, as_layer_list
 from patching.checkpoints.fingerprint import fingerprint
@@ -195,8 +195,7 @@ def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrain
     name, revision = model_args.teacher_model_name_or_path, model_args.revision
     flag, trust_remote_code = "teacher_model_name_or_path", model_args.trust_remote_code
     config = read_config(flag, name, revision, trust_remote_code)
-    check_builds(flag, name, config, trust_remote_code)
-    logit_change(empty_model(config, trust_remote_code=trust_remote_code))  # raises
+    logit_change(check_builds(flag, name, config, trust_remote_code))  # raises
     longest = max_positions(config)
     if longest is not None and max_length > longest:
         raise ValueError(

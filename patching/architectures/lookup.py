@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from patching.architectures.config import config_for, depth_field
 from patching.architectures.distilbert import as_bert_config
@@ -219,11 +219,13 @@ def read_config(
 
 def check_builds(
     flag: str, name_or_path: str, config: PreTrainedConfig, trust_remote_code: bool
-) -> None:
-    """Raise ValueError unless transformers builds an empty model of a config that was read."""
+) -> PreTrainedModel:
+    """Return an empty model of a config that was read. Raises ValueError unless transformers builds
+    one.
+    """
     config = copy.deepcopy(config)  # building a model sets dtypes in it
     try:
-        empty_model(config, trust_remote_code=trust_remote_code)
+        return empty_model(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # sizes that do not fit together end in errors of many kinds
         raise ValueError(
             f"{flag}={name_or_path}: transformers cannot build a model of its "

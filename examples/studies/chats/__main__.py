@@ -11,7 +11,6 @@ students, such as `--max_steps 30`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,8 @@ from examples.studies.chats.findings import (
 )
 from examples.studies.chats.picture import draw
 from examples.studies.chats.students import SETTINGS, make
-from examples.studies.claims.__main__ import keep_settings
+from examples.studies.record import keep_settings, study_parser, write_record
 from patching.cli.command_line import user_errors
-from patching.files.outputs import environment, write_json, write_text
-from patching.files.plot import save_figure
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,37 +47,23 @@ def write_findings(
     scores = read_scores(folder, seeds)
     claims, of_teachers = claims_of(scores), cosines(folder, seeds[0])
     tables = [claims_table(claims), *map(scores_table, scores.values()), cosines_table(of_teachers)]
-    text = "\n\n".join(tables)
-    print(f"\n{text}")
-    save_directory.mkdir(parents=True, exist_ok=True)
-    write_text(save_directory / "chats.md", f"{text}\n")
-    save_figure(draw(scores), save_directory / "chats.png")
     values = {
         "seeds": seeds,
         "distillation": SETTINGS,
         "settings": settings,
-        "environment": {key: value for key, value in environment().items() if key != "command"},
         "teachers": teacher_records(folder),
         "claims": [claim._asdict() | {"here": claim.verdict} for claim in claims],
         "cosines": of_teachers,
         **scores,
     }
-    write_json(save_directory / "chats.json", json.loads(json.dumps(values)))
+    write_record(save_directory, "chats", "\n\n".join(tables), draw(scores), values)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="examples.studies.chats",
-        allow_abbrev=False,  # `--seed` is another flag
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="for models and results")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = study_parser("chats", __doc__)
     parser.add_argument(
         "--documents", type=int, default=None, help="documents of each task (default: all)"
     )
-    parser.add_argument("--save_directory", type=Path, help="for what was found")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from evaluate.result import Result, read_results
 from examples.stdlib.chat_data import NEW_SUMS, TASK_NAMES
 from examples.studies.chats.students import SWEEPS, TEACHERS, TEXT_TASK
-from examples.studies.claims.findings import Claim, Lines, between, with_error
+from examples.studies.claims import findings as shared
+from examples.studies.claims.findings import Claim, Lines, between
 from examples.studies.claims.students import missing_sweeps
 
 LABELS = {
@@ -102,22 +104,8 @@ def claims_of(scores: dict[str, Lines]) -> list[Claim]:
     return claims
 
 
-def claims_table(claims: Sequence[Claim]) -> str:
-    rows = ["| claim | expected | here | gain, by layers |", "| --- | --- | --- | --- |"]
-    for claim in claims:
-        gains = ", ".join(f"{depth}: {with_error(of)}" for depth, of in claim.gains.items())
-        rows.append(f"| {claim.text} | {claim.in_the_paper} | {claim.verdict} | {gains} |")
-    return "\n".join(rows)
-
-
-def scores_table(lines: Lines) -> str:
-    """One row for each sweep, one column for each number of layers."""
-    depths = sorted(set().union(*lines.values()))
-    rows = [["students", *map(str, depths)], ["---", *["---:"] * len(depths)]]
-    for name, line in lines.items():
-        scores = (with_error(line[depth]) if depth in line else "" for depth in depths)
-        rows.append([LABELS[name], *scores])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+claims_table = partial(shared.claims_table, header="| claim | expected | here | gain, by layers |")
+scores_table = partial(shared.scores_table, labels=LABELS, first_column="students")
 
 
 def cosines(folder: Path, seed: int) -> dict[str, dict[str, float]]:

@@ -1,13 +1,10 @@
 """The picture of the study: on chats and on text, by number of layers."""
 
-from itertools import cycle
-
 from matplotlib.figure import Figure
 
 from examples.studies.chats.findings import LABELS
 from examples.studies.claims.findings import Lines
-from examples.studies.claims.picture import draw_line
-from patching.files.plot import LOOKS
+from examples.studies.claims.picture import draw_panel
 
 AXES = {
     "exact_match": "exact match on chats (higher is better)",
@@ -25,14 +22,6 @@ def draw(scores: dict[str, Lines]) -> Figure:
     """Draw the standard deviation over seeds as error bars."""
     figure = Figure(figsize=(4 * len(PANELS), 3.4), layout="constrained")
     for axes, (title, score, sweeps) in zip(figure.subplots(1, len(PANELS)), PANELS):
-        for sweep, (color, line, marker) in zip(sweeps, cycle(LOOKS)):
-            style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
-            if sweep in scores[score]:
-                draw_line(axes, scores[score][sweep], LABELS[sweep], style)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("layers", fontsize=8)
-        axes.set_ylabel(AXES[score], fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        labels = {sweep: LABELS[sweep] for sweep in sweeps}
+        draw_panel(axes, title, AXES[score], scores[score], labels)
     return figure

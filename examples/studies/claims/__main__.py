@@ -24,9 +24,8 @@ from examples.studies.claims.findings import (
 )
 from examples.studies.claims.picture import draw
 from examples.studies.claims.students import SWEEPS, make, missing_sweeps
+from examples.studies.record import keep_settings, study_parser, write_record
 from patching.cli.command_line import user_errors
-from patching.files.outputs import environment, write_json, write_text
-from patching.files.plot import save_figure
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,15 +44,6 @@ def main(argv: list[str] | None = None) -> None:
         print("not evaluated yet:", ", ".join(str(path.relative_to(folder)) for path in missing))
 
 
-def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError if what is in the folder was made with other settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
-    if path.is_file() and (before := json.loads(path.read_text())) != settings:
-        raise ValueError(f"{folder} was made with {before}: choose another --folder")
-    write_json(path, settings)
-
-
 def write_findings(
     folder: Path, seeds: list[int], settings: dict[str, Any], save_directory: Path
 ) -> None:
@@ -61,38 +51,25 @@ def write_findings(
     lines, accuracy = (read_lines(folder, seeds, score) for score in (BITS, ACCURACY))
     claims = claims_of(lines)
     text = "\n\n".join([claims_table(claims), scores_table(lines), scores_table(accuracy)])
-    print(f"\n{text}")
-    save_directory.mkdir(parents=True, exist_ok=True)
-    write_text(save_directory / "claims.md", f"{text}\n")
-    save_figure(draw(lines), save_directory / "claims.png")
     laco = folder / f"seed_{seeds[0]}" / "results/all_terms/laco.json"
     values = {
         "seeds": seeds,
         "distillation": DISTILLATION,
         "settings": settings,
-        "environment": {key: value for key, value in environment().items() if key != "command"},
         "claims": [claim._asdict() | {"here": claim.verdict} for claim in claims],
         "bits_per_byte": lines,
         "next_line_accuracy": accuracy,
         "laco": json.loads(laco.read_text())["laco"] if laco.is_file() else None,
     }
-    write_json(save_directory / "claims.json", values)
+    write_record(save_directory, "claims", text, draw(lines), values)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="examples.studies.claims",
-        allow_abbrev=False,  # `--seed` is another flag
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="for students and results")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser = study_parser("claims", __doc__)
     parser.add_argument(
         "--documents", type=int, default=None, help="documents of each task (default: all)"
     )
     parser.add_argument("--sweeps", default=",".join(SWEEPS), help="a part of the sweeps")
-    parser.add_argument("--save_directory", type=Path, help="for what was found")
     return parser
 
 

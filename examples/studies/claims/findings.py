@@ -5,7 +5,7 @@ model is than another, for every seed. It is answered with yes if all of its gai
 all seeds, with no if none is, and with partly otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -170,24 +170,26 @@ def claims_of(lines: Lines) -> list[Claim]:
     ]
 
 
-def claims_table(claims: Sequence[Claim]) -> str:
+def claims_table(
+    claims: Sequence[Claim],
+    header: str = "| claim | in the paper | here | gain in bits per byte, by layers |",
+) -> str:
     """One row for each claim: the answers, and the gain at each number of layers."""
-    rows = [
-        "| claim | in the paper | here | gain in bits per byte, by layers |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = [header, "| --- | --- | --- | --- |"]
     for claim in claims:
         gains = ", ".join(f"{depth}: {with_error(of)}" for depth, of in claim.gains.items())
         rows.append(f"| {claim.text} | {claim.in_the_paper} | {claim.verdict} | {gains} |")
     return "\n".join(rows)
 
 
-def scores_table(lines: Lines) -> str:
-    """One row for each line, one column for each number of layers."""
+def scores_table(
+    lines: Lines, labels: Mapping[str, str] = LABELS, first_column: str = "models"
+) -> str:
+    """One row for each line that has a label, one column for each number of layers."""
     depths = sorted(set().union(*lines.values()))
-    rows = [["models", *map(str, depths)], ["---", *["---:"] * len(depths)]]
-    for name in (name for name in LABELS if name in lines):
+    rows = [[first_column, *map(str, depths)], ["---", *["---:"] * len(depths)]]
+    for name in (name for name in labels if name in lines):
         line = lines[name]
         scores = (with_error(line[depth]) if depth in line else "" for depth in depths)
-        rows.append([LABELS[name], *scores])
+        rows.append([labels[name], *scores])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,5 +1,6 @@
 """The picture of the study: one panel for each group of claims, bits per byte against layers."""
 
+from collections.abc import Mapping
 from itertools import cycle
 from statistics import mean, stdev
 
@@ -51,20 +52,27 @@ def draw(lines: Lines) -> Figure:
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, labels) in zip(all_axes, panels.items()):
-        for (name, label), (color, line, marker) in zip(labels.items(), cycle(LOOKS)):
-            style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
-            if name in lines:
-                draw_line(axes, lines[name], label, style)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("layers", fontsize=8)
-        axes.set_ylabel("bits per byte (lower is better)", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        draw_panel(axes, title, "bits per byte (lower is better)", lines, labels)
     return figure
 
 
-def draw_line(axes: Axes, line: dict[int, list[float]], label: str, style: dict) -> None:
+def draw_panel(
+    axes: Axes, title: str, y_label: str, lines: Lines, labels: Mapping[str, str]
+) -> None:
+    """Draw those of the labeled lines that are there, by number of layers."""
+    for (name, label), (color, line, marker) in zip(labels.items(), cycle(LOOKS)):
+        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
+        if name in lines:
+            draw_line(axes, lines[name], label, style)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("layers", fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_line(axes: Axes, line: Mapping[float, list[float]], label: str, style: dict) -> None:
     depths = sorted(line)
     errors = [stdev(line[depth]) if len(line[depth]) > 1 else 0 for depth in depths]
     means = [mean(line[depth]) for depth in depths]

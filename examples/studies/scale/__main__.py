@@ -12,15 +12,13 @@ import argparse
 from pathlib import Path
 
 from examples.stdlib.demo import DISTILLATION
-from examples.studies.claims.__main__ import keep_settings
 from examples.studies.orders import PAIRS
+from examples.studies.record import keep_settings, study_parser, write_record
 from examples.studies.scale.findings import findings_of
 from examples.studies.scale.pairs import SETTINGS, STUDENTS, make
 from examples.studies.scale.picture import draw
 from examples.studies.scale.tables import all_tables
 from patching.cli.command_line import user_errors
-from patching.files.outputs import environment, write_json, write_text
-from patching.files.plot import save_figure
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,31 +38,18 @@ def main(argv: list[str] | None = None) -> None:
 def write_findings(folder: Path, seeds: list[int], save_directory: Path) -> None:
     """Print and write what is found about the pairs that have all seeds."""
     pairs = [found for pair in PAIRS if (found := findings_of(pair, folder, seeds))]
-    text = all_tables(pairs)
-    print(f"\n{text}")
-    save_directory.mkdir(parents=True, exist_ok=True)
-    write_text(save_directory / "scale.md", f"{text}\n")
-    save_figure(draw(pairs), save_directory / "scale.png")
     values = {
         "seeds": seeds,
         "distillation": DISTILLATION,
         "of_pairs": {pair: PAIRS[pair]["student"] | SETTINGS.get(pair, {}) for pair in PAIRS},
-        "environment": {key: value for key, value in environment().items() if key != "command"},
         "pairs": pairs,
     }
-    write_json(save_directory / "scale.json", values)
+    write_record(save_directory, "scale", all_tables(pairs), draw(pairs), values)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="examples.studies.scale",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = study_parser("scale", __doc__)
     parser.add_argument("pair", choices=PAIRS)
-    parser.add_argument("--folder", type=Path, required=True, help="for models and scores")
-    parser.add_argument("--seeds", default="0,1,2", help="of the students")
     parser.add_argument(
         "--students", default=",".join(STUDENTS), help="without and with the length term"
     )
@@ -72,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--student_steps", type=int, default=DISTILLATION["max_steps"], help="of each student"
     )
-    parser.add_argument("--save_directory", type=Path, help="for what was found")
     return parser
 
 

@@ -1,11 +1,11 @@
 """The picture of the study: KL against parameters, a row for each pair, a column for each order."""
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from examples.studies.claims.picture import draw_line
 from patching.files.plot import LOOKS
 
 LINES = {"plain": "as is", "one": "one factor of 1.2", "matched": "matched scale"}
@@ -24,13 +24,8 @@ def draw(pairs: Sequence[Mapping[str, Any]]) -> Figure:
             sizes = found["orders"][order]["sizes"]
             for (name, label), (color, line, marker) in zip(LINES.items(), LOOKS):
                 values = [ends[0], *(of_size["kl"][name] for of_size in sizes), ends[1]]
-                errors = [stdev(of) if len(of) > 1 else 0 for of in values]
-                axes.errorbar(
-                    *(millions, [mean(of) for of in values]),
-                    yerr=errors,
-                    **{"color": color, "linestyle": line, "marker": marker, "label": label},
-                    **{"markersize": 4, "capsize": 2, "elinewidth": 0.8},
-                )
+                style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
+                draw_line(axes, dict(zip(millions, values)), label, style)
             axes.set_title(f"{found['pair']}, {order}", fontsize=9)
             axes.set_xlabel("parameters (millions)", fontsize=8)
             axes.set_ylabel("KL, nats per token", fontsize=8)
