@@ -27,8 +27,9 @@ test-faults: $(VENV)/requirements_dev.done
 	$(RUN) -m pytest -m faults
 
 # Makes the engines' environments in .engines, llama.cpp from source. The tables are those of docs/engines.md.
+# ENGINES=transformers4,mlx_lm runs only some engines.
 test-engines: $(VENV)/requirements_dev.done
-	$(RUN) -m examples.engines --quantize --write
+	$(RUN) -m examples.engines --quantize --write $(if $(ENGINES),--engines $(ENGINES))
 
 lint: $(VENV)/requirements_dev.done
 	$(RUN) -m ruff check .
