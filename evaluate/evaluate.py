@@ -20,7 +20,12 @@ import warnings
 from typing import TYPE_CHECKING
 
 from evaluate.arguments import EvaluationArguments
-from patching.cli.command_line import CommandLineParser, print_search_step, user_errors
+from patching.cli.command_line import (
+    CommandLineParser,
+    print_search_step,
+    run_command,
+    user_errors,
+)
 from patching.files.outputs import check_writable, environment
 
 if TYPE_CHECKING:
@@ -137,4 +142,4 @@ def with_searched_order(plan: Plan, ranks: Ranks) -> Plan:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command goes on with the tasks it has not finished")

@@ -22,7 +22,11 @@ from evaluate.reporting.exports import csv_table, json_summary
 from evaluate.reporting.tables import markdown_report, page_name
 from evaluate.result import Result, read_results
 from evaluate.shards import merged, shards_of
-from patching.cli.command_line import CommandLineParser, user_errors
+from patching.cli.command_line import (
+    CommandLineParser,
+    run_command,
+    user_errors,
+)
 from patching.files.outputs import check_writable, write_bytes, write_json, write_text
 
 
@@ -177,4 +181,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

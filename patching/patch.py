@@ -28,6 +28,7 @@ from patching.cli.command_line import (
     CommandLineParser,
     check_one_process,
     print_search_step,
+    run_command,
     user_errors,
 )
 from patching.cli.units import bytes_text, count_text, parse_bytes
@@ -238,12 +239,31 @@ def searching(arguments: PatchArguments, family: Family):
 
 
 def folders_of(arguments: PatchArguments, members: Iterable[int | None]) -> list[Path]:
-    """The folder of each member that the flags name. Raises ValueError if one cannot be made."""
+    """The folder of each member that the flags name. Raises ValueError if one cannot be made. One
+    of several may hold a model, which `saved_before` looks at.
+    """
     folder = arguments.save_directory
     folders = [folder if k is None else folder / f"k{k}" for k in members]
     for path in folders:
-        check_new_folder(path)
+        if not (arguments.names_several and (path / "config.json").is_file()):
+            check_new_folder(path)
     return folders
+
+
+def saved_before(
+    arguments: PatchArguments, plans: Sequence[SavePlan], folders: Sequence[Path]
+) -> set[Path]:
+    """The folders in which the same command, stopped before it had saved all sizes, saved one.
+    Raises ValueError for any other folder that is not empty.
+    """
+    if not arguments.names_several:
+        return set()
+    made_by = asdict(arguments)
+    saved = {path for plan, path in zip(plans, folders) if plan.is_saved_in(path, made_by)}
+    for path in folders:
+        if path not in saved:
+            check_new_folder(path)
+    return saved
 
 
 def save(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> None:
@@ -262,11 +282,15 @@ def save(arguments: PatchArguments, family: Family, max_shard_bytes: int) -> Non
             plan_save(family, patched_layers, folder, max_shard_bytes)
             for patched_layers, folder in zip(members.values(), folders)
         ]
-        same = same_files(plans, folders)
+        saved = saved_before(arguments, plans, folders)
+        same = same_files(plans, folders, saved)
     for reason in {plan.reason_to_load for plan in plans} - {None}:
         print(f"{reason}: the models are loaded instead of copied file to file")
     name = repository or arguments.save_directory.resolve().name
     for k, plan, folder, existing in zip(members, plans, folders, same):
+        if folder in saved:
+            print(f"{folder}: k = {k} is saved already", flush=True)
+            continue
         with user_errors((OSError, OutOfRange)):
             plan.save(folder, name if k is None else f"{name}-k{k}", asdict(arguments), existing)
         print(summary(plan, folder), flush=True)
@@ -343,4 +367,4 @@ def table(sizes: Sequence[Size], context: int | None, batch: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,7 +17,12 @@ from typing import Any
 
 from patching.arguments import CalibrationArguments, FamilyArguments, MeasuringArguments
 from patching.blocks import LayerMap
-from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
+from patching.cli.command_line import (
+    CommandLineParser,
+    check_one_process,
+    run_command,
+    user_errors,
+)
 from patching.files.outputs import check_writable, environment, write_json, write_text
 
 FILE_NAME = "similarity"
@@ -117,4 +122,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

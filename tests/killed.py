@@ -1,16 +1,19 @@
-"""Command lines in processes that can be killed at any moment: forked from one that has imported
+"""Command lines in processes that can be stopped at any moment: forked from one that has imported
 everything, so that a try takes as long as the command itself.
 """
 
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from patching.cli.command_line import run_command
 
 
 def run(module: str, words: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
@@ -20,11 +23,13 @@ def run(module: str, words: Sequence[str], log: str, environment: Mapping[str, s
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [module, *words]
-    import_module(module).main(list(words))
+    # What multiprocessing does in its children is not what a shell does.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_command(import_module(module).main)
 
 
 class Command:
-    """A command line to start, and to kill."""
+    """A command line to start, and to stop."""
 
     def __init__(self, module: str, words: Sequence[object], log: Path) -> None:
         self.module, self.words, self.log = module, [str(word) for word in words], log
@@ -40,26 +45,25 @@ class Command:
 
     def finish(self, **environment: str) -> float:
         """Run to the end and return the seconds it took."""
+        idle = self._context.Process(target=int)
+        idle.start()
+        idle.join()  # until everything is imported
         start = time.monotonic()
         process = self.start(**environment)
         process.join()
         assert process.exitcode == 0, self.log.read_text()[-3000:]
         return time.monotonic() - start
 
-    def kill_within(self, seconds: float, **environment: str) -> bool:
-        """Kill it at a random moment. Return whether it was still running."""
-        process = self.start(**environment)
-        time.sleep(random.uniform(0, seconds))
-        is_running = process.is_alive()
-        process.kill()
-        process.join()
-        return is_running
-
-
-def ranks_of(command: Command, port: int) -> list[BaseProcess]:
-    """Start two ranks as torchrun does."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    return [
-        command.start(**address, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
-        for rank in ("0", "1")
-    ]
+    def killed_within(self, seconds: float, num_times: int) -> Iterator[bool]:
+        """Kill it at random moments until it was killed `num_times`. Yields after each try whether
+        it was still running.
+        """
+        num_kills = 0
+        while num_kills < num_times:
+            process = self.start()
+            time.sleep(random.uniform(0, seconds))
+            was_running = process.is_alive()
+            process.kill()
+            process.join()
+            num_kills += was_running
+            yield was_running

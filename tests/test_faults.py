@@ -87,7 +87,7 @@ def commands(given: Path, folder: Path) -> dict[str, tuple[str, list[object]]]:
             ["--student", given / "student", *teachers, *out],
         ),
         "training": ("train.train", training(given, folder)),
-        "search": ("patching.orders", [*parents, *text, *out]),
+        "search": ("patching.orders.__main__", [*parents, *text, *out]),
         "sweep": (
             "evaluate.evaluate",
             flags((given / "teacher", given / "student"), folder, **values),
@@ -125,11 +125,10 @@ def test_models(name, given, work):
 
     whole, out = work / "whole", work / "killed" / "out"
     seconds = command(whole).finish()
-    assert ("scale" in name) == bool(
-        json.loads((whole / "boomerang.json").read_text()).get("scale")
-    )
-    for _ in range(NUM_KILLS):
-        command(out).kill_within(seconds)
+    if name.startswith("splice"):
+        provenance = json.loads((whole / "provenance.json").read_text())
+        assert ("scale" in name) == ("matched_scale" in provenance)
+    for _ in command(out).killed_within(seconds, NUM_KILLS):
         check_finished_or_not_loadable(out, whole)
     command(out).finish()
     assert same_weights(out, whole)
@@ -141,9 +140,8 @@ def test_training(given, work):
     whole, killed = work / "whole", work / "killed"
     command = Command("train.train", training(given, killed), work / "log")
     seconds = Command("train.train", training(given, whole), work / "log").finish()
-    steps, num_kills = [0], 0
-    while num_kills < NUM_KILLS:
-        num_kills += command.kill_within(seconds)
+    steps = [0]
+    for _ in command.killed_within(seconds, NUM_KILLS):
         steps.append(newest_step(killed))
         assert steps[-1] >= steps[-2]  # no checkpoint is lost
         if (killed / "config.json").exists():
@@ -185,9 +183,11 @@ def test_training_on_two_ranks(given, work):
     two_ranks(Command("train.train", training(given, whole), work / "log"))
     seconds = time.monotonic() - start
     command, steps = Command("train.train", training(given, killed), work / "log"), [0]
-    for _ in range(NUM_KILLS):
+    num_kills = 0
+    while num_kills < NUM_KILLS:
         ranks = ranks_of(command, free_port())
         time.sleep(random.uniform(0, seconds))
+        num_kills += all(rank.is_alive() for rank in ranks)
         for rank in random.sample(ranks, 2):
             rank.kill()
             rank.join()
@@ -244,8 +244,7 @@ def test_sweep(given, work):
     whole, killed = work / "whole", work / "killed"
     seconds = command(whole).finish()
     before: dict[str, Any] = {}
-    for _ in range(NUM_KILLS):
-        command(killed).kill_within(seconds)
+    for _ in command(killed).killed_within(seconds, NUM_KILLS):
         now = finished(killed) if killed.is_dir() else {}
         assert {part: now[part] for part in before} == before  # nothing stored is lost
         before = now
@@ -261,12 +260,13 @@ def test_sweep(given, work):
 def test_order_search(given, work):
     def command(folder: Path) -> Command:
         words = [*pair(given), "--calibration", given / "text.jsonl", "--save_directory", folder]
-        return Command("patching.orders", [*words, "--exact", "--dtype", "float32"], work / "log")
+        return Command(
+            "patching.orders.__main__", [*words, "--exact", "--dtype", "float32"], work / "log"
+        )
 
     whole, killed = work / "whole", work / "killed"
     seconds = command(whole).finish()
-    for _ in range(NUM_KILLS):
-        command(killed).kill_within(seconds)
+    for _ in command(killed).killed_within(seconds, NUM_KILLS):
         if (killed / "order.json").exists():
             assert found_in(killed) == found_in(whole)
             shutil.rmtree(killed)

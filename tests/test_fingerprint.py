@@ -6,8 +6,8 @@ import shutil
 import pytest
 from huggingface_hub import constants
 
-from patching.checkpoints import fingerprint as module
 from patching.checkpoints.fingerprint import GENERATION, TOKENIZER, fingerprint
+from patching.files import hashes as module
 from patching.recipe import Reference
 
 

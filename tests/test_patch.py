@@ -320,8 +320,16 @@ def test_several_sizes_are_folders_that_share_their_files(tmp_path, folders, cap
     assert first[0].st_nlink == 2
 
     with pytest.raises(SystemExit):
-        main(asked)
+        main([*asked, "--dtype", "float16"])
     assert f"{shared / 'k0'} is not empty" in capsys.readouterr().err
+    shutil.rmtree(shared / "k1")  # as if the command had been stopped
+    before = {path: path.stat().st_mtime_ns for path in shared.rglob("*")}
+    main(asked)
+    k0, k1, k2 = capsys.readouterr().out.splitlines()
+    assert "k0: k = 0 is saved already" in k0 and "k2: k = 2 is saved already" in k2
+    assert k1.startswith(f"{shared / 'k1'}: k = 1, ")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert min((shared / "k1").glob("*.safetensors")).stat().st_ino == first[0].st_ino
 
 
 def test_several_sizes_without_hard_links(tmp_path, folders, monkeypatch):

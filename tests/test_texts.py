@@ -1,6 +1,8 @@
-"""Which texts also appear in others."""
+"""Reading texts, and finding those that also appear in others."""
 
-from patching.files.texts import num_found_in
+import os
+
+from patching.files.texts import load_documents, num_found_in
 
 
 def test_texts_are_found_however_they_are_cut():
@@ -17,3 +19,14 @@ def test_texts_are_found_however_they_are_cut():
     for text, is_found in texts.items():
         assert num_found_in([text], others) == is_found
     assert num_found_in(texts, others) == 3
+
+
+def test_other_text_with_the_name_size_and_time_of_the_first_is_read(tmp_path):
+    """As after `cp -p` or a clock that was set back."""
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one"}\n')
+    before = path.stat()
+    assert load_documents(str(path))["text"] == ["one"]
+    path.write_text('{"text": "two"}\n')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_documents(str(path))["text"] == ["two"]

@@ -16,7 +16,12 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
+from patching.cli.command_line import (
+    CommandLineParser,
+    check_one_process,
+    run_command,
+    user_errors,
+)
 from patching.files.outputs import check_writable
 from train.data_args import DataArguments
 
@@ -78,4 +83,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command goes on from the rows it has written")

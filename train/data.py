@@ -151,13 +151,14 @@ def load_rows(
         held_out = given_held_out(arguments)
     else:
         held_out = concatenate_datasets(samples) if samples[0] is not None else None
-    if as_stream and isinstance(texts[0], Dataset):
+    reads_files = not isinstance(texts[0], Dataset)
+    if as_stream and not reads_files:
         texts = [texts[0].to_iterable_dataset()]
     if isinstance(texts[0], IterableDataset):
         workers = Workers(cut, arguments.tokenizer_processes)
         buffer = arguments.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
         streams = [
-            TextStream(source.name, text, workers, buffer, seed)
+            TextStream(source.name, text, workers, buffer, seed, reads_files)
             for source, text in zip(sources, texts)
         ]
         weights = [source.weight for source in sources]

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +26,7 @@ from patching.checkpoints.origin import origin_of
 from patching.checkpoints.splice import OutOfRange
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
+from patching.files.texts import state_of_files
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import logit_change
@@ -64,6 +66,7 @@ from train.refused_flags import ignored_flags
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
 from train.sharding import check_replicas, reads_weights, without_weights
 from train.speed import check_liger_knows, reuse_freed_memory
+from train.stream import TextChanged
 from train.student import cast_parameters, check_range, new_student, student_companions
 from train.teacher_cache import TeacherCache, settings_of
 from train.trainer import DistillationTrainer
@@ -127,6 +130,9 @@ def run(
         num_set_aside = 0 if masking is not None else data_args.num_set_aside
         rows = read_rows(data_args, chat_args, args, tokenizer, num_set_aside)
         settings["text"] = text_fingerprint(rows, data_args.dataset)
+        if rows.is_stream:  # known by its name alone
+            files = state_of_files(data_args.dataset)
+            settings["text_bytes"] = sum(num_bytes for _, num_bytes, *_ in files)
         if chat_args.sft_dataset is not None:
             settings["chat_template"] = template_key(tokenizer)
         if checkpoint is not None:
@@ -174,10 +180,17 @@ def run(
         if trainer.stop_on_sigterm.stopped:
             exit_after_sigterm(trainer)
         save_run(made, trainer, companions)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        exit_out_of_memory(trainer)
     except Diverged as error:
         if args.process_index == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except TextChanged as error:
+        print(f"error: {error}{how_to_go_on(args)}", file=sys.stderr)
+        sys.exit(2)
     except OutOfRange as error:
         exit_out_of_range(args, error)
     print_on_main_process(args, f"student saved in {args.save_directory}")
@@ -391,12 +404,36 @@ def exit_after_sigterm(trainer: DistillationTrainer) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
+def exit_out_of_memory(trainer: DistillationTrainer) -> NoReturn:
+    """End the process with what needs less memory and leaves the result as it is."""
+    args = trainer.args
+    remedies = []
+    if (batch := args.per_device_train_batch_size) > 1:
+        remedies.append(
+            f"lower --per_device_train_batch_size, now {batch}, and raise "
+            "--gradient_accumulation_steps as much"
+        )
+    if not args.activation_checkpointing:
+        remedies.append("give --activation_checkpointing True")
+    remedies.append("use more devices with --fsdp_config")
+    print(
+        f"error: out of memory in step {trainer.state.global_step + 1}: "
+        f"{', or '.join(remedies)}{how_to_go_on(args)}",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
 def exit_out_of_range(args: DistillationArguments, error: OutOfRange) -> NoReturn:
     """End the process because the student cannot be saved in --save_dtype."""
-    checkpoint = find_checkpoint("last", args.output_dir)
-    again = f"; --resume_from_checkpoint last continues from {checkpoint}" if checkpoint else ""
-    print(f"error: save_{error}{again}", file=sys.stderr)
+    print(f"error: save_{error}{how_to_go_on(args)}", file=sys.stderr)
     sys.exit(2)
+
+
+def how_to_go_on(args: DistillationArguments) -> str:
+    """Say how to continue from the newest checkpoint, if there is one."""
+    checkpoint = find_checkpoint("last", args.output_dir)
+    return f"; --resume_from_checkpoint last continues from {checkpoint}" if checkpoint else ""
 
 
 def upload_student(args: DistillationArguments, uploads: bool) -> None:

@@ -12,6 +12,7 @@ Only the first rank reads a stream, and `train.dealing` sends its rows to the ot
 
 import os
 import random
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +22,8 @@ from threading import Thread
 from typing import Any, Protocol
 
 from datasets import IterableDataset
+
+from patching.files.texts import state_of_files
 
 Row = dict[str, list[int]]
 Documents = list[Any]
@@ -51,8 +54,16 @@ class Stream(Protocol):
         """
 
 
+class TextChanged(OSError):
+    """The files of a text changed, or are gone, while a run reads them."""
+
+
 class TextStream:
-    """The rows of the text `name`, pass after pass. `workers` cut chunks of documents into rows."""
+    """The rows of the text `name`, pass after pass. `workers` cut chunks of documents into rows.
+
+    Raises TextChanged, when it is read, if the text is local and its files changed. Not noticed
+    unless it `reads_files`, which is False for a copy of the text.
+    """
 
     def __init__(
         self,
@@ -61,7 +72,9 @@ class TextStream:
         workers: "Workers",
         shuffle_buffer: int,
         seed: int,
+        reads_files: bool = True,
     ) -> None:
+        self._files = state_of_files(name) if reads_files else None
         self.name, self._documents, self._workers = name, documents, workers
         self._shuffle_buffer, self._seed = shuffle_buffer, seed
         self._block_size = max(shuffle_buffer, DOCUMENTS_PER_CHUNK)
@@ -117,7 +130,7 @@ class TextStream:
             reader = iter(documents)
             for block_idx in count(start["block"]):
                 at = {"pass": pass_idx, "block": block_idx, "text": start["text"]}
-                block = [document["text"] for document in islice(reader, self._block_size)]
+                block = self._read_block(reader)
                 start = {"text": documents.state_dict()}
                 block = self._shuffled(block, f"{self._seed} {pass_idx} {block_idx}")
                 chunks = range(0, len(block), DOCUMENTS_PER_CHUNK)
@@ -129,6 +142,13 @@ class TextStream:
                     yield {**at, "chunk": 0}, []
                     break
             start = {"text": None, "block": 0}
+
+    def _read_block(self, reader: Iterator[dict[str, Any]]) -> Documents:
+        try:
+            return [document["text"] for document in islice(reader, self._block_size)]
+        finally:  # also in place of what a parser makes of half a line
+            if self._files is not None and state_of_files(self.name) != self._files:
+                raise TextChanged(f"dataset={self.name}: its files changed while they were read")
 
     def _shuffled(self, block: Documents, seed: str) -> Documents:
         random_numbers, shuffled = random.Random(seed), []
@@ -204,6 +224,7 @@ _cut_of_worker: list[Cut] = []
 
 
 def _begin_worker(cut: Cut) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, and the parent ends it
     _cut_of_worker.append(cut)
     Thread(target=_end_with_parent, daemon=True).start()
 

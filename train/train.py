@@ -15,7 +15,11 @@ auto --calibration TEXT chooses the kept layers by running the teacher.
 from pathlib import Path
 
 from patching.arguments import CalibrationArguments
-from patching.cli.command_line import CommandLineParser, user_errors
+from patching.cli.command_line import (
+    CommandLineParser,
+    run_command,
+    user_errors,
+)
 from patching.files.outputs import check_writable
 from train.chats.arguments import ChatArguments
 from train.data_args import DataArguments
@@ -64,4 +68,4 @@ def check_save_directory(save_directory: Path, may_be_finished: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "add --resume_from_checkpoint last to go on from the newest checkpoint")

@@ -15,7 +15,12 @@ would have to change the two students differently.
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from patching.cli.command_line import CommandLineParser, check_one_process, user_errors
+from patching.cli.command_line import (
+    CommandLineParser,
+    check_one_process,
+    run_command,
+    user_errors,
+)
 from patching.files.outputs import check_new_folder
 
 
@@ -70,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

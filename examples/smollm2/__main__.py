@@ -12,7 +12,7 @@ from examples.smollm2.distill import distill
 from examples.smollm2.evaluate import evaluate
 from examples.smollm2.fetch import fetch
 from examples.smollm2.text import add_flags, choose_text
-from patching.cli.command_line import user_errors
+from patching.cli.command_line import run_command, user_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,4 +28,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command goes on")

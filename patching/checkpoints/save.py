@@ -4,8 +4,9 @@ A plan is checked before anything is written: which bytes go where, or, if files
 byte by byte, the assembled model.
 """
 
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from patching.assemble import assemble
 from patching.blocks import as_layer_list
 from patching.checkpoints.companions import Companions, plan_companions
 from patching.checkpoints.model_card import model_card
-from patching.checkpoints.origin import CARD_FILE_NAME, local_names, origin_of
+from patching.checkpoints.origin import CARD_FILE_NAME, Origin, local_names, origin_of
 from patching.checkpoints.sizes import Size
 from patching.checkpoints.splice import OtherLayout, OutOfRange, Splice, plan_splice
 from patching.family import MAX_SHARD_BYTES, Family
+from patching.files.json_files import read_object
 from patching.files.outputs import (
     check_space,
     environment,
@@ -89,56 +91,77 @@ class SavePlan:
         same_files: Mapping[str, Path] | None,
     ) -> None:
         """Write the files. What makes the folder loadable, config.json, comes last."""
-        family, recipe, weights = self.family, self.recipe, self.weights
-        references = family.parents.references
-        origins = {
-            parent: origin_of(reference)
-            for parent, reference in references.items()
-            if parent in recipe.parents
-        }
+        family, weights = self.family, self.weights
+        origins, scale = self._origins(), self._scale()
         if isinstance(weights, Splice):
             weights.write(folder, same_files)
         else:
             _write_weights(weights, folder, self.max_shard_bytes)
-        config, scale = family.configs["teacher"], None
-        if family.scales is not None:
-            scale = family.scales.described(self.patched_layers)
-        card = model_card(title, recipe, self.size, origins, config, scale)
+        config = family.configs["teacher"]
+        card = model_card(title, self.recipe, self.size, origins, config, scale)
         write_text(folder / CARD_FILE_NAME, card)
-        provenance: dict[str, Any] = {
-            "order": family.order,
-            "num_layers_to_patch": self.num_layers_to_patch,
-            "patched_layers": sorted(self.patched_layers),
-            "recipe": recipe.to_dict(),
-            **({} if scale is None else {"matched_scale": scale}),
-            **self.size.to_dict(),
-            "parents": {parent: origin.to_dict() for parent, origin in origins.items()},
-            "copied_file_to_file": isinstance(weights, Splice),
-            # Not uploaded: see `patching.checkpoints.origin.shareable`.
-            "local_parents": local_names(references),
-            "arguments": dict(arguments),
-            "environment": environment(),
-        }
+        provenance = self._made_by(arguments) | {"environment": environment()}
         write_json(folder / PROVENANCE_FILE_NAME, provenance)
         self.companions.write(folder)
 
+    def is_saved_in(self, folder: Path, arguments: Mapping[str, Any]) -> bool:
+        """Return whether the same command saved this member in `folder`, from the same parents."""
+        try:
+            before = read_object(folder / PROVENANCE_FILE_NAME)
+        except (OSError, ValueError):
+            return False
+        before.pop("environment", None)
+        now = json.loads(json.dumps(self._made_by(arguments), default=str))
+        return before == now and (folder / "config.json").is_file()
 
-def same_files(plans: Sequence[SavePlan], folders: Sequence[Path]) -> list[dict[str, Path]]:
+    def _origins(self) -> dict[Parent, Origin]:
+        return {
+            parent: origin_of(reference)
+            for parent, reference in self.family.parents.references.items()
+            if parent in self.recipe.parents
+        }
+
+    def _scale(self) -> dict[str, Any] | None:
+        scales = self.family.scales
+        return None if scales is None else scales.described(self.patched_layers)
+
+    def _made_by(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what decides the checkpoint, for provenance.json."""
+        scale = self._scale()
+        return {
+            "order": self.family.order,
+            "num_layers_to_patch": self.num_layers_to_patch,
+            "patched_layers": sorted(self.patched_layers),
+            "recipe": self.recipe.to_dict(),
+            **({} if scale is None else {"matched_scale": scale}),
+            **self.size.to_dict(),
+            "parents": {parent: origin.to_dict() for parent, origin in self._origins().items()},
+            "copied_file_to_file": isinstance(self.weights, Splice),
+            # Not uploaded: see `patching.checkpoints.origin.shareable`.
+            "local_parents": local_names(self.family.parents.references),
+            "arguments": dict(arguments),
+        }
+
+
+def same_files(
+    plans: Sequence[SavePlan], folders: Sequence[Path], saved: Collection[Path] = ()
+) -> list[dict[str, Path]]:
     """Return for each of several members the weights files that are the same in an earlier member,
-    by name: they need to be stored only once.
+    by name: they need to be stored only once. Members whose folders are in `saved` are there.
 
-    Raises ValueError if there is too little space for all members.
+    Raises ValueError if there is too little space for all others.
     """
     written: dict[Any, Path] = {}
     found: list[dict[str, Path]] = []
-    num_bytes = sum(plan.size.bytes_on_disk for plan in plans)
+    num_bytes = 0
     for plan, folder in zip(plans, folders):
-        same = {}
+        same, own_bytes = {}, plan.size.bytes_on_disk
         for shard in plan.weights.shards if isinstance(plan.weights, Splice) else ():
             path = written.setdefault(shard.content, folder / shard.file_name)
             if path.parent != folder:
                 same[shard.file_name] = path
-                num_bytes -= shard.num_bytes
+                own_bytes -= shard.num_bytes
+        num_bytes += 0 if folder in saved else own_bytes
         found.append(same)
     check_space(folders[0], num_bytes)
     return found

@@ -1,10 +1,12 @@
-"""What the command lines share: parsing, progress, and one line with exit code 2 for what a user
-can fix.
+"""What the command lines share: parsing, progress, one line with exit code 2 for what a user can
+fix, and one line on Ctrl-C.
 """
 
+import os
+import signal
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -78,3 +80,18 @@ def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_command(main: Callable[[], None], next_time: str = "nothing half-written is left") -> None:
+    """Run a command line. Ctrl-C ends it with one line, which says what the same command does
+    `next_time`. Pressed again, Ctrl-C ends the process at once.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by Ctrl-C: {next_time}", file=sys.stderr)
+        sys.stdout.flush()
+        # Ends as a signal ends any program, so that a shell's loop stops too.
+        os.kill(os.getpid(), signal.SIGINT)

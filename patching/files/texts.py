@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from patching.files.hashes import file_hash
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -114,6 +116,10 @@ def open_dataset(
     is_here = path.exists()
     builder, files = _local_files(path, flag) if is_here else (None, [])
     extra = {"sample_by": "document"} if builder == "text" else {}
+    if not streaming and files:
+        # What was read before is cached. The library goes by the time of a file's last change,
+        # which a copy may share with what it replaces, and this puts the content into the key.
+        extra["description"] = " ".join(file_hash(Path(file)) for file in files)
     logger = logging.getLogger("datasets")  # it prints what the error says again
     level = logger.level
     try:
@@ -157,6 +163,16 @@ def _local_files(path: Path, flag: str) -> tuple[str, list[str]]:
     if not files_with_text:
         raise ValueError(f"{flag}={path}: there is no text in it")
     return builders.pop(), files_with_text
+
+
+def state_of_files(name: str) -> list[tuple[str, int, int, int]]:
+    """Return path, size and times of each file of a local text, by which to notice that one
+    changed or is gone. Empty for a hub dataset.
+    """
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    found = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [(file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in found]
 
 
 def _kind(file: Path) -> str:

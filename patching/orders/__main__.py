@@ -28,6 +28,7 @@ from patching.cli.command_line import (
     CommandLineParser,
     check_one_process,
     print_search_step,
+    run_command,
     user_errors,
 )
 from patching.files.outputs import check_writable, write_json
@@ -122,4 +123,4 @@ def can_match(family: Family) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command goes on from what it has measured")
