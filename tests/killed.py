@@ -13,7 +13,11 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from conftest import ROOT
+
 from patching.cli.command_line import run_command
+
+IMPORTS = "killed_imports"
 
 
 def run(module: str, words: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
@@ -28,13 +32,19 @@ def run(module: str, words: Sequence[str], log: str, environment: Mapping[str, s
     run_command(import_module(module).main)
 
 
+def check_imports() -> None:
+    assert IMPORTS in sys.modules
+
+
 class Command:
     """A command line to start, and to stop."""
 
     def __init__(self, module: str, words: Sequence[object], log: Path) -> None:
         self.module, self.words, self.log = module, [str(word) for word in words], log
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["killed_imports"])
+        # The server is only told what to import, not where from, and ignores what it cannot find.
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
+        self._context.set_forkserver_preload([IMPORTS])
 
     def start(self, **environment: str) -> BaseProcess:
         process = self._context.Process(
@@ -45,9 +55,10 @@ class Command:
 
     def finish(self, **environment: str) -> float:
         """Run to the end and return the seconds it took."""
-        idle = self._context.Process(target=int)
-        idle.start()
-        idle.join()  # until everything is imported
+        check = self._context.Process(target=check_imports)
+        check.start()
+        check.join()  # everything is imported by then
+        assert check.exitcode == 0
         start = time.monotonic()
         process = self.start(**environment)
         process.join()
@@ -67,3 +78,15 @@ class Command:
             process.join()
             num_kills += was_running
             yield was_running
+
+
+def ranks_of(command: Command, port: int, **environment: str) -> list[BaseProcess]:
+    """Start two ranks as torchrun does."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment |= address
+    return [
+        command.start(
+            **environment, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", GROUP_RANK="0"
+        )
+        for rank in ("0", "1")
+    ]

@@ -1,6 +1,7 @@
 """Every command line: quick help and errors, one line for what a user can fix."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -52,3 +53,32 @@ def test_similarity_refuses_flags_about_sizes(flags, tmp_path, capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{flags[0]} is about sizes" in error
+
+
+STOPPED = """
+import signal
+from patching.cli.command_line import run_command
+
+def main():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        print("cleaned up")
+        if AGAIN:
+            signal.raise_signal(signal.SIGINT)
+
+run_command(main, "the same command goes on")
+"""
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_ends_with_one_line_and_as_a_signal_does(again):
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED.replace("AGAIN", str(again))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == "cleaned up\n"
+    assert done.stderr == "stopped by Ctrl-C: the same command goes on\n"

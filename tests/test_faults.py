@@ -6,10 +6,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from patching.matched_scale import MatchedScales, SetScale
 
 NUM_KILLS = 20
+NUM_STOPS = 6
 WAIT_SECONDS = 60
 """In which a rank has to notice that the other is gone."""
 
@@ -136,6 +139,29 @@ def test_models(name, given, work):
     assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
 
 
+def test_every_size(given, work):
+    """The sizes that were saved are whole, and the rerun goes on with the others."""
+
+    def command(folder: Path) -> Command:
+        all_sizes = ["--num_layers_to_patch", "all", "--max_shard_size", "60KB"]
+        words = [*pair(given), *all_sizes, "--save_directory", folder]
+        return Command("patching.patch", words, work / "log")
+
+    whole, out = work / "whole", work / "out"
+    seconds, before = command(whole).finish(), set()
+    for _ in command(out).killed_within(seconds, NUM_KILLS):
+        saved = {path.parent.name for path in out.glob("*/config.json")}
+        assert saved >= before
+        assert all(same_weights(out / name, whole / name) for name in saved - before)
+        before = saved
+        if saved == {*os.listdir(whole)}:
+            shutil.rmtree(out)
+            before = set()
+    command(out).finish()
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
+    assert all(same_weights(out / name, whole / name) for name in os.listdir(whole))
+
+
 def test_training(given, work):
     whole, killed = work / "whole", work / "killed"
     command = Command("train.train", training(given, killed), work / "log")
@@ -212,16 +238,20 @@ def test_one_of_two_ranks(killed_rank, given, work):
     while newest_step(killed) < 4:
         assert all(rank.is_alive() for rank in ranks), command.log.read_text()[-3000:]
     ranks[killed_rank].kill()
-    other = ranks[1 - killed_rank]
-    other.join(WAIT_SECONDS)
-    has_left = not other.is_alive()
-    other.kill()
-    assert has_left, command.log.read_text()[-3000:]
-    assert other.exitcode not in (0, None)
-    assert "peer" in command.log.read_text()[-2000:]
+    check_leaves(ranks[1 - killed_rank], command.log)
     assert not (killed / "config.json").exists()
     two_ranks(command)
     assert same_weights(killed, whole)
+
+
+def check_leaves(rank: BaseProcess, log: Path) -> None:
+    """A rank whose peer is gone ends soon, and says why."""
+    rank.join(WAIT_SECONDS)
+    has_left = not rank.is_alive()
+    rank.kill()
+    assert has_left, log.read_text()[-3000:]
+    assert rank.exitcode not in (0, None)
+    assert "peer" in log.read_text()[-2000:]
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -277,6 +307,56 @@ def test_order_search(given, work):
 def found_in(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "order.json").read_text())
     return {name: found[name] for name in ("order", "name", "orders", "best_sets", "settings")}
+
+
+@pytest.mark.parametrize("killed_rank", [0, 1])
+def test_one_of_two_ranks_of_a_sweep(killed_rank, given, work):
+    """The other leaves with a message, and what was stored is good."""
+    values = {"tasks": "choice,generation", "include_path": given / "tasks"}
+    values |= {"num_layers_to_patch": "all", "baselines": "naive"}
+
+    def command(folder: Path, log: str) -> Command:
+        words = flags((given / "teacher", given / "student"), folder, **values)
+        return Command("evaluate.evaluate", words, work / log)
+
+    whole, killed = work / "whole", work / "killed"
+    command(whole, "log").finish()
+    ranks = ranks_of(command(killed, "killed.log"), free_port(), TORCHELASTIC_RUN_ID="none")
+    while not killed.is_dir() or not finished(killed):
+        assert all(rank.is_alive() for rank in ranks), (work / "killed.log").read_text()[-3000:]
+    ranks[killed_rank].kill()
+    check_leaves(ranks[1 - killed_rank], work / "killed.log")
+    stored = finished(killed)
+    assert stored == {name: finished(whole)[name] for name in stored}
+    command(killed, "log").finish()
+    assert finished(killed) == finished(whole)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c(name, given, work):
+    """It ends quickly with one line, pressed once or twice, and the rerun works."""
+
+    def command(folder: str, log: str) -> Command:
+        return Command(*commands(given, work / folder)[name], work / log)
+
+    seconds = command("whole", "log").finish()
+    last_line = (work / "log").read_text().splitlines()[-1].replace("whole", "out")
+    for i in range(NUM_STOPS):
+        process, is_twice = command("out", f"log {i}").start(), i % 2
+        time.sleep(random.uniform(0.1, seconds))  # until the command itself runs
+        for _ in range(1 + is_twice):
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+                time.sleep(random.uniform(0, 0.1) * is_twice)
+        process.join(WAIT_SECONDS)
+        said = (work / f"log {i}").read_text()
+        assert process.exitcode in (-signal.SIGINT, 0), said
+        assert "Traceback" not in said
+        if said.splitlines()[-1:] == [last_line]:
+            shutil.rmtree(work / "out")
+        else:
+            assert is_twice or said.splitlines()[-1].startswith("stopped by Ctrl-C: ")
+    command("out", "log").finish()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What goes wrong on disks: one clear line, nothing loadable left, and a rerun works."""
 
+import errno
 import json
 import os
 import shutil
@@ -400,6 +401,18 @@ def test_room_is_looked_for_where_a_link_leads(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "other disk" / "out")
     outputs.check_space(tmp_path / "link", 1)
     assert asked == [tmp_path / "other disk"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    outputs.write_text(tmp_path / "file", "old")
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(OSError, match="No space"):
+        outputs.write_text(tmp_path / "file", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize("layout", ["copied", "loaded"])

@@ -88,6 +88,7 @@ def run_command(main: Callable[[], None], next_time: str = "nothing half-written
     """
     try:
         main()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the work is done
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.environ.get("RANK", "0") == "0":

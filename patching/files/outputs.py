@@ -29,12 +29,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a temporary file next to `path` and rename it, so that a reader finds the old content
     or the new one, never half of it.
     """
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(content)
-    os.chmod(file.name, 0o666 & ~_umask())
-    os.replace(file.name, path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def write_json(path: Path, values: Any) -> None:
