@@ -36,6 +36,8 @@ PAPER_SUITE = (
 class TextArguments:
     """Flags that name text to evaluate on."""
 
+    _argument_group_name = "plain text to evaluate on"
+
     dataset: str | None = field(
         default=None,
         metadata={
@@ -83,6 +85,8 @@ class EvaluationArguments(
 ):
     """Flags of `evaluate.evaluate`. Raises ValueError naming every flag with an unusable value."""
 
+    _argument_group_name = "the sweep"
+
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for results"})
     num_layers_to_patch: str = field(
         default="all", metadata={"help": "sizes to evaluate: 4, or 1,3,5, or 0-5, or all"}
@@ -102,7 +106,8 @@ class EvaluationArguments(
         },
     )
     random_student_revision: str | None = field(
-        default=None, metadata={"help": "that student's branch, tag or commit"}
+        default=None,
+        metadata={"help": "that student's branch, tag or commit (default: main)"},
     )
     compare: list[str] = field(
         default_factory=list,

@@ -18,6 +18,8 @@ KEYS_AND_VALUES = "key=value, several separated by commas or spaces, or a JSON o
 class TaskArguments:
     """Flags that name tasks and their documents."""
 
+    _argument_group_name = "tasks"
+
     tasks: str | None = field(
         default=None,
         metadata={
@@ -88,6 +90,8 @@ class TaskArguments:
 class PromptArguments:
     """Flags that say how prompts are built."""
 
+    _argument_group_name = "prompts"
+
     num_fewshot: int | None = field(
         default=None,
         metadata={"help": "examples in the prompt (by default each task's own number)"},
@@ -150,6 +154,8 @@ class PromptArguments:
 @dataclass
 class HarnessArguments(TaskArguments, PromptArguments):
     """Flags that lm-eval has too."""
+
+    _argument_group_name = "how lm-eval runs"
 
     gen_kwargs: list[str] | None = field(
         default=None,

@@ -23,6 +23,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 class CalibrationArguments:
     """Flags that name the text on which layers and models are compared."""
 
+    _argument_group_name = "calibration text"
+
     calibration: str | None = field(
         default=None,
         metadata={
@@ -87,6 +89,8 @@ class CalibrationArguments:
 class FamilyArguments:
     """Flags that name a family, for every command line that builds intermediate models."""
 
+    _argument_group_name = "the family: teacher, student, order"
+
     teacher_model_name_or_path: str = field(
         metadata={"help": "the teacher: a folder or a hub repository"}
     )
@@ -104,10 +108,12 @@ class FamilyArguments:
         },
     )
     revision: str | None = field(
-        default=None, metadata={"help": "the teacher's branch, tag or commit"}
+        default=None,
+        metadata={"help": "the teacher's branch, tag or commit (default: main)"},
     )
     student_revision: str | None = field(
-        default=None, metadata={"help": "the student's branch, tag or commit"}
+        default=None,
+        metadata={"help": "the student's branch, tag or commit (default: main)"},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run modeling code that comes with a model"}
@@ -187,6 +193,8 @@ class FamilyArguments:
 @dataclass
 class MeasuringArguments(FamilyArguments):
     """Flags that also say how the weights run, for command lines that measure models."""
+
+    _argument_group_name = "how models run"
 
     dtype: str = field(
         default="auto",

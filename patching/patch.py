@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class PatchArguments(SizeArguments, CalibrationArguments, FamilyArguments):
+    _argument_group_name = "what to save"
+
     list: bool = field(
         default=False,
         metadata={"help": "list every size of the family, from configs alone, and build nothing"},

@@ -30,6 +30,8 @@ FILE_NAME = "similarity"
 
 @dataclass
 class SimilarityArguments(CalibrationArguments, MeasuringArguments):
+    _argument_group_name = "the result"
+
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for table and plot"})
 
     def __post_init__(self) -> None:

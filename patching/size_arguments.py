@@ -25,6 +25,8 @@ WAYS_TO_NAME_A_SIZE = (
 
 @dataclass
 class SizeArguments:
+    _argument_group_name = "the size"
+
     num_layers_to_patch: str | None = field(
         default=None,
         metadata={

@@ -8,7 +8,15 @@ import sys
 import pytest
 from conftest import ROOT
 
+from evaluate.arguments import EvaluationArguments
 from patching import similarity
+from patching.arguments import CalibrationArguments
+from patching.cli.command_line import CommandLineParser, HelpFormatter
+from patching.orders.__main__ import OrdersArguments
+from patching.patch import PatchArguments
+from train.data_args import DataArguments
+from train.model_args import ModelArguments
+from train.weight_delta import WeightDeltaArguments
 
 COMMANDS = (
     "patching.patch",
@@ -82,3 +90,24 @@ def test_ctrl_c_ends_with_one_line_and_as_a_signal_does(again):
     assert done.returncode == -signal.SIGINT
     assert done.stdout == "cleaned up\n"
     assert done.stderr == "stopped by Ctrl-C: the same command goes on\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "groups"),
+    [
+        (PatchArguments, ("what to save:", "the family: teacher, student, order:", "the size:")),
+        (OrdersArguments, ("the search:", "how models run:", "calibration text:")),
+        (EvaluationArguments, ("the sweep:", "tasks:", "prompts:", "how lm-eval runs:")),
+        (WeightDeltaArguments, ("the students and their teachers:",)),
+        ((ModelArguments, DataArguments, CalibrationArguments), ("the text:", "calibration text:")),
+    ],
+)
+def test_help_has_groups_and_says_every_default(flags, groups):
+    parser = CommandLineParser(flags)
+    lines = parser.format_help().splitlines()
+    assert {*groups} <= {*lines}
+    start = lines.index("options:")
+    assert lines[start + 2] == "" and lines[start + 1].split()[0] == "-h,"
+    for action in parser._actions[1:]:
+        text = HelpFormatter("prog")._get_help_string(action)
+        assert any(words in text for words in ("default", "(required)", "the same as --")), text

@@ -35,7 +35,8 @@ class CacheArguments:
     )
     teacher_cache: Path = field(metadata={"help": "folder for the predictions"})
     revision: str | None = field(
-        default=None, metadata={"help": "the teacher's branch, tag or commit"}
+        default=None,
+        metadata={"help": "the teacher's branch, tag or commit (default: main)"},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run modeling code that comes with the teacher"}

@@ -27,7 +27,8 @@ class ModelArguments:
         metadata={"help": "the teacher: a folder or a hub repository"}
     )
     revision: str | None = field(
-        default=None, metadata={"help": "the teacher's branch, tag or commit"}
+        default=None,
+        metadata={"help": "the teacher's branch, tag or commit (default: main)"},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run modeling code that comes with the teacher"}

@@ -26,6 +26,8 @@ from patching.files.outputs import check_new_folder
 
 @dataclass
 class WeightDeltaArguments:
+    _argument_group_name = "the students and their teachers"
+
     student: str = field(metadata={"help": "the student of --teacher_from"})
     teacher_from: str = field(metadata={"help": "the teacher that the student was distilled from"})
     teacher_to: str = field(metadata={"help": "the variant of it to make a student for"})
@@ -35,7 +37,8 @@ class WeightDeltaArguments:
         metadata={"help": "least cosine between the two teachers in each layer, -1 to accept any"},
     )
     student_revision: str | None = field(
-        default=None, metadata={"help": "the student's branch, tag or commit"}
+        default=None,
+        metadata={"help": "the student's branch, tag or commit (default: main)"},
     )
     teacher_from_revision: str | None = field(
         default=None, metadata={"help": "the same for --teacher_from"}

@@ -8,6 +8,8 @@ import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import Field
+from inspect import get_annotations
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import HTTPError
@@ -20,10 +22,16 @@ USER_ERRORS = (ValueError, OSError, HTTPError, ImportError, FloatingPointError)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Show examples as written, each flag under one name, and defaults that say something."""
+    """Show examples as written, each flag under one name, and every default."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        if not action.option_strings or action.dest == "help" or "default" in (action.help or ""):
+            return action.help
+        if action.const is False:  # argparse would show the default of --no_FLAG as that of FLAG
+            return f"the same as --{action.dest} False"
+        if action.default in (None, []):
+            return f"{action.help} ({'required' if action.required else 'no default'})"
+        return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: Action) -> str:
         # Every flag also works with dashes in place of underscores.
@@ -35,11 +43,30 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class CommandLineParser(HfArgumentParser):
-    """A parser with one-line errors, and usage that does not list every flag."""
+    """A parser with one-line errors, usage that does not list every flag, and flags in the groups
+    of the dataclasses that declare them.
+    """
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
         settings = {"usage": "%(prog)s [flags]", "formatter_class": HelpFormatter}
         super().__init__(dataclass_types, **settings | kwargs)
+
+    def add_argument_group(self, title: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        groups = {group.title: group for group in self._action_groups}
+        return groups.get(title) or super().add_argument_group(title, *args, **kwargs)
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        self._titles = {
+            name: parent.__dict__.get("_argument_group_name")
+            for parent in reversed(dtype.__mro__)
+            for name in get_annotations(parent)
+        }
+        super()._add_dataclass_arguments(dtype)
+
+    def _parse_dataclass_field(self, parser: Any, field: Field) -> None:
+        title = self._titles[field.name]
+        group = parser if title is None else self.add_argument_group(title)
+        HfArgumentParser._parse_dataclass_field(group, field)
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         *parsed, unknown = super().parse_args_into_dataclasses(

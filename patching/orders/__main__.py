@@ -42,6 +42,8 @@ PLOT_FILE_NAME = "kl.png"
 
 @dataclass
 class OrdersArguments(CalibrationArguments, MeasuringArguments):
+    _argument_group_name = "the search"
+
     save_directory: Path = field(kw_only=True, metadata={"help": "folder for the results"})
     beam: int = field(
         default=1,
