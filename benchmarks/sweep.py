@@ -2,16 +2,15 @@
 
 There are two families: the demo's (the shipped teacher and the student made by `make demo`), and a
 random pair with 24 layers of hidden size 512 and a vocabulary of 4,096. Our sweep runs every
-distinct prefix of layers once per batch, and the context of a question once for all its choices. Of
-what is generated, prompts run once for all sizes. It is compared with lm-eval's HFLM on one model
-after another, task by task in the same process, and with one `lm_eval` command per size on saved
-checkpoints.
+distinct prefix of layers once per batch, and the context of a question once for all its choices. It
+is compared with lm-eval's HFLM on one model after another, task by task in the same process, and
+with one `lm_eval` command per size on saved checkpoints.
 
     python -m benchmarks.sweep --student demo_output/student
 
-With `--generation` it measures generation only. With `--vocabulary 151936 --length 4096` it
-measures one other task instead: rolling log-likelihoods of rows of that many tokens, by a random
-pair with that vocabulary.
+With `--generation` it measures generation instead, in fp32, where texts are the same: prompts run
+once for all sizes, which then write together. With `--vocabulary 151936 --length 4096` it measures
+rolling log-likelihoods of rows of that many tokens, by a random pair with that vocabulary.
 """
 
 import argparse
@@ -27,7 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from operator import eq
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -135,11 +136,17 @@ def write_long_texts_task(folder: Path, num_documents: int, num_characters: int)
     write_task(folder, "rolling", documents, ROLLING)
 
 
-def seconds(run: Callable[..., None], *arguments: object) -> float:
-    start = time.perf_counter()
+def timed(run: Callable[..., Any], *arguments: object) -> tuple[float, float, Any]:
+    """The wall and CPU time of a call in seconds, and what it returns."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run(*arguments)
-    return time.perf_counter() - start
+        returned = run(*arguments)
+    return time.perf_counter() - start, time.process_time() - cpu_start, returned
+
+
+def answers_in(found: dict[str, Any]) -> list[Any]:
+    """What a model answered, from what lm-eval finds on a task."""
+    return [sample["resps"] for samples in found["samples"].values() for sample in samples]
 
 
 class LayerCalls:
@@ -164,17 +171,25 @@ def in_one_process(
     options = {"tokenizer": family.tokenizer, "batch_size": settings.batch_size}
     ours = FamilyLM(PrefixTree(recipes, **parents), **options)
     models = [assemble(recipe, **parents) for recipe in recipes.values()]
-    calls = LayerCalls(ours.tree.models.values()), LayerCalls(models)
+    joint = (joint.model for joint in ours.tree.joint_models if len(joint.places) > 1)
+    calls = LayerCalls([*ours.tree.models.values(), *joint]), LayerCalls(models)
 
-    def run_ours(task: str) -> None:
+    def run_ours(task: str) -> list[Any]:
+        answers = []
         for member in recipes:
             ours.activate(member)
-            Harness().score(ours, loaded[task])
+            answers += answers_in(Harness().score(ours, loaded[task]))
         ours.forget()
+        return answers
 
-    def run_theirs(task: str) -> None:
-        for model in models:
-            Harness().score(HFLM(pretrained=model, **options), loaded[task])
+    def run_theirs(task: str) -> list[Any]:
+        return [
+            answer
+            for model in models
+            for answer in answers_in(
+                Harness().score(HFLM(pretrained=model, **options), loaded[task])
+            )
+        ]
 
     loaded, _ = load_tasks(tasks, str(include_path))
     depths = sum(recipe.depth for recipe in recipes.values())
@@ -183,21 +198,28 @@ def in_one_process(
         for count in calls:
             count.layers = 0
         for _ in range(settings.repeats):
-            times.append((seconds(run_ours, task), seconds(run_theirs, task)))
-        ratio = statistics.median(theirs / own for own, theirs in times)
-        own, theirs = (statistics.median(side) for side in zip(*times))
+            *of_ours, our_answers = timed(run_ours, task)
+            *of_theirs, their_answers = timed(run_theirs, task)
+            times.append((*of_ours, *of_theirs))
+        ratio = statistics.median(theirs / own for own, _, theirs, _ in times)
+        of_cpu = statistics.median(theirs / own for _, own, _, theirs in times)
+        own, _, theirs, _ = (statistics.median(side) for side in zip(*times))
+        num_equal = sum(map(eq, our_answers, their_answers))
+        same = f"; {num_equal} of {len(our_answers)} texts are the same"
         print(
             f"{name}, {family.order}, {task}: {own:.1f} s, HFLM on one model after another "
-            f"{theirs:.1f} s, {ratio:.2f} x faster; layers per batch "
+            f"{theirs:.1f} s, {ratio:.2f} x faster ({of_cpu:.2f} x in CPU time); layers per batch "
             f"{ours.tree.num_layer_forwards} instead of {depths}, in all "
             f"{calls[0].layers // settings.repeats:,} instead of "
-            f"{calls[1].layers // settings.repeats:,}",
+            f"{calls[1].layers // settings.repeats:,}{same if task == 'generation' else ''}",
             flush=True,
         )
 
 
-def open_family(teacher: Path, student: Path, order: str | None = None) -> Family:
-    return Family.from_pretrained(teacher, student, order, dtype=torch.bfloat16, device="cpu")
+def open_family(
+    teacher: Path, student: Path, order: str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Family:
+    return Family.from_pretrained(teacher, student, order, dtype=dtype, device="cpu")
 
 
 def recipes_of(family: Family) -> dict[str, Recipe]:
@@ -321,18 +343,20 @@ def main(settings: argparse.Namespace) -> None:
         folder = Path(name)
         pair = random_pair(folder)
         write_random_pairs_tasks(folder / "tasks", settings.num_documents, settings.num_prompts)
+        demo = settings.student and (TEACHER, settings.student.resolve())
+        if settings.generation:
+            for name, parents in (("demo", demo), ("24 layers", pair)):
+                for order in ("last", "first") if parents else ():
+                    family = open_family(*parents, order, torch.float32)
+                    in_one_process(name, family, folder / "tasks", ["generation"], settings)
+            return
         with multiprocessing.get_context("spawn").Pool(1) as fresh:  # where nothing was freed yet
             fresh.apply(report_memory, (*pair, folder / "tasks", settings.batch_size))
-        tasks = ["generation"] if settings.generation else ["rolling", "choice", "generation"]
+        tasks = ["rolling", "choice"]
         for order in ("last", "first"):
             family = open_family(*pair, order)
             in_one_process("24 layers", family, folder / "tasks", tasks, settings)
-        demo = settings.student and (TEACHER, settings.student.resolve())
-        if demo:
-            in_one_process("demo", open_family(*demo), folder / "tasks", ["generation"], settings)
-        if settings.generation:
-            return
-        families = [("24 layers", pair, folder / "tasks", ["rolling", "choice"])]
+        families = [("24 layers", pair, folder / "tasks", tasks)]
         if demo:
             write_tasks(
                 (module for module in iter_modules() if is_held_out(module.name)),
@@ -353,8 +377,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--num_documents", type=int, default=12, help="documents in each task of the random pair"
     )
-    parser.add_argument("--num_prompts", type=int, default=48, help="prompts to continue")
-    parser.add_argument("--generation", action="store_true", help="measure generation only")
+    parser.add_argument("--num_prompts", type=int, default=16, help="prompts to continue")
+    parser.add_argument("--generation", action="store_true", help="measure generation instead")
     parser.add_argument(
         "--vocabulary", type=int, help="measure long rows by a random pair with this vocabulary"
     )

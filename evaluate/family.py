@@ -30,6 +30,7 @@ from evaluate.ranks import Ranks
 from evaluate.request_rows import Row, batch_of, rows_of, take_batch
 from patching.architectures.lookup import architecture_of
 from patching.running.chunks import CHUNK_LOGITS, log_normalizers
+from patching.running.joint import JointModel
 from patching.running.prefix_tree import PrefixTree, returning, whole_rows
 
 AUTO_TOKENS = 2**14
@@ -43,6 +44,7 @@ class SeparateModels:
 
     def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
         self.names, self.models = [*models], dict(models)
+        self.joint_models = [JointModel.alone(name, model) for name, model in models.items()]
 
     @torch.no_grad()
     def logits(

@@ -1,12 +1,12 @@
 """Greedy generation by all members of a family.
 
 Prompts are sorted by length and run in batches. A batch's prompts run once through the tree of
-layers, and members keep one copy of the keys and values of the layers that they share. Each member
-then decodes from there, and rows leave the batch when they stop. Text is the same as
-`model.generate` gives for each prompt, because stopping and the processing of logits are prepared
-by transformers' own `generate`.
+layers, and members keep one copy of the keys and values of the layers that they share. All members
+then write together: each layer runs once for the rows of all members that have it, and rows leave
+the batch when they stop. Text is the same as `model.generate` gives for each prompt, because
+stopping and the processing of logits are prepared by transformers' own `generate`.
 
-Shapes: B rows, T positions, V vocabulary.
+Shapes: B rows, those of one member, R rows of all members, T positions, V vocabulary.
 """
 
 import inspect
@@ -26,7 +26,6 @@ from lm_eval.models.utils import (
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -38,10 +37,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation import GenerationMode
 
 from evaluate.answers import Answer, Failures
+from patching.running.joint import Rows
 
 CPU_TOKENS_PER_BATCH = 2**14
 TOKENS_PER_BATCH = 2**16
-"""Prompts and new tokens in one batch, including padding, if no number of rows is given."""
+"""Prompts and new tokens in one batch, including padding, for all members that write together, if
+no number of rows is given.
+"""
+LEAVING = 8
+"""Rows leave when one in so many has stopped, because the others' keys and values are copied."""
 
 
 class Settings(NamedTuple):
@@ -115,7 +119,11 @@ def answers_of_members(
                     "once, choose fewer with --gen_kwargs max_gen_toks=N"
                 )
             lengths = [min(room, len(lm.tok_encode(requests[i].args[0]))) for i in indices]
-            waiting = [*batches_of(lengths, how.max_new_tokens, num_rows, lm.device)][::-1]
+            together = max(len(joint.places) for joint in tree.joint_models)
+            budget = (
+                CPU_TOKENS_PER_BATCH if lm.device.type == "cpu" else TOKENS_PER_BATCH
+            ) // together
+            waiting = [*batches_of(lengths, how.max_new_tokens, num_rows, budget)][::-1]
             while waiting:
                 numbers = waiting.pop()
                 batch = [indices[i] for i in numbers]
@@ -222,13 +230,12 @@ def has_plain_cache(model: PreTrainedModel) -> bool:
 
 
 def batches_of(
-    lengths: Sequence[int], max_new_tokens: int, num_rows: int | None, device: torch.device
+    lengths: Sequence[int], max_new_tokens: int, num_rows: int | None, budget: int
 ) -> Iterator[list[int]]:
     """Indices of prompts, longest first, in batches of `num_rows`. Without a number, a batch has as
-    many rows as the tokens allow.
+    many rows as `budget` tokens allow.
     """
     waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    budget = CPU_TOKENS_PER_BATCH if device.type == "cpu" else TOKENS_PER_BATCH
     while waiting:
         rows = num_rows or max(1, budget // (lengths[waiting[0]] + max_new_tokens))
         yield waiting[:rows]
@@ -261,57 +268,95 @@ class StopStrings(StoppingCriteria):
         return done_B
 
 
-class GreedyDecoding:
-    """A decoding method for `model.generate` that begins after a prompt that was run before.
+class Writing(NamedTuple):
+    """How a model's logits are processed, and when its rows stop."""
 
-    `cache` holds the prompt's keys and values and `logits_BV` those after its last token. After
-    `generate`, `answers` has each row's new tokens.
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+
+    @classmethod
+    def by_transformers(
+        cls, model: PreTrainedModel, inputs: Mapping[str, Any], how: Settings, stop: StopStrings
+    ) -> "Writing":
+        """What transformers' own `generate` prepares for this model and these prompts."""
+        prepared = []
+
+        def keep(
+            _: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            **__: Any,
+        ) -> Tensor:
+            prepared.append(cls(logits_processor, stopping_criteria))
+            return input_ids
+
+        length = inputs["input_ids"].shape[1]
+        model.generate(
+            **inputs,
+            custom_generate=keep,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **{"max_length": length + how.max_new_tokens} | how.others,
+        )
+        return prepared[0]
+
+
+def decode(
+    rows: Rows,
+    logits_RV: Tensor,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    writings: Sequence[Writing],
+) -> list[list[list[int]]]:
+    """The new tokens of each member's answers to some prompts, padded on the left.
+
+    `logits_RV` are those after the prompts, and `writings` those of each member.
     """
+    model, num_prompts, length = rows.joint.model, *ids_BT.shape
+    answers: list[list[list[int]]] = [[[] for _ in ids_BT] for _ in writings]
+    ids_RT, mask_RT = (of_one.repeat(len(writings), 1) for of_one in (ids_BT, mask_BT))
+    prompts_R = torch.arange(num_prompts, device=ids_BT.device).repeat(len(writings))
+    done_R = torch.zeros_like(prompts_R, dtype=torch.bool)
+    may_leave = not any(writing.processors for writing in writings)  # processors may know the rows
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    while True:
+        members = [*zip(writings, ids_RT.split(rows.sizes), logits_RV.split(rows.sizes))]
+        tokens_R = torch.cat(
+            [
+                writing.processors(ids_BT, logits_BV.to(ids_BT.device, torch.float32)).argmax(-1)
+                for writing, ids_BT, logits_BV in members
+                if len(ids_BT)
+            ]
+        )
+        ids_RT = torch.cat([ids_RT, tokens_R[:, None]], dim=-1)
+        stops_R = torch.cat(
+            [
+                writing.criteria(ids_BT, None)
+                for writing, ids_BT in zip(writings, ids_RT.split(rows.sizes))
+                if len(ids_BT)
+            ]
+        )
+        for row in (stops_R & ~done_R).nonzero()[:, 0].tolist():
+            answers[rows.members_R[row]][prompts_R[row]] = ids_RT[row, length:].tolist()
+        done_R = done_R | stops_R
+        if done_R.all():
+            return answers
+        if may_leave and done_R.sum() * LEAVING >= len(done_R):
+            rows.keep(~done_R)
+            ids_RT, mask_RT, prompts_R = ids_RT[~done_R], mask_RT[~done_R], prompts_R[~done_R]
+            done_R = done_R[~done_R]
+        mask_RT = torch.nn.functional.pad(mask_RT, (0, 1), value=1)
+        positions_R1 = {"position_ids": mask_RT.sum(-1, keepdim=True) - 1}
+        logits_RV = rows.step(
+            input_ids=ids_RT[:, -1:],
+            attention_mask=None if mask_RT.all() else mask_RT,
+            **(positions_R1 if takes_positions else {}),
+        )
 
-    def __init__(self, cache: Cache, logits_BV: Tensor, mask_BT: Tensor) -> None:
-        self.cache, self.logits_BV, self.mask_BT = cache, logits_BV, mask_BT
-        self.answers: list[list[int]] = [[] for _ in mask_BT]
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        **_: Any,
-    ) -> Tensor:
-        ids_BT, mask_BT, logits_BV = input_ids, self.mask_BT, self.logits_BV
-        takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
-        done_B = torch.zeros_like(rows_B, dtype=torch.bool)
-        while True:
-            scores_BV = logits_processor(ids_BT, logits_BV.to(ids_BT.device, torch.float32))
-            ids_BT = torch.cat([ids_BT, scores_BV.argmax(-1)[:, None]], dim=-1)
-            done_B = stopping_criteria(ids_BT, None) | done_B
-            if done_B.any():
-                finished = ids_BT[done_B, input_ids.shape[1] :].tolist()
-                for row, answer in zip(rows_B[done_B].tolist(), finished):
-                    self.answers[row] = self.answers[row] or answer
-                if done_B.all():
-                    return input_ids
-            if done_B.any() and not logits_processor:  # processors may know the rows
-                kept = (~done_B).nonzero()[:, 0]
-                rows_B, ids_BT, mask_BT = rows_B[kept], ids_BT[kept], mask_BT[kept]
-                done_B = done_B[kept]
-                self.cache.batch_select_indices(kept)
-            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-            positions_B1 = {"position_ids": mask_BT.sum(-1, keepdim=True) - 1}
-            logits_BV = model(
-                input_ids=ids_BT[:, -1:],
-                attention_mask=None if mask_BT.all() else mask_BT,
-                past_key_values=self.cache,
-                use_cache=True,
-                **(positions_B1 if takes_positions else {}),
-            ).logits[:, -1]
-
-
-def prompt_inputs(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
-    """The arguments with which a model reads prompts that are padded on the left."""
+def prompt_inputs(tree: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+    """The arguments with which a tree's models read prompts that are padded on the left."""
+    model = tree.models[tree.names[0]]
     inputs = {"input_ids": ids_BT}
     if not mask_BT.all():
         inputs["attention_mask"] = mask_BT
@@ -328,27 +373,36 @@ def greedy_answers(
 
     `tree` is a `PrefixTree`, or separate models with its interface.
     """
-    any_model = tree.models[tree.names[0]]
-    inputs = prompt_inputs(any_model, ids_BT, mask_BT)
-    for name, logits_BV, cache in tree.prefill(inputs):
-        decode = GreedyDecoding(cache, logits_BV, mask_BT)
-        length = ids_BT.shape[1]
-        tree.models[name].generate(
-            ids_BT,
-            attention_mask=mask_BT,
-            custom_generate=decode,
-            stopping_criteria=StoppingCriteriaList([StopStrings(how.until, tokenizer, length)]),
-            pad_token_id=tokenizer.pad_token_id,
-            **{"max_length": length + how.max_new_tokens} | how.others,
+    prompts = {name: found for name, *found in tree.prefill(prompt_inputs(tree, ids_BT, mask_BT))}
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    inputs["pad_token_id"] = tokenizer.pad_token_id
+    stop = StopStrings(how.until, tokenizer, ids_BT.shape[1])
+    for joint in tree.joint_models:
+        models = [tree.models[name] for name in joint.places]
+        writings = [Writing.by_transformers(model, inputs, how, stop) for model in models]
+        logits_RV = torch.cat([prompts[name][0] for name in joint.places])
+        cache = joint.cache(
+            {name: prompts.pop(name)[1] for name in joint.places}, how.max_new_tokens
         )
-        texts = tokenizer.batch_decode(decode.answers, skip_special_tokens=True)
-        ends = end_tokens(tree.models[name], tokenizer)
-        answers = []
-        for tokens, whole in zip(decode.answers, texts):
-            text = postprocess_generated_text(whole, how.until, None)
-            ended = tokens[-1] in ends or text != whole
-            answers.append(Answer(text, len(tokens) >= how.max_new_tokens and not ended))
-        yield name, answers
+        rows = Rows(joint, len(ids_BT), cache)
+        answers = decode(rows, logits_RV, ids_BT, mask_BT, writings)
+        for name, model, of_member in zip(joint.places, models, answers):
+            yield name, [*judged(of_member, model, tokenizer, how)]
+
+
+def judged(
+    answers: Iterable[Sequence[int]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    how: Settings,
+) -> Iterator[Answer]:
+    """The texts of answers, given as tokens, and whether they were cut off."""
+    answers, ends = [*answers], end_tokens(model, tokenizer)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    for tokens, whole in zip(answers, texts):
+        text = postprocess_generated_text(whole, how.until, None)
+        ended = tokens[-1] in ends or text != whole
+        yield Answer(text, len(tokens) >= how.max_new_tokens and not ended)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -18,10 +18,15 @@ from evaluate.answers import is_loop
 from evaluate.evaluate import main
 from evaluate.family import FamilyLM, SeparateModels
 from evaluate.result import read_results
-from patching.recipe import intermediate_model
+from patching.recipe import LayerSource, Recipe, patched_model
 from patching.running.prefix_tree import PrefixTree
 
-RECIPES = {f"family_k{k}": intermediate_model(LAYER_MAP, k, "last") for k in range(3)}
+RECIPES = {
+    f"patched_{'_'.join(map(str, patched)) or 'nowhere'}": patched_model(
+        LAYER_MAP, frozenset(patched)
+    )
+    for patched in ((), (1,), (2,), (0, 1, 2, 3))
+}
 PROMPTS = ["a prompt", "b", "a longer prompt, of many characters", "much " * 20, "Q: 1+1\nA:"]
 UNTIL = {"until": ["\n", "e"], "max_gen_toks": 9}
 LONG = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 20}
@@ -80,8 +85,9 @@ def test_answers_follow_the_models_generation_config():
     assert answers == stock_answers(lm.model, requests) != plain
 
 
-def test_prompts_run_once_through_the_tree_and_rows_leave_when_they_stop():
+def test_prompts_run_once_through_the_tree_and_members_write_together():
     tree = tree_of("llama")
+    (joint,) = tree.joint_models
     lm = lm_of(tree)
     rows = {"prompts": [], "steps": []}
 
@@ -89,7 +95,7 @@ def test_prompts_run_once_through_the_tree_and_rows_leave_when_they_stop():
         num_rows, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         rows["prompts" if length > 1 else "steps"].append((name, num_rows))
 
-    for name, model in tree.models.items():
+    for name, model in {**tree.models, "together": joint.model}.items():
         for layer in model.model.layers:
             layer.self_attn.register_forward_pre_hook(
                 lambda layer, args, kwargs, name=name: count(layer, args, kwargs, name),
@@ -116,13 +122,30 @@ def test_prompts_run_once_through_the_tree_and_rows_leave_when_they_stop():
         == tree.num_layer_forwards
         < sum(recipe.depth for recipe in RECIPES.values())
     )
-    for name in RECIPES:
-        steps = [count for of_member, count in rows["steps"] if of_member == name]
-        assert steps == sorted(steps, reverse=True)
-    assert len({count for _, count in rows["steps"]}) > 1
+    # Each of the layers that they have runs once a step, for fewer and fewer rows.
+    assert {name for name, _ in rows["steps"]} == {"together"}
+    layers = {source for recipe in RECIPES.values() for source in recipe.layers}
+    steps = [count for _, count in rows["steps"]]
+    first, last = steps[: len(layers)], steps[-len(layers) :]
+    assert sum(first) == len(PROMPTS) * sum(recipe.depth for recipe in RECIPES.values())
+    assert len(steps) <= 20 * len(layers)
+    assert sum(last) < sum(first)
     lm.forget()
     lm.generate_until(requests, True)
     assert len(rows["prompts"]) == 2 * tree.num_layer_forwards
+
+
+def test_members_whose_layers_come_in_another_sequence_write_alone():
+    teacher, student = family_pair("llama")
+    layers = [LayerSource("student", i) for i in (0, 1, 2, 3)]
+    turned = [layers[0], layers[2], layers[1], layers[3]]
+    recipes = {"a": Recipe.of(layers), "b": Recipe.of(turned)}
+    tree = PrefixTree(recipes, teacher=teacher, student=student)
+    assert [[*joint.places] for joint in tree.joint_models] == [["a"], ["b"]]
+    requests, lm = instances(UNTIL), lm_of(tree)
+    for name in recipes:
+        lm.activate(name)
+        assert lm.generate_until(requests, True) == stock_answers(tree.models[name], requests)
 
 
 def test_sampling_and_beams_are_left_to_each_member(monkeypatch):

@@ -12,6 +12,7 @@ Shapes: B rows, T positions, N selected positions, D hidden size, V vocabulary.
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from patching.architectures.lookup import architecture_of, max_positions
 from patching.assemble import assemble
 from patching.recipe import Recipe
 from patching.running.chunks import CHUNK_LOGITS, slices
+from patching.running.joint import JointModel, joint_models
 from patching.running.placement import over_devices
 
 LayerPath = tuple[Any, ...]
@@ -44,12 +46,14 @@ class PrefixTree:
         student: PreTrainedModel | None = None,
     ) -> None:
         rescaled: dict[Any, Tensor] = {}
-        self.models = {
-            name: over_devices(
+
+        def assembled(recipe: Recipe) -> PreTrainedModel:
+            return over_devices(
                 assemble(recipe, teacher=teacher, student=student, rescaled=rescaled)
             )
-            for name, recipe in recipes.items()
-        }
+
+        self.models = {name: assembled(recipe) for name, recipe in recipes.items()}
+        self._recipes, self._assembled = recipes, assembled
         self._layers = {
             name: model.get_submodule(architecture_of(model.config).layers)
             for name, model in self.models.items()
@@ -77,6 +81,11 @@ class PrefixTree:
         configs = [self.models[name].config.get_text_config() for name in self.names]
         depths = [config.num_hidden_layers for config in configs]
         return sum(depths) - sum(self._resume_at)
+
+    @cached_property
+    def joint_models(self) -> list[JointModel]:
+        """All members as one model if they can step together, else each by itself."""
+        return joint_models(self._recipes, self.models, self._assembled)
 
     @torch.no_grad()
     def logits(
