@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
+from lm_eval.loggers import EvaluationTracker
 
 from evaluate.harness_arguments import HarnessArguments
 from evaluate.result import LM_EVAL_KEYS, Result
+from evaluate.trackers import log_results
 
 FOLDER = "lm_eval"
 
@@ -40,12 +41,15 @@ def write_files(
             fewshot_as_multiturn=arguments.prompting["fewshot_as_multiturn"],
         )
         tracker.save_results_aggregated(dict(found))
-        for task in found["configs"]:
-            samples = folder / "samples" / name / f"samples_{task}.jsonl"
-            if samples.is_file():
-                copied = folder / FOLDER / name / f"samples_{task}_{tracker.date_id}.jsonl"
-                shutil.copyfile(samples, copied)
-        log(name, found, arguments)
+        samples = {
+            task: path
+            for task in found["configs"]
+            if (path := folder / "samples" / name / f"samples_{task}.jsonl").is_file()
+        }
+        for task, path in samples.items():
+            copied = folder / FOLDER / name / f"samples_{task}_{tracker.date_id}.jsonl"
+            shutil.copyfile(path, copied)
+        log_results(name, found, samples, arguments)
 
 
 def as_lm_eval_results(name: str, result: Result, arguments: HarnessArguments) -> dict[str, Any]:
@@ -67,17 +71,3 @@ def as_lm_eval_results(name: str, result: Result, arguments: HarnessArguments) -
     }
     groups = {} if found["groups"] else {"groups"}  # lm-eval leaves it out if there are none
     return {key: value for key, value in found.items() if key not in groups} | {"config": config}
-
-
-def log(name: str, found: Mapping[str, Any], arguments: HarnessArguments) -> None:
-    """Log a model's results as a run of its own, named after it."""
-    if arguments.wandb_args is not None:
-        logger = WandbLogger({"name": name} | arguments.values_of("wandb_args"))
-        logger.post_init(dict(found))
-        logger.log_eval_result()
-        logger.run.finish()
-    if arguments.trackio_args is not None:
-        logger = TrackioLogger({"name": name} | arguments.values_of("trackio_args"))
-        logger.post_init(dict(found))
-        logger.log_eval_result()
-        logger.finish()

@@ -15,7 +15,7 @@ from lm_eval.utils import get_file_datetime, get_file_task_name, make_table
 from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
 from transformers import AutoModelForCausalLM
 
-from evaluate import lm_eval_files
+from evaluate import trackers
 from evaluate.arguments import EvaluationArguments
 from evaluate.evaluate import main
 from evaluate.harness import Harness
@@ -159,7 +159,7 @@ def test_answers_without_metrics(pair_folders, tasks, tmp_path):
     assert "999" not in (tmp_path / "summary.md").read_text()
 
 
-def test_lm_evals_own_files(pair_folders, tasks, tmp_path, monkeypatch):
+def test_lm_evals_own_files(pair_folders, tasks, tmp_path, monkeypatch, caplog):
     """Its table maker reads them, and only models with new scores get further ones."""
     logged = []
 
@@ -173,8 +173,18 @@ def test_lm_evals_own_files(pair_folders, tasks, tmp_path, monkeypatch):
         def post_init(self, found):
             logged[-1] |= {"acc": found["results"]["choice"]["acc,none"]}
 
+        def log_eval_samples(self, samples):
+            # lm-eval's loggers take the most likely choice from these.
+            best = [
+                max(range(2), key=lambda i: sample["filtered_resps"][i][0])
+                for sample in samples["choice"]
+            ]
+            assert {*samples} == {"choice", "rolling"}
+            logged[-1] |= {"best": best, "first": samples["choice"][0]["arguments"][0][0]}
+            raise ConnectionError("the service is gone")
+
     for name in ("WandbLogger", "TrackioLogger"):
-        monkeypatch.setattr(lm_eval_files, name, Recorder)
+        monkeypatch.setattr(trackers, name, Recorder)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     settings = {"tasks": "choice,rolling", "include_path": tasks}
     more = ["--log_samples", "--wandb_args", "project=p,group=g", "--trackio_args", "project=q"]
@@ -193,8 +203,13 @@ def test_lm_evals_own_files(pair_folders, tasks, tmp_path, monkeypatch):
         assert found["results"] == result.results
         assert found["config"]["model_args"] == f"pretrained={name}"
         acc = result.results["choice"]["acc,none"]
-        assert {"name": name, "project": "p", "group": "g", "acc": acc} in logged
-        assert {"name": name, "project": "q", "acc": acc} in logged
+        lines = (tmp_path / "samples" / name / "samples_choice.jsonl").read_text().splitlines()
+        found = [json.loads(line)["filtered_resps"] for line in lines]
+        best = [int(float(choices[1][0]) > float(choices[0][0])) for choices in found]
+        same = {"name": name, "acc": acc, "best": best, "first": TEXTS[0]}
+        assert same | {"project": "p", "group": "g"} in logged
+        assert same | {"project": "q"} in logged
+    assert caplog.text.count("logging to wandb failed") == len(results) == 2
     main(flags(pair_folders, tmp_path, num_layers_to_patch="0-2", **settings))
     counts = [len([*(tmp_path / "lm_eval" / f"family_k{k}").iterdir()]) for k in range(3)]
     assert counts == [3, 3, 1]
