@@ -5,9 +5,11 @@ import json
 import pytest
 from chat_runs import chat_tokenizer, save_chat_teacher
 from conftest import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 
-from examples.smollm2 import answers, own_chats
+from examples.smollm2 import answers, distill, own_chats
 from examples.smollm2.own_chats import continuations, write_own_chats
+from train import train
 from train.chats.rows import rows_of_chats
 from train.loss import CONTEXT
 
@@ -62,6 +64,37 @@ def test_chats_are_those_that_ended(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_chats=2: only 0 of 48 chats ended in time"):
         write_own_chats(tmp_path, 2)
     assert not path.exists()
+
+
+@pytest.mark.slow
+def test_a_student_is_distilled_on_text_and_then_on_the_teachers_own_chats(tmp_path, monkeypatch):
+    save_chat_teacher(tmp_path)
+    numbers = iter(range(1000))
+
+    def scripted(model, tokenizer, texts, num_tokens, **sampling):
+        return [f"Count to {next(numbers)}." if text == "u: " else "One, two." for text in texts]
+
+    monkeypatch.setattr(own_chats, "continuations", scripted)
+    in_this_process = {"train.train": train.main}
+    monkeypatch.setattr(
+        distill, "run", lambda module, *words: in_this_process[module]([*map(str, words)])
+    )
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} and so on. " * 9}) + "\n" for i in range(40)))
+    distill.main(
+        [
+            *("--save_directory", str(tmp_path), "--dataset", str(text), "--own_chats", "20"),
+            *("--max_steps", "4", "--max_length", "48", "--logging_steps", "1", "--bf16", "False"),
+            *("--heldout_documents", "2", "--torch_compile", "False"),
+        ]
+    )
+    assert len((tmp_path / "own_chats.jsonl").read_text().splitlines()) == 20
+    student = tmp_path / "student_chats"
+    AutoModelForCausalLM.from_pretrained(student)
+    log = json.loads((student / "run.json").read_text())["log"]
+    lines = [line for line in log if "loss" in line]
+    assert [line["phase"] for line in lines] == [1, 1, 2, 2]
+    assert lines[-1]["chat_tokens_seen"] > 0
 
 
 @pytest.mark.slow
