@@ -48,7 +48,7 @@ def main(settings: argparse.Namespace) -> None:
     lm, harness, names = Answered(), Harness(), ["rolling", "choice", "generation"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "tasks"
-        write_random_pairs_tasks(folder, settings.num_documents)
+        write_random_pairs_tasks(folder, settings.num_documents, settings.num_documents)
         loaded = load_tasks(names, str(folder)).by_name
 
         def theirs(task: str) -> None:
