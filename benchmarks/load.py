@@ -31,6 +31,7 @@ from evaluate import evaluate, report
 from evaluate.documents import add_documents
 from evaluate.result import FinishedTask, Parameters, Result, Run, update_result
 from patching import patch
+from patching.architectures.config import config_for
 from patching.assemble import assemble
 from patching.blocks import LayerMap, default_kept_layers
 from patching.orders import __main__ as orders
@@ -147,8 +148,7 @@ def layers(num_layers: int, folder: Path) -> Work:
         num_attention_heads=64, num_key_value_heads=8, vocab_size=151936, dtype="bfloat16",
     )  # fmt: skip
     layer_map = LayerMap(default_kept_layers(num_layers, 2, 1, 2), num_layers)
-    student = Qwen3Config(**teacher.to_dict() | {"num_hidden_layers": len(layer_map.kept)})
-    student.layer_types = student.layer_types[: len(layer_map.kept)]
+    student = config_for(initial_student(layer_map), {"teacher": teacher})
     for name, config in (("teacher", teacher), ("student", student)):
         config.architectures = ["Qwen3ForCausalLM"]
         config.save_pretrained(folder / name)

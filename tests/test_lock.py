@@ -1,6 +1,7 @@
 """requirements.lock: every package of the tests' environment, in one version and with hashes."""
 
 import re
+from importlib.metadata import PackageNotFoundError, requires
 
 from conftest import ROOT
 from packaging.requirements import Requirement
@@ -17,6 +18,7 @@ def locked() -> dict[str, tuple[str, list[str]]]:
     for entry in filter(None, map(str.strip, entries)):
         requirement, *hashes = entry.split(" --hash=")
         name, _, version = requirement.partition(";")[0].strip().partition("==")
+        name = name.partition("[")[0]
         found[canonicalize_name(name)] = (version, [f"--hash={each.strip()}" for each in hashes])
     return found
 
@@ -41,6 +43,23 @@ def test_versions_are_those_that_the_requirements_allow():
     for requirement in required():
         version, _ = packages[canonicalize_name(requirement.name)]
         assert version in requirement.specifier, requirement.name
+
+
+def test_extras_that_packages_ask_for_are_named():
+    """pip with --require-hashes takes `typepy[datetime]` for another package than `typepy`."""
+    packages, missing = locked(), []
+    for package in packages:
+        try:
+            needed = [Requirement(line) for line in requires(package) or []]
+        except PackageNotFoundError:  # of another platform
+            continue
+        for requirement in needed:
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            name = canonicalize_name(requirement.name)
+            for extra in requirement.extras if applies else ():
+                if not re.search(rf"^{name}\[[^]]*\b{extra}\b", LOCK, flags=re.MULTILINE):
+                    missing.append(f"{name}[{extra}] for {package}")
+    assert not missing
 
 
 def test_it_names_no_place_to_download_from():
