@@ -10,7 +10,7 @@ positions, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -25,12 +25,12 @@ from patching.architectures.lookup import architecture_of
 from patching.recipe import LayerSource, Recipe
 from patching.running.joint_cache import joined
 from patching.running.layer_calls import (
+    Picked,
     embedding_of,
     head_of,
     layers_of,
     on_rows,
     reading,
-    select_rows,
 )
 
 
@@ -94,14 +94,21 @@ class Rows:
     def _count(self) -> None:
         self.sizes = torch.bincount(self.members_R, minlength=len(self.joint.places)).tolist()
         """How many rows of each member there are."""
-        self._picked = [
-            torch.isin(self.members_R, members).nonzero()[:, 0] for members in self._with_layer
+        self._picked = [self._rows_of(members) for members in self._with_layer]
+        self._picked_for_ends = [
+            (ends, self._rows_of(torch.tensor(ends.member, device=self.members_R.device)))
+            for ends in self.joint.ends
         ]
+
+    def _rows_of(self, members: Tensor) -> Picked:
+        rows_N = torch.isin(self.members_R, members).nonzero()[:, 0]
+        return Picked(rows_N, len(self.members_R))
 
     def keep(self, is_kept_R: Tensor) -> None:
         """Drop the other rows, also from the cache."""
         for layer, picked in zip(self.cache.layers, self._picked):
-            layer.batch_select_indices(is_kept_R[picked].nonzero()[:, 0].to(layer.keys.device))
+            kept_N = picked.of(is_kept_R).nonzero()[:, 0]
+            layer.batch_select_indices(kept_N.to(layer.keys.device))
         self.members_R = self.members_R[is_kept_R]
         self._count()
 
@@ -112,13 +119,12 @@ class Rows:
         inputs |= {"past_key_values": self.cache, "use_cache": True}
         if len(self.joint.places) == 1:
             return self.joint.model(**inputs).logits[:, -1]
-        num_rows = len(self.members_R)
         layers = layers_of(self.joint.model)
         last_R1D: list[Tensor] = []
         with ExitStack() as undo:
             for layer, picked in zip(layers, self._picked):
-                if len(picked) < num_rows:
-                    undo.enter_context(on_rows(layer, picked, num_rows))
+                if len(picked) < len(self.members_R):
+                    undo.enter_context(on_rows(layer, picked))
             undo.enter_context(reading(layers[0], self._embedded(inputs)))
             seen = layers[-1].register_forward_hook(lambda *call: last_R1D.append(call[-1]))
             undo.callback(seen.remove)
@@ -126,26 +132,18 @@ class Rows:
         for layer, picked in zip(self.cache.layers, self._picked):
             if not len(picked):  # any layer may be asked how long the rows are
                 layer.cumulative_length += 1
-        for ends, picked in self._ends():
-            if ends.has_head:
-                last = select_rows(last_R1D[0], picked, num_rows)
-                of_head = head_of(ends.model, inputs["input_ids"][picked], last)
-                logits_RV[picked.to(logits_RV.device)] = of_head.to(logits_RV.device)
+        for ends, picked in self._picked_for_ends:
+            if ends.has_head and len(picked):
+                ids_N1, last_N1D = picked.of(inputs["input_ids"]), picked.of(last_R1D[0])
+                logits_RV = picked.replaced(logits_RV, head_of(ends.model, ids_N1, last_N1D))
         return logits_RV
 
-    def _ends(self) -> Iterator[tuple[Ends, Tensor]]:
-        for ends in self.joint.ends:
-            picked = (self.members_R == ends.member).nonzero()[:, 0]
-            if len(picked):
-                yield ends, picked
-
-    def _embedded(self, inputs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    def _embedded(self, inputs: Mapping[str, Any]) -> list[tuple[Picked, Tensor]]:
         """Rows with another embedding than the joint model's, and what their first layer reads."""
-        num_rows = len(self.members_R)
         return [
-            (picked, embedding_of(ends.model, select_rows(inputs, picked, num_rows)))
-            for ends, picked in self._ends()
-            if ends.has_embedding
+            (picked, embedding_of(ends.model, picked.of(inputs)))
+            for ends, picked in self._picked_for_ends
+            if ends.has_embedding and len(picked)
         ]
 
 

@@ -1,13 +1,14 @@
 """What the layers of a model are made to do during a forward pass of generation, and the parts of a
 pass before and after them.
 
-Shapes: R rows of one token, D hidden size, V vocabulary.
+Shapes: R rows of one token, N of them, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,15 +19,35 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(architecture_of(model.config).layers)
 
 
-def select_rows(value: Any, picked: Tensor, num_rows: int) -> Any:
-    """Some of the rows of whatever has that many rows."""
-    if isinstance(value, Tensor) and value.dim() and len(value) == num_rows:
-        return value[picked.to(value.device)]
-    if isinstance(value, Mapping):
-        return {name: select_rows(of_name, picked, num_rows) for name, of_name in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(select_rows(part, picked, num_rows) for part in value)
-    return value
+class Picked:
+    """Some of the rows of a batch: a slice where they follow each other, which copies nothing."""
+
+    def __init__(self, rows_N: Tensor, num_rows: int) -> None:
+        self.num_rows, self.rows_N = num_rows, rows_N
+        self.first, self.last = rows_N[[0, -1]].tolist() if len(rows_N) else (0, -1)
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def index(self, device: torch.device) -> slice | Tensor:
+        if self.last - self.first + 1 == len(self):
+            return slice(self.first, self.last + 1)
+        return self.rows_N.to(device)
+
+    def of(self, value: Any) -> Any:
+        """These rows of whatever has as many rows as the batch."""
+        if isinstance(value, Tensor):
+            has_rows = value.dim() and len(value) == self.num_rows
+            return value[self.index(value.device)] if has_rows else value
+        if isinstance(value, Mapping):
+            return {name: self.of(of_name) for name, of_name in value.items()}
+        return type(value)(map(self.of, value)) if isinstance(value, tuple | list) else value
+
+    def replaced(self, whole_R: Tensor, part_N: Tensor) -> Tensor:
+        """A batch with others in place of these rows."""
+        whole_R = whole_R.to(part_N.device, copy=True)
+        whole_R[self.index(part_N.device)] = part_N
+        return whole_R
 
 
 @contextmanager
@@ -50,28 +71,27 @@ def calling(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             layer.forward = before
 
 
-def on_rows(layer: nn.Module, picked: Tensor, num_rows: int) -> AbstractContextManager[None]:
+def on_rows(layer: nn.Module, picked: Picked) -> AbstractContextManager[None]:
     """Make a layer run on some of its rows during the block, and leave the others as they are."""
 
     def forward(run: Callable[..., Any], hidden_R1D: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not len(picked):
             return hidden_R1D
-        args, kwargs = select_rows(args, picked, num_rows), select_rows(kwargs, picked, num_rows)
-        state = run(select_rows(hidden_R1D, picked, num_rows), *args, **kwargs)
-        return hidden_R1D.to(state.device).index_copy(0, picked.to(state.device), state)
+        return picked.replaced(
+            hidden_R1D, run(picked.of(hidden_R1D), *picked.of(args), **picked.of(kwargs))
+        )
 
     return calling(layer, forward)
 
 
 def reading(
-    layer: nn.Module, others: Sequence[tuple[Tensor, Tensor]]
+    layer: nn.Module, others: Sequence[tuple[Picked, Tensor]]
 ) -> AbstractContextManager[None]:
     """Make a layer read other states for some rows during the block."""
 
     def forward(run: Callable[..., Any], hidden_R1D: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for picked, state in others:
-            device = hidden_R1D.device
-            hidden_R1D = hidden_R1D.index_copy(0, picked.to(device), state.to(device))
+            hidden_R1D = picked.replaced(hidden_R1D, state)
         return run(hidden_R1D, *args, **kwargs)
 
     return calling(layer, forward)
