@@ -63,8 +63,8 @@ LIMITS: dict[tuple[str, str], Limit] = {
         "Its converter knows neither the window of every second layer nor the soft caps."
     ),
     ("ctranslate2", "gemma3_text"): Limit(
-        "Its decoder runs no text that is longer than the sliding window in one pass: it cuts the "
-        "text into windows, and makes the mask of the first from the length of the whole."
+        "It converts, but the decoder takes no text longer than the sliding window in one pass: it "
+        "plans the padding of one window with the length of the whole text."
     ),
     **dict.fromkeys(
         [("llama_cpp", "gemma2"), ("llama_cpp_f16", "gemma2")],
