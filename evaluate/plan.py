@@ -22,7 +22,7 @@ from evaluate.text_task import task_of_texts
 from patching.architectures.distilbert import as_bert_config
 from patching.architectures.models import predicts_masked_tokens
 from patching.blocks import Order
-from patching.checkpoints.fingerprint import fingerprint
+from patching.checkpoints.fingerprint import TOKENIZER, fingerprint
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.units import parse_sizes
 from patching.family import Family
@@ -221,13 +221,19 @@ def compared_models(arguments: EvaluationArguments, family: Family) -> dict[str,
     names = list(dict.fromkeys(names))
     trust = arguments.trust_remote_code
     compared = {}
+    tokenizers: dict[tuple[Any, ...], PreTrainedTokenizerBase] = {}
     for short, name in zip(short_names(names), names):
         reference = reference_of(name)
         how = {"revision": reference.revision, "trust_remote_code": trust}
         try:
             config = AutoConfig.from_pretrained(reference.name_or_path, **how)
-            # Batched generation needs padding on the left.
-            tokenizer = read_tokenizer(reference, config, trust, padding_side="left")
+            # Models of one kind share one, which takes 100 MB if the vocabulary is large.
+            files = fingerprint(reference, TOKENIZER).split()[-1]
+            kind = (files, config.model_type, config.get_text_config().vocab_size)
+            if kind not in tokenizers:
+                # Batched generation needs padding on the left.
+                tokenizers[kind] = read_tokenizer(reference, config, trust, padding_side="left")
+            tokenizer = tokenizers[kind]
         except (OSError, HTTPError, ValueError) as error:
             raise ValueError(f"compare={name}: the model cannot be read ({error})") from error
         if arguments.dataset and tokenizer.get_vocab() != family.tokenizer.get_vocab():

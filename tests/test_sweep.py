@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from evaluate import harness
 from evaluate.evaluate import main
 from evaluate.failures import read_failures
 from evaluate.harness import write_samples
+from evaluate.plan import compared_models
 from evaluate.report import main as report
 from evaluate.result import LM_EVAL_KEYS, Result, read_results
 from evaluate.tasks import load_tasks
@@ -555,3 +557,16 @@ def test_what_is_missing_on_one_rank_is_one_line(pair_folders, tasks, tmp_path):
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 1: student_model_name_or_path=/no/such/student")
+
+
+def test_compared_models_with_the_same_tokenizer_files_share_one_in_memory(tmp_path):
+    for name in ("one", "two", "other"):
+        tiny_model(tiny_config("llama", 2)).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    settings = tmp_path / "other" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 99}))
+    arguments = SimpleNamespace(compare=[str(tmp_path)], trust_remote_code=False, dataset=None)
+    found = compared_models(arguments, family=None)
+    one, two, other = (found[f"compare_{name}"].tokenizer for name in ("one", "two", "other"))
+    assert one is two is not other
+    assert other.model_max_length == 99 and other.padding_side == "left"
