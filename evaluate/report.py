@@ -38,7 +38,9 @@ def write_report(
     Further pages of plots are summary_2.png and so on. `failures` are tasks that could not be
     evaluated, and why.
     """
-    from evaluate.reporting.plot import plot  # matplotlib, which `--help` does not need
+    from matplotlib import rc_context  # which `--help` does not need
+
+    from evaluate.reporting.plot import plot
 
     results = sorted(results, key=_position)
     comparison = Comparison.of(results)
@@ -48,7 +50,10 @@ def write_report(
     for page, figure in enumerate(pages):
         for suffix in ("png", "svg"):
             picture = io.BytesIO()
-            figure.savefig(picture, format=suffix, dpi=150)
+            # Without a date and random ids the same results give the same file.
+            undated = {"metadata": {"Date": None}} if suffix == "svg" else {}
+            with rc_context({"svg.hashsalt": "boomerang"}):
+                figure.savefig(picture, format=suffix, dpi=150, **undated)
             write_bytes(folder / f"{page_name(page)}.{suffix}", picture.getvalue())
     write_text(folder / "summary.csv", csv_table(results))
     write_json(folder / "summary.json", json_summary(comparison, failures or {}))

@@ -431,14 +431,14 @@ def fuzz_folder(monkeypatch) -> Iterator[Path]:
 
 
 def fuzz(check: Callable, examples: st.SearchStrategy, how_many: int) -> None:
-    """Run a check on examples by chance, with little memory and for at most ten minutes."""
+    """Run a check on examples by chance, with little memory and for at most an hour."""
     limits = settings(
         max_examples=how_many,
         deadline=None,
         database=None,
         suppress_health_check=[*HealthCheck],
     )
-    with bounded(600, 2**30):
+    with bounded(3600, 2**30):
         limits(given(examples)(check))()
 
 
