@@ -29,7 +29,7 @@ from patching.cli.command_line import user_errors
 from patching.files.texts import state_of_files
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
-from patching.running.logits import logit_change
+from patching.running.logits import LogitChange, logit_change
 from patching.student_config import StudentConfig
 from train.chats.arguments import ChatArguments
 from train.checkpoints.find import (
@@ -56,7 +56,7 @@ from train.fp8 import check_fp8, use_fp8
 from train.fsdp_config import check_layer_classes
 from train.global_batch import split_global_batch
 from train.gradient_reduction import choose_reduction
-from train.local_batches import check_enough_rows
+from train.local_batches import check_enough_rows, rows_per_step
 from train.masking import Masking
 from train.model_args import ModelArguments
 from train.order_of_student import measure_order
@@ -65,7 +65,7 @@ from train.ranks import first_rank_first
 from train.refused_flags import ignored_flags
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
 from train.sharding import check_replicas, reads_weights, without_weights
-from train.speed import check_liger_knows, reuse_freed_memory
+from train.speed import check_liger_knows, compile_if_long, reuse_freed_memory
 from train.stream import TextChanged
 from train.student import cast_parameters, check_range, new_student, student_companions
 from train.teacher_cache import TeacherCache, settings_of
@@ -91,7 +91,7 @@ def run(
     uploads = args.push_to_hub  # Trainer must not see it
     reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
     with user_errors():
-        teacher_config = read_teacher_config(model_args, data_args.max_length)
+        teacher_config, _ = read_teacher_config(model_args, data_args.max_length)
         if data_args.packing == "documents":
             attention, max_length = model_args.attn_implementation, data_args.max_length
             check_separates_documents(teacher_config, attention, max_length)
@@ -138,6 +138,8 @@ def run(
         if checkpoint is not None:
             check_checkpoint(checkpoint, args, rows, settings)
         cache = open_cache(model_args, args, teacher_config, tokenizer, rows)
+    choose_compilation(args, teacher_config, layer_map, rows, data_args.max_length, cache)
+    flags |= {name: getattr(args, name) for name in ("torch_compile", "torch_compile_backend")}
     print_on_main_process(
         args,
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
@@ -200,22 +202,25 @@ def run(
         upload_student(args, uploads)
 
 
-def read_teacher_config(model_args: ModelArguments, max_length: int) -> PreTrainedConfig:
-    """Return the teacher's config. Raises ValueError if it cannot be read, if its architecture is
-    not supported or its logits cannot be reproduced, or if rows are longer than its table of
-    positions.
+def read_teacher_config(
+    model_args: ModelArguments, max_length: int
+) -> tuple[PreTrainedConfig, LogitChange]:
+    """Return the teacher's config, and what the teacher does to the output of its head.
+
+    Raises ValueError if the config cannot be read, if its architecture is not supported or its
+    logits cannot be reproduced, or if rows are longer than its table of positions.
     """
     name, revision = model_args.teacher_model_name_or_path, model_args.revision
     flag, trust_remote_code = "teacher_model_name_or_path", model_args.trust_remote_code
     config = read_config(flag, name, revision, trust_remote_code)
-    logit_change(check_builds(flag, name, config, trust_remote_code))  # raises
+    change = logit_change(check_builds(flag, name, config, trust_remote_code))
     longest = max_positions(config)
     if longest is not None and max_length > longest:
         raise ValueError(
             f"max_length={max_length}: this {config.model_type} model has positions for {longest} "
             f"tokens, choose 2-{longest}"
         )
-    return config
+    return config, change
 
 
 def check_acceleration(args: DistillationArguments, teacher_config: PreTrainedConfig) -> None:
@@ -344,6 +349,26 @@ def check_checkpoint(
     announced = {name: settings[name] for name in ANNOUNCED}
     for text in differences(before, announced):
         print_on_main_process(args, f"resuming from {checkpoint}: {text} from here on")
+
+
+def choose_compilation(
+    args: DistillationArguments,
+    teacher: PreTrainedConfig,
+    layer_map: LayerMap,
+    rows: Rows,
+    max_length: int,
+    cache: TeacherCache | None,
+) -> None:
+    """Compile a long run on a CPU, too, and say so."""
+    if args.max_steps > 0:
+        num_rows = args.max_steps * rows_per_step(args, args.world_size)
+    else:
+        num_rows = args.num_train_epochs * len(rows.train)
+    num_tokens, has_cache = num_rows * max_length, cache is not None
+    if compile_if_long(args, teacher, layer_map, num_tokens, max_length, has_cache):
+        print_on_main_process(
+            args, "compiling layers, which a run this long is worth (--torch_compile False: do not)"
+        )
 
 
 def open_cache(

@@ -8,12 +8,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from patching.architectures.models import empty_model, load_model, predicts_masked_tokens
+from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
 from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
-from patching.running.logits import LogitChange, logit_change
+from patching.running.logits import LogitChange
 from train.batches import collate
 from train.cache_teacher import CacheArguments
 from train.data import Rows, load_rows
@@ -29,8 +29,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
     """Write the cache. What a user can get wrong ends the process before weights load."""
     reference = Reference(arguments.teacher_model_name_or_path, arguments.revision)
     with user_errors():
-        config = read_teacher_config(arguments, data_args.max_length)
-        change = logit_change(empty_model(config, trust_remote_code=arguments.trust_remote_code))
+        config, change = read_teacher_config(arguments, data_args.max_length)
         check_can_be_cached(config, arguments.top_k)
         tokenizer = read_tokenizer(reference, config, arguments.trust_remote_code)
         made_by = settings_of(reference, config, tokenizer, arguments.temperature)

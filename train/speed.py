@@ -2,13 +2,22 @@
 
 import ctypes
 import platform
+import shutil
 
 import torch
+import torch._inductor.config as inductor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from patching.architectures.lookup import architecture_of
+from patching.blocks import LayerMap
+from train.estimate import flops_per_token, student_config
 from train.training_args import DistillationArguments
+
+LONG_RUN_FLOPS = 1e15
+"""FLOPs of a run that is compiled on a CPU by default. Compiling takes a minute or two, which this
+many are worth on a fast machine, too.
+"""
 
 VARIANTS = 64
 """Variants of a layer that may be compiled: kinds of attention, student and teacher, training and
@@ -24,6 +33,28 @@ def check_liger_knows(teacher: PreTrainedConfig) -> None:
         raise ValueError(
             f"use_liger_kernel: Liger has no kernels for a {teacher.model_type} model, leave it out"
         )
+
+
+def compile_if_long(
+    args: DistillationArguments,
+    teacher: PreTrainedConfig,
+    layer_map: LayerMap,
+    num_tokens: float,
+    max_length: int,
+    has_cache: bool,
+) -> bool:
+    """Let a long run on a CPU with a C++ compiler be compiled, in place, unless `--torch_compile`
+    was given. Return whether it is. What cannot be compiled then runs as it is.
+    """
+    if not args.compiles_if_long or not any(map(shutil.which, filter(None, inductor.cpp.cxx))):
+        return False
+    student, of_cache = student_config(teacher, layer_map), None if has_cache else teacher
+    flops = flops_per_token(student, of_cache, args.loss_weights).at(max_length) * num_tokens
+    if flops < LONG_RUN_FLOPS:
+        return False
+    args.torch_compile, args.torch_compile_backend = True, "inductor"
+    torch._dynamo.config.suppress_errors = True
+    return True
 
 
 def speed_up(model: PreTrainedModel, args: DistillationArguments) -> None:

@@ -99,7 +99,8 @@ class PaperArguments(TrainingArguments):
     torch_compile: bool | None = field(
         default=None,
         metadata={
-            "help": "compile layers and the elementwise passes of the loss (default: on CUDA GPUs)"
+            "help": "compile layers and the elementwise passes of the loss (default: on CUDA GPUs, "
+            "and on CPUs in long runs)"
         },
     )
     fsdp_config: dict | str | None = field(
@@ -208,7 +209,9 @@ class DistillationArguments(PaperArguments):
         self.greater_is_better = False  # transformers would take eval_kl for an accuracy
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it transformers refuses bf16 on a CPU
-        if self.torch_compile is None:
+        is_chosen = self.torch_compile is None
+        self.compiles_if_long = is_chosen and not torch.accelerator.is_available()
+        if is_chosen:
             self.torch_compile = torch.cuda.is_available()
         if self.fsdp or self.fsdp_config:
             from train.fsdp_config import read_fsdp_config  # imports models, which takes a second
@@ -221,6 +224,7 @@ class DistillationArguments(PaperArguments):
                 self.fsdp_config["activation_checkpointing"] = True
                 self.activation_checkpointing = self.gradient_checkpointing = None
         super().__post_init__()
+        self.compiles_if_long &= not self.torch_compile  # which a backend or a mode asks for
         if self.n_gpu > 1:
             launcher = f"torchrun --standalone --nproc-per-node={self.n_gpu} --module train.train"
             warnings.warn(
