@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import train.vocabulary_loss
+from patching.running.chunks import even_slices
 from patching.running.logits import UNCHANGED, LogitChange
 from train.vocabulary_loss import vocabulary_loss
 
@@ -92,6 +93,17 @@ def test_values_and_gradients_equal_the_formula(
     )
     torch.testing.assert_close(terms.kl.double(), kl * (kl_weight > 0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients, [hidden_ND.grad, head.weight.grad], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 441, 1365])
+def test_even_slices_leave_no_short_rest(step):
+    for length in (0, 1, 5, 441, 4096):
+        found = [*even_slices(length, step)]
+        assert [i for of in found for i in range(length)[of]] == [*range(length)]
+        lengths = [of.stop - of.start for of in found]
+        assert max(lengths, default=0) <= max(1, 1.1 * step)
+        assert all(max(lengths) - part < len(lengths) for part in lengths)
+    assert len([*even_slices(4096, 1365)]) == 3
 
 
 def test_autocast_gradients_survive_several_chunks(monkeypatch, heads_and_states):

@@ -16,6 +16,7 @@ from patching.running.chunks import (
     CHUNK_LOGITS,
     CPU_SOFTMAX_LOGITS,
     CUDA_CHUNK_LOGITS,
+    even_slices,
     slices,
 )
 from patching.running.logits import UNCHANGED, LogitChange
@@ -239,7 +240,7 @@ class _ChunkedLoss(torch.autograd.Function):
             softmax_logits = chunk_logits
         replace_by_gradient_ = fused(_replace_by_gradient_, compile_backend)
         with torch.autocast(device, enabled=False):
-            for chunk in slices(len(hidden_ND), chunk_logits // len(weight_VD)):
+            for chunk in even_slices(len(hidden_ND), chunk_logits // len(weight_VD)):
                 logits_NV, chunk_targets_N = student.logits(chunk), targets_N[chunk]
                 logit_change.apply_(logits_NV)
                 teacher_logits_NV = None

@@ -24,6 +24,15 @@ def slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
+def even_slices(length: int, step: int) -> Iterator[slice]:
+    """Cut range(length) into slices of nearly equal length, at most a tenth above `step`. No short
+    rest is left, which would cost as much as a whole slice where each has work of its own.
+    """
+    longest = max(1, step) * 11 // 10
+    num_slices = max(1, -(-length // longest))
+    return slices(length, -(-length // num_slices))
+
+
 def log_normalizers(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(sum(exp(logits))) and the greatest logit of each token, both fp32 of shape (N,).
 
