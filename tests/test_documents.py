@@ -11,6 +11,7 @@ from masked_models import encoder_config
 from patching_models import ENCODERS, LAYER_MAP, NUM_LAYERS, SETTINGS, family_config, family_pair
 from test_architectures import DECLARED
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import MASKING
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash
@@ -98,6 +99,37 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_documents_alone(model_ty
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what a host has to wait for on an accelerator: values, and numbers of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else ()
+        is_masked = any(index is not None and index.dtype == torch.bool for index in indices)
+        self.count += is_masked or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [{}, {"document_lengths": [1, 3]}], ids=["cross", "documents"])
+def test_a_micro_batch_of_full_rows_never_waits_for_the_device(lengths):
+    """The only waits are those of transformers, which asks once in each of the two models whether
+    rows hold several documents.
+    """
+    teacher, student = family_pair("qwen3")
+    install_distillation_forward(student, teacher, LAYER_MAP, WEIGHTS)
+    batch = collate([{"input_ids": [7, 8, 9, 7]} | lengths] * 2)
+    counts, found = count(batch["labels"]), []
+    for few_targets in (False, True):
+        with HostWaits() as waits:
+            student(**batch, counts=counts, few_targets=few_targets).loss.backward()
+        found.append(waits.count)
+    assert found[0] == 2 < found[1]
 
 
 def test_masked_models_predict_hidden_first_tokens_too():

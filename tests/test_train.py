@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, run_module, save_pair, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
+from transformers.utils import is_flash_attn_2_available
 
 from patching.cli.command_line import CommandLineParser
 from patching.patch import main as patch
@@ -261,12 +262,26 @@ def test_a_teacher_with_missing_weights_is_rejected(tmp_path, text_file, capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_attention_implementation_is_rejected(pair_folders, text_file, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "nonsense",
+        pytest.param(
+            "flash_attention_2",
+            marks=pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed"),
+        ),
+    ],
+)
+def test_attention_that_is_not_there_is_rejected(
+    attention, pair_folders, text_file, tmp_path, capsys
+):
     command = documented_command(pair_folders[0], tmp_path / "out", text_file)[:-2]
     with pytest.raises(SystemExit) as ended:
-        main([*command, *SMALL, "--attn_implementation", "nonsense"])
+        main([*command, *SMALL, "--attn_implementation", attention])
     assert ended.value.code == 2
-    assert "nonsense" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err
+    assert attention in error.splitlines()[-1]
+    assert "Traceback" not in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this error is for machines without a GPU")
