@@ -236,8 +236,6 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = hidden_ND.new_zeros(2, **fp32)
         chunk_logits = CUDA_CHUNK_LOGITS if device == "cuda" else CHUNK_LOGITS
         softmax_logits = CPU_SOFTMAX_LOGITS if device == "cpu" else CHUNK_LOGITS
-        if compile_backend is not None:  # fused kernels keep no fp32 copies
-            softmax_logits = chunk_logits
         replace_by_gradient_ = fused(_replace_by_gradient_, compile_backend)
         with torch.autocast(device, enabled=False):
             for chunk in even_slices(len(hidden_ND), chunk_logits // len(weight_VD)):
@@ -246,7 +244,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 teacher_logits_NV = None
                 if teacher is not None:
                     teacher_logits_NV = logit_change.apply_(teacher.logits(chunk))
-                for rows in slices(len(logits_NV), softmax_logits // len(weight_VD)):
+                at_once = softmax_logits // len(weight_VD)
+                if compile_backend is not None:  # fused kernels keep no fp32 copies
+                    at_once = len(logits_NV)
+                for rows in slices(len(logits_NV), at_once):
                     of_teacher = None
                     if teacher_top is not None:
                         of_teacher = teacher_top.at(chunk).at(rows)
