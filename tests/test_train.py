@@ -280,7 +280,7 @@ def test_attention_that_is_not_there_is_rejected(
         main([*command, *SMALL, "--attn_implementation", attention])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert attention in error.splitlines()[-1]
+    assert f"attn_implementation={attention}: " in error.splitlines()[-1]
     assert "Traceback" not in error
 
 

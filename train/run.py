@@ -1,5 +1,6 @@
 """A run of training, from parsed flags to the saved student."""
 
+import copy
 import signal
 import sys
 import warnings
@@ -208,12 +209,19 @@ def read_teacher_config(
     """Return the teacher's config, and what the teacher does to the output of its head.
 
     Raises ValueError if the config cannot be read, if its architecture is not supported or its
-    logits cannot be reproduced, or if rows are longer than its table of positions.
+    logits cannot be reproduced, if it cannot have the attention that is asked for, or if rows are
+    longer than its table of positions.
     """
     name, revision = model_args.teacher_model_name_or_path, model_args.revision
     flag, trust_remote_code = "teacher_model_name_or_path", model_args.trust_remote_code
     config = read_config(flag, name, revision, trust_remote_code)
     change = logit_change(check_builds(flag, name, config, trust_remote_code))
+    if (attention := model_args.attn_implementation) is not None:
+        settings = {"trust_remote_code": trust_remote_code, "attn_implementation": attention}
+        try:
+            without_weights(copy.deepcopy(config), **settings)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"attn_implementation={attention}: {error}") from error
     longest = max_positions(config)
     if longest is not None and max_length > longest:
         raise ValueError(
