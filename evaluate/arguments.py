@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,11 @@ PAPER_SUITE = (
     "hendrycks_math",
 )
 """The suite of arXiv 2510.05064: classification, perplexity and generation."""
+FIND_VLLM = (
+    "import importlib.util, sys\n"
+    "sys.exit(not all(map(importlib.util.find_spec, ('vllm', 'lm_eval'))))"
+)
+"""A program that fails where the process of `evaluate.vllm` cannot run."""
 
 
 @dataclass
@@ -80,8 +86,68 @@ class TextArguments:
 
 
 @dataclass
+class GenerationArguments:
+    """Flags that say what generates."""
+
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "prompts in a batch of generation (by default as many as fit)"},
+    )
+    generation_backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "what generates; vllm runs each member from a temporary folder",
+            "choices": ["transformers", "vllm"],
+        },
+    )
+    vllm_args: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "arguments of lm-eval's vLLM model, such as gpu_memory_utilization=0.5: "
+            f"{KEYS_AND_VALUES}"
+        },
+    )
+    vllm_python: str | None = field(
+        default=None,
+        metadata={
+            "help": "Python of an environment that has vllm and lm_eval (by default this one): "
+            "vllm may need other versions of transformers and torch"
+        },
+    )
+
+    def check_generation(self) -> list[str]:
+        """Problems with these flags, one line each."""
+        problems = []
+        if self.generation_batch_size is not None and self.generation_batch_size < 1:
+            problems.append(f"generation_batch_size={self.generation_batch_size}: choose 1 or more")
+        if self.generation_backend == "vllm":
+            problems += self._check_vllm()
+        elif given := [name for name in ("vllm_args", "vllm_python") if getattr(self, name)]:
+            flags = " and ".join(f"--{name}" for name in given)
+            problems.append(f"{flags} without effect: add --generation_backend vllm")
+        return problems
+
+    def _check_vllm(self) -> list[str]:
+        needed = "--generation_backend vllm needs vllm"
+        if self.vllm_python is None:
+            if importlib.util.find_spec("vllm"):
+                return []
+            return [
+                f"{needed}, which is not installed: install it, or name the Python of an "
+                "environment that has it with --vllm_python"
+            ]
+        try:
+            found = subprocess.run([self.vllm_python, "-c", FIND_VLLM], capture_output=True)
+        except OSError as error:
+            return [f"vllm_python={self.vllm_python}: {error.strerror}: name a Python"]
+        if found.returncode:
+            return [f"{needed} and lm_eval: vllm_python={self.vllm_python} does not have both"]
+        return []
+
+
+@dataclass
 class EvaluationArguments(
-    TextArguments, HarnessArguments, CalibrationArguments, MeasuringArguments
+    TextArguments, GenerationArguments, HarnessArguments, CalibrationArguments, MeasuringArguments
 ):
     """Flags of `evaluate.evaluate`. Raises ValueError naming every flag with an unusable value."""
 
@@ -124,24 +190,6 @@ class EvaluationArguments(
             "evaluate.report puts the folders together"
         },
     )
-    generation_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "prompts in a batch of generation (by default as many as fit)"},
-    )
-    generation_backend: str = field(
-        default="transformers",
-        metadata={
-            "help": "what generates; vllm runs each member from a temporary folder",
-            "choices": ["transformers", "vllm"],
-        },
-    )
-    vllm_args: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "arguments of lm-eval's vLLM model, such as gpu_memory_utilization=0.5: "
-            f"{KEYS_AND_VALUES}"
-        },
-    )
     device_map: str | None = field(
         default=None,
         metadata={
@@ -162,9 +210,7 @@ class EvaluationArguments(
         if self.searches_order:
             reasons.append(f"--order {self.order} is measured on text")
         problems = self.check_calibration(next(filter(None, reasons), None))
-        problems += self.check_harness()
-        if self.generation_batch_size is not None and self.generation_batch_size < 1:
-            problems.append(f"generation_batch_size={self.generation_batch_size}: choose 1 or more")
+        problems += self.check_harness() + self.check_generation()
         if self.device_map is not None and (self.device is not None or num_ranks() > 1):
             problems.append(
                 "--device_map places models itself: leave out --device, and start a single process"
@@ -174,8 +220,6 @@ class EvaluationArguments(
                 Shard.parse(self.shard)
             except ValueError as error:
                 problems.append(str(error))
-        if self.generation_backend == "vllm" and not importlib.util.find_spec("vllm"):
-            problems.append("--generation_backend vllm needs vllm, which is not installed")
         if set(self.baseline_names) - set(BASELINES):
             problems.append(f"baselines={self.baselines}: choose from {', '.join(BASELINES)}")
         if problems:

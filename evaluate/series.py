@@ -225,7 +225,8 @@ def generator_of(arguments: EvaluationArguments) -> Generator | None:
         return None
     options = {"max_length": arguments.max_length} if arguments.max_length else {}
     options |= {"trust_remote_code": arguments.trust_remote_code}
-    return partial(vllm_answers, options=options | arguments.values_of("vllm_args"))
+    options |= arguments.values_of("vllm_args")
+    return partial(vllm_answers, options=options, python=arguments.vllm_python)
 
 
 def how_models_run(plan: Plan) -> dict[str, str]:

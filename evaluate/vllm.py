@@ -1,9 +1,5 @@
 """Answers of one model by vLLM: the model is saved, run in a process of its own by lm-eval's vLLM
 model, and deleted. The process knows nothing of the family, and gives its memory back as it ends.
-
-    python -m evaluate.vllm QUESTIONS ANSWERS
-
-is that process. QUESTIONS is a JSON file with the arguments of lm-eval's model and of each request.
 """
 
 import json
@@ -18,20 +14,30 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patching.checkpoints.saved_config import saved_config
+from patching.files.outputs import write_json
+
+ROOT = str(Path(__file__).parents[1])
+
 
 def vllm_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Instance],
     options: Mapping[str, Any],
+    python: str | None = None,
 ) -> list[str]:
-    """A model's answer to each request. `options` are arguments of lm-eval's vLLM model.
+    """A model's answer to each request. `options` are arguments of lm-eval's vLLM model, and
+    `python` runs it, by default this one.
 
     Raises RuntimeError with the last line of its output if the process fails.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-member-") as name:
         folder = Path(name)
         model.save_pretrained(folder / "model")
+        # vLLM may come with a transformers that reads older spellings only.
+        config = saved_config(None, model.config, type(model), model.dtype)
+        write_json(folder / "model" / "config.json", config)
         tokenizer.save_pretrained(folder / "model")
         dtype = str(model.dtype).removeprefix("torch.")
         questions = {
@@ -40,8 +46,11 @@ def vllm_answers(
         }
         (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "evaluate.vllm", folder / "questions.json", folder / "answers"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            [
+                *(python or sys.executable, "-m", "evaluate.vllm_process"),
+                *(folder / "questions.json", folder / "answers"),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT] if python else sys.path)},
             capture_output=True,
             text=True,
         )
@@ -49,19 +58,3 @@ def vllm_answers(
             lines = done.stderr.strip().splitlines() or ["it wrote nothing"]
             raise RuntimeError(f"vLLM failed: {lines[-1]}")
         return json.loads((folder / "answers").read_text(encoding="utf-8"))
-
-
-def main(questions_file: str, answers_file: str) -> None:
-    from lm_eval.models.vllm_causallms import VLLM
-
-    questions = json.loads(Path(questions_file).read_text(encoding="utf-8"))
-    lm = VLLM(**questions["model"])
-    requests = [
-        Instance(request_type="generate_until", doc={}, arguments=tuple(arguments), idx=i)
-        for i, arguments in enumerate(questions["requests"])
-    ]
-    Path(answers_file).write_text(json.dumps(lm.generate_until(requests)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

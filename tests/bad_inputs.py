@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -633,6 +634,9 @@ TABLE = [
     BadInput("a random student that is none", EVALUATE, "--random_student nowhere", None, ("nowhere", "neither a model folder nor a hub repository")),
     BadInput("a shard of none", EVALUATE, "--shard 3/2", None, ("shard=3/2", "write i/n")),
     BadInput("an unknown backend", EVALUATE, "--generation_backend magic", None, ("magic", "transformers")),
+    BadInput("a Python that is none", EVALUATE, "--generation_backend vllm --vllm_python nowhere/python", None, ("vllm_python=nowhere/python", "name a Python")),
+    BadInput("a Python without vLLM", EVALUATE, f"--generation_backend vllm --vllm_python {sys.executable}", None, ("needs vllm and lm_eval", "does not have both")),
+    BadInput("vLLM's flags without vLLM", EVALUATE, "--vllm_args seed=1 --vllm_python python", None, ("--vllm_args and --vllm_python", "add --generation_backend vllm")),
     BadInput("a device that is none", EVALUATE, "--device abacus", None, ("device=abacus",)),
     BadInput("text to evaluate on: missing", EVALUATE, "--dataset nowhere.txt", None, ("dataset=nowhere.txt", "neither a file or folder here nor a hub dataset")),
     BadInput("text to evaluate on: empty", EVALUATE, "--dataset a.txt", write("a.txt", " \n"), ("dataset=a.txt", "there is no text in it")),

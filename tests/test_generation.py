@@ -1,6 +1,7 @@
 """What members generate: the text of the stock harness, from prompts that are run once."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -187,8 +188,15 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch):
 
 @pytest.mark.slow
 def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatch):
-    """Same text as the members themselves, by a stand-in that reads the saved folder alone."""
+    """Same text as the members themselves, by a stand-in that reads the saved folder alone, in this
+    environment and in one of its own.
+    """
     stand_in = Path(__file__).parent / "stand_in_vllm"
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{stand_in}" exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
@@ -201,7 +209,9 @@ def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatc
         "TemporaryDirectory",
         lambda **how: made.append(folder := make(dir=tmp_path, **how)) or folder,
     )
-    for name, given in (("own", []), ("vllm", ["--generation_backend", "vllm"])):
+    backend = ["--generation_backend", "vllm"]
+    ways = {"own": [], "elsewhere": [*backend, "--vllm_python", str(python)], "vllm": backend}
+    for name, given in ways.items():
         settings = {"num_layers_to_patch": "0,1", "include_path": tasks}
         settings["tasks"] = "generation,choice"
         if name == "vllm":
@@ -209,14 +219,14 @@ def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatc
                 main([*flags(pair_folders, tmp_path / name, **settings), *given])
             monkeypatch.syspath_prepend(stand_in)
         main([*flags(pair_folders, tmp_path / name, **settings), "--log_samples", *given])
-    assert len(made) == 2  # one for each member
+    assert len(made) == 4  # one for each member
     assert not any(Path(folder.name).exists() for folder in made)
     for k in range(2):
         answers = []
-        for name in ("own", "vllm"):
+        for name in ways:
             path = tmp_path / name / "samples" / f"family_k{k}" / "samples_generation.jsonl"
             answers.append([json.loads(line)["resps"] for line in path.read_text().splitlines()])
-        assert answers[0] == answers[1]
+        assert answers[0] == answers[1] == answers[2]
     finished = read_results(tmp_path / "vllm")["family_k0"].tasks
     assert finished["generation"].sources["generation_backend"] == "vllm"
     # What needs no answer stays when something else generates.

@@ -2,7 +2,9 @@
 generates for one prompt after the other.
 """
 
+import json
 import types
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +25,8 @@ class TokensPrompt(dict):
 
 class LLM:
     def __init__(self, model, dtype, **options):
+        settings = json.loads(Path(model, "config.json").read_text())
+        assert settings.keys() >= {"rope_theta", "torch_dtype"}, "older releases read these"
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         longest = options["max_model_len"] or self.model.config.max_position_embeddings
