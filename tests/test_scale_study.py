@@ -184,6 +184,7 @@ def scored(family, tmp_path_factory):
             path = of_pair / f"seed_{seed}" / student
             path.parent.mkdir(exist_ok=True)
             study.measure(family, of_pair, path)
+    study.measure_regret(family, of_pair, of_pair / "seed_0" / "student")
     scores = study.baseline_scores(family, of_pair)
     (of_pair / "baselines.json").write_text(json.dumps(scores))
     (of_pair / "settings.json").write_text(json.dumps({"student_steps": 1}))
@@ -231,8 +232,11 @@ def test_findings_follow_from_scores(scored):
     assert lead == pytest.approx(naive["plain"][1] - first)
     assert len(naive["plain"]) == 2
     # Here both students are the same.
-    of_term = found["length_term"]["orders"]["last"]
+    of_term = found["others"]["student_length"]["orders"]["last"]
     assert of_term["gain_over_matched"]["matched"]["mean"] == 0
+    for regret in (found["regret"]["plain"], found["regret"]["matched"]):
+        assert all(mean_kl >= regret["best_mean"] for mean_kl in regret["mean"].values())
+    assert found["regret"]["matched"]["best_mean"] <= found["regret"]["plain"]["best_mean"]
     text = all_tables([found])
     assert all(f"### {title}" in text for title in TABLES) and "nan" not in text
     assert len(draw([found]).axes) == 3
@@ -255,7 +259,10 @@ def test_wrong_students_and_other_settings_are_one_line(tmp_path, capsys, monkey
     main(["demo", "--folder", str(tmp_path), "--steps", "5"])
     for flags, message in (
         (["--steps", "6"], "was made with {'teacher_steps': 5"),
-        (["--steps", "5", "--students", "x"], "students=x: choose from student, student_length"),
+        (
+            ["--steps", "5", "--students", "x"],
+            "students=x: choose from student, student_length, student_auto",
+        ),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["demo", "--folder", str(tmp_path), *flags])
@@ -274,11 +281,13 @@ def test_the_page_has_the_recorded_tables():
 @pytest.mark.slow
 def test_a_pair_is_trained_and_measured(tmp_path, capsys):
     flags = ["--seeds", "0", "--steps", "2", "--student_steps", "2"]
+    flags += ["--students", "student,student_auto"]
     main(["llama", "--folder", str(tmp_path), *flags])
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"llama", "scale.json", "scale.md", "scale.png"}
     (found,) = json.loads((tmp_path / "scale.json").read_text())["pairs"]
-    assert found["layers"] == [7, 8, 9, 10, 11, 12] and found["length_term"]
+    assert found["layers"] == [7, 8, 9, 10, 11, 12] and found["regret"]
+    assert set(found["others"]) == {"student_auto"}
     capsys.readouterr()
     main(["llama", "--folder", str(tmp_path), *flags])  # nothing is trained again
     assert "train.train" not in capsys.readouterr().out

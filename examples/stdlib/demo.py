@@ -2,12 +2,14 @@
 
     python -m examples.stdlib.demo
 
-`train.train` distills a student from the shipped teacher on the source of the standard library.
-`evaluate.evaluate` measures every size on modules that neither model has seen, next to the teacher
-pruned in two ways. `patching.patch` saves one size. Each command line is printed before it runs.
+`train.train` distills a student from the shipped teacher on the source of the standard library, and
+measures which order of patching and which scales suit it. `evaluate.evaluate` measures every size
+on modules that neither model has seen, next to the teacher pruned in two ways. `patching.patch`
+saves one size. Each command line is printed before it runs.
 
 With --variants, a student distilled from random weights for as many steps joins the sweep, and
-`evaluate.report` compares the patch orders `last` and `first`.
+`evaluate.report` compares the measured order with `last` and `first` as they are in the paper,
+without scales.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,6 +43,9 @@ DISTILLATION = {
     "per_device_eval_batch_size": 16,
     "measure_order": False,
 }
+"""What the studies distill with, too."""
+RECIPE = {"learning_rate": 2e-3, "measure_order": True, "order_documents": 32}
+"""The demo's own settings, chosen on training text by `examples.studies.recipe`."""
 
 
 def main(folder: Path, variants: bool) -> None:
@@ -49,7 +55,7 @@ def main(folder: Path, variants: bool) -> None:
     write_tasks((module for module in iter_modules() if is_held_out(module.name)), folder / "tasks")
     print({name: f"{size / 1e6:.1f} MB" for name, size in sizes_bytes.items()})
 
-    student = distill(folder, "student")
+    student = distill(folder, "student", *as_flags(RECIPE))
     baselines = [
         *("--baselines", "naive,block_influence"),
         *("--calibration", folder / "corpus" / "train.jsonl"),
@@ -67,13 +73,19 @@ def main(folder: Path, variants: bool) -> None:
     print(f"model:  {model_folder}")
 
     if variants:
-        for name in ("student_random", "results_first", "both_orders"):
+        for name in ("student_random", "results_last", "results_first", "orders"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        random_student = distill(folder, "student_random", "--random_initialization")
+        as_in_student = {**RECIPE, "measure_order": False}
+        random_student = distill(
+            folder, "student_random", "--random_initialization", *as_flags(as_in_student)
+        )
         # Results that are already in the folder are not computed again.
         evaluate(folder, student, "results", *baselines, "--random_student", random_student)
-        first = evaluate(folder, student, "results_first", "--order", "first")
-        run("evaluate.report", results, first, "--save_directory", folder / "both_orders")
+        paper = [
+            evaluate(folder, student, f"results_{order}", "--order", order, "--match_scale", False)
+            for order in ("last", "first")
+        ]
+        run("evaluate.report", results, *paper, "--save_directory", folder / "orders")
 
 
 def distill(folder: Path, name: str, *flags: str) -> Path:
@@ -90,15 +102,18 @@ def evaluate(folder: Path, student: Path, name: str, *flags: object) -> Path:
 
 def distillation(folder: Path, name: str, *flags: object) -> list[object]:
     """The module and arguments that distill a student into `folder/name`."""
-    settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
     return [
         *("train.train", "--teacher_model_name_or_path", TEACHER),
         *("--save_directory", folder / name),
         *("--dataset", folder / "corpus" / "train.jsonl"),
         *("--eval_dataset", folder / "corpus" / "heldout.jsonl"),
-        *settings,
+        *as_flags(DISTILLATION),
         *flags,
     ]
+
+
+def as_flags(settings: Mapping[str, object]) -> list[object]:
+    return [part for flag, value in settings.items() for part in (f"--{flag}", value)]
 
 
 def evaluation(folder: Path, student: Path, name: str, *flags: object) -> list[object]:
@@ -136,7 +151,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--variants",
         action="store_true",
-        help="also run the `first` order and a student from random weights",
+        help="also run the orders `last` and `first` and a student from random weights",
     )
     arguments = parser.parse_args()
     main(arguments.save_directory.resolve(), arguments.variants)

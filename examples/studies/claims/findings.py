@@ -108,9 +108,10 @@ def differences(worse: Sequence[float], better: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(worse, better, strict=True)]
 
 
-def with_error(values: Sequence[float]) -> str:
+def with_error(values: Sequence[float], digits: int = 3) -> str:
     """The mean, and the standard deviation over seeds if there are several."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    error = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{error}"
 
 
 CLAIMS: tuple[tuple[str, str, Callable[..., Line], tuple[str, ...]], ...] = (
@@ -183,13 +184,16 @@ def claims_table(
 
 
 def scores_table(
-    lines: Lines, labels: Mapping[str, str] = LABELS, first_column: str = "models"
+    lines: Lines,
+    labels: Mapping[str, str] = LABELS,
+    first_column: str = "models",
+    digits: int = 3,
 ) -> str:
     """One row for each line that has a label, one column for each number of layers."""
     depths = sorted(set().union(*lines.values()))
     rows = [[first_column, *map(str, depths)], ["---", *["---:"] * len(depths)]]
     for name in (name for name in labels if name in lines):
         line = lines[name]
-        scores = (with_error(line[depth]) if depth in line else "" for depth in depths)
+        scores = (with_error(line[depth], digits) if depth in line else "" for depth in depths)
         rows.append([labels[name], *scores])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

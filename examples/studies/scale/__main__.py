@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     parser = study_parser("scale", __doc__)
     parser.add_argument("pair", choices=PAIRS)
     parser.add_argument(
-        "--students", default=",".join(STUDENTS), help="without and with the length term"
+        "--students",
+        default=",".join(STUDENTS),
+        help="plain, with the length term, with chosen layers",
     )
     parser.add_argument("--steps", type=int, default=1000, help="training steps of the teacher")
     parser.add_argument(

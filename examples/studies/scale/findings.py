@@ -123,10 +123,14 @@ def findings_of(pair: str, folder: Path, seeds: Sequence[int]) -> dict[str, Any]
         "teacher": ends(scores, -1),
         "orders": {order: of_order(scores, order) for order in ORDERS},
         "baselines": of_baselines(scores, baselines),
-        "length_term": None,
+        "others": {
+            student: of_other_student(scores, Scores(of_pair, student, seeds))
+            for student in scored[1:]
+        },
     }
-    if "student_length" in scored:
-        found["length_term"] = of_length_term(scores, Scores(of_pair, "student_length", seeds))
+    regret_path = of_pair / f"seed_{seeds[0]}" / "student.regret.json"
+    if regret_path.is_file():
+        found["regret"] = json.loads(regret_path.read_text())
     return found
 
 
@@ -216,26 +220,28 @@ def of_baselines(scores: Scores, baselines: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def of_length_term(plain: Scores, trained: Scores) -> dict[str, Any]:
-    """Mean KL with the term, with and without factors, and how much lower that is than without the
-    term and with factors.
+def of_other_student(plain: Scores, other: Scores) -> dict[str, Any]:
+    """Mean KL of another student's sizes, with and without factors, and how much lower that is than
+    the plain student's with factors.
     """
     tokens = plain.units["kl"]
     found: dict[str, Any] = {
-        "student": ends(trained, 0),
-        "ratios": [of["length_ratios"] for of in trained.found],
+        "student": ends(other, 0),
+        "layers": other.layers,
+        "ratios": [of["length_ratios"] for of in other.found],
         "orders": {},
     }
     for order in ORDERS:
-        matched = plain.mean_rows(order, "matched")
-        of_term = {name: trained.mean_rows(order, name) for name in ("plain", "matched")}
+        before = {name: plain.mean_rows(order, name) for name in ("plain", "matched")}
+        of_other = {name: other.mean_rows(order, name) for name in ("plain", "matched")}
         found["orders"][order] = {
             "mean": {
-                name: [sum(row) / sum(tokens) for row in rows] for name, rows in of_term.items()
+                name: [sum(row) / sum(tokens) for row in rows] for name, rows in of_other.items()
             },
             "gain_over_matched": {
-                name: gain(matched, rows, tokens) for name, rows in of_term.items()
+                name: gain(before["matched"], rows, tokens) for name, rows in of_other.items()
             },
-            "gain_of_matching": gain(of_term["plain"], of_term["matched"], tokens),
+            "gain_as_is": gain(before["plain"], of_other["plain"], tokens),
+            "gain_of_matching": gain(of_other["plain"], of_other["matched"], tokens),
         }
     return found

@@ -2,9 +2,11 @@
 done again.
 
     F/PAIR/teacher, train.jsonl, calibration.jsonl, heldout.jsonl
-    F/PAIR/seed_S/student, student_length       distilled alike, the second one with a length term
-    F/PAIR/seed_S/student.order.json            its orders and factors, found on calibration text
-    F/PAIR/seed_S/student.scores.json           its models on held-out text
+    F/PAIR/seed_S/student                  distilled; student_length with a length term, and
+                                           student_auto with chosen layers
+    F/PAIR/seed_S/student.order.json       its orders and factors, found on calibration text
+    F/PAIR/seed_S/student.scores.json      its models on held-out text
+    F/PAIR/seed_S/student.regret.json      the first seed's orders next to the best one
     F/PAIR/baselines.json                       the pruned teacher on held-out text
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from examples.studies.claims.students import run
 from examples.studies.orders import PAIRS, distillation, teacher_of, train_teacher, write_texts
+from examples.studies.scale.regret import regrets
 from examples.studies.scale.scores import Scorer, Variant, text_sizes
 from examples.studies.scale.stream import AlignedStates, gap_factors, times
 from patching.blocks import as_layer_list
@@ -45,7 +48,8 @@ EXPONENTS = (0.0, 0.5, 1.0, 1.5)
 """Powers of the median ratios at a pruned teacher's gaps that are tried."""
 LENGTH_WEIGHT = 0.1
 """The weight of the length term, next to a weight of 1 for the cosine term."""
-STUDENTS = ("student", "student_length")
+STUDENTS = ("student", "student_length", "student_auto")
+"""As the demo's, with a length term, and with chosen layers (`--kept_layers auto`)."""
 
 
 def make(
@@ -71,12 +75,17 @@ def make(
                 teacher_of(pair, of_pair), path, "last", match_scale=False, dtype="float32"
             )
             measure(family, of_pair, path)
+            if (student, seed) == (STUDENTS[0], seeds[0]):
+                measure_regret(family, of_pair, path)
             if not (of_pair / "baselines.json").is_file():
                 write_json(of_pair / "baselines.json", baseline_scores(family, of_pair))
 
 
 def distill(pair: str, of_pair: Path, path: Path, settings: dict[str, Any]) -> None:
     settings = {"eval_dataset": None, "heldout_documents": 2} | SETTINGS.get(pair, {}) | settings
+    if path.name == "student_auto":
+        calibration = {"calibration": of_pair / "calibration.jsonl", "calibration_texts": TEXTS}
+        settings |= {"kept_layers": "auto", **calibration, "calibration_length": TOKENS}
     command = distillation(pair, of_pair, str(path.relative_to(of_pair)), **settings)
     with length_term() if path.name == "student_length" else nullcontext():
         run(*command)
@@ -129,6 +138,14 @@ def searched(family: Family, of_pair: Path, path: Path) -> dict[str, Any]:
     scales = matched_scales(measurements, tried)
     found = findings(measurements, tried, scales)
     return order_file(measurements, found, scales, {}) | {"length_ratios": measurements.ratios}
+
+
+def measure_regret(family: Family, of_pair: Path, path: Path) -> None:
+    regret_path = Path(f"{path}.regret.json")
+    if not regret_path.is_file():
+        kl_path = Path(f"{path}.order_kl.json")
+        measurements = Measurements(family, text(of_pair, "calibration"), kl_path)
+        write_json(regret_path, regrets(measurements, ORDERS))
 
 
 def variants_of(

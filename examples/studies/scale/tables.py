@@ -15,6 +15,7 @@ LABELS = {
     "rotated": "rotated",
     "rotated and matched": "rotated and matched",
 }
+OTHER_STUDENTS = {"student_length": "length term", "student_auto": "layers chosen"}
 LEAST_GAIN = 0.08
 """How much lower the mean KL of the sizes in between is to be, as a share."""
 
@@ -186,25 +187,47 @@ def leads_table(pairs: Sequence[Found]) -> str:
     return markdown(header, rows, num_words=len(header))
 
 
-def length_term_table(pairs: Sequence[Found]) -> str:
-    """Mean KL of the sizes in between, for students trained without and with the length term."""
+def others_table(pairs: Sequence[Found]) -> str:
+    """Mean KL of the sizes in between, for the other students next to the plain one."""
     rows = []
     for found in pairs:
-        if found["length_term"] is None:
+        for student, of_other in found["others"].items():
+            first = [found["pair"], OTHER_STUDENTS[student]]
+            ends = [mean(of["kl"]) for of in (found["student"], of_other["student"])]
+            rows.append([*first, "k = 0", f"{ends[0]:.4f}", "", f"{ends[1]:.4f}", "", "", ""])
+            for order, of_order in of_other["orders"].items():
+                means = (
+                    f"{mean(of[name]):.4f}"
+                    for of in (found["orders"][order]["mean"], of_order["mean"])
+                    for name in ("plain", "matched")
+                )
+                gains = (of_order["gain_as_is"], of_order["gain_over_matched"]["matched"])
+                rows.append([*first, order, *means, *map(with_error, gains)])
+    header = ["pair", "student", "order", "plain, as is", "plain, matched", "this one, as is"]
+    header += ["this one, matched", "gain as is", "gain, both matched"]
+    return markdown(header, rows, num_words=3)
+
+
+def regret_table(pairs: Sequence[Found]) -> str:
+    """Mean KL of each order of the first seed, and how far it is above that of the best order."""
+    rows = []
+    for found in pairs:
+        plain, matched = (found.get("regret", {}).get(name) for name in ("plain", "matched"))
+        if plain is None:
             continue
-        ends = [mean(of["kl"]) for of in (found["student"], found["length_term"]["student"])]
-        rows.append([found["pair"], "k = 0", f"{ends[0]:.4f}", "", f"{ends[1]:.4f}", "", "", ""])
-        for order, of_term in found["length_term"]["orders"].items():
-            of_order = found["orders"][order]
-            means = (
-                f"{mean(of[name]):.4f}"
-                for of in (of_order["mean"], of_term["mean"])
-                for name in ("plain", "matched")
-            )
-            gains = (with_error(of_term["gain_over_matched"][n]) for n in ("plain", "matched"))
-            rows.append([found["pair"], order, *means, *gains])
-    header = ["pair", "order", "as is", "matched", "term", "term and matched"]
-    header += ["gain of term over matched", "gain of both over matched"]
+        for order, matched_mean in matched["mean"].items():
+            cells = ["", ""]
+            if order in plain["mean"]:
+                mean_kl = plain["mean"][order]
+                cells = [f"{mean_kl:.4f}", f"{mean_kl - plain['best_mean']:.4f}"]
+            regret = matched_mean - matched["best_mean"]
+            rows.append([found["pair"], order, *cells, f"{matched_mean:.4f}", f"{regret:.4f}"])
+        for label, of in (("best as is", plain), ("best matched", matched)):
+            best = f"{of['best_mean']:.4f}"
+            cells = [best, "0", "", ""] if of is plain else ["", "", best, "0"]
+            layers = ",".join(map(str, of["best_order"]))
+            rows.append([found["pair"], f"{label}: {layers}", *cells])
+    header = ["pair", "order", "as is", "regret", "matched", "regret"]
     return markdown(header, rows, num_words=2)
 
 
@@ -243,19 +266,19 @@ TABLES = {
     "Length and direction": shares_table,
     "Bits per byte": baselines_table,
     "Leads": leads_table,
-    "Length term": length_term_table,
     "Best": best_table,
+    "Regret": regret_table,
+    "Other students": others_table,
 }
 
 
 def tables_of(pairs: Sequence[Found]) -> dict[str, str]:
-    """Return the tables by title, that of the length term only if it was measured."""
-    has_term = any(found["length_term"] for found in pairs)
-    return {
-        title: table(pairs)
-        for title, table in TABLES.items()
-        if has_term or table is not length_term_table
+    """Return the tables by title. Those of regret and of other students may not be measured yet."""
+    has_rows = {
+        regret_table: any("regret" in found for found in pairs),
+        others_table: any(found["others"] for found in pairs),
     }
+    return {title: table(pairs) for title, table in TABLES.items() if has_rows.get(table, True)}
 
 
 def all_tables(pairs: Sequence[Found]) -> str:
