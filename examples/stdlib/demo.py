@@ -44,7 +44,12 @@ DISTILLATION = {
     "measure_order": False,
 }
 """What the studies distill with, too."""
-RECIPE = {"learning_rate": 2e-3, "measure_order": True, "order_documents": 32}
+RECIPE = {
+    "learning_rate": 2e-3,
+    "cosine_loss_weight": 30,
+    "measure_order": True,
+    "order_documents": 32,
+}
 """The demo's own settings, chosen on training text by `examples.studies.recipe`."""
 
 

@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "4e-3": {**BEFORE, "learning_rate": 4e-3},
     "2e-3, KL 1": {**FASTER, "kl_loss_weight": 1.0},
     "2e-3, cosine 30": {**FASTER, "cosine_loss_weight": 30},
-    "2e-3, cosine 3": {**FASTER, "cosine_loss_weight": 3},
+    "2e-3, cosine 100": {**FASTER, "cosine_loss_weight": 100},
     "2e-3, 8 rows": {**FASTER, "per_device_train_batch_size": 8, "max_steps": 240},
     "2e-3, rows of 128": {**FASTER, "max_length": 128, "max_steps": 240},
     "2e-3, kept 0,1,3,5,7,9,11": {**FASTER, "kept_layers": "0,1,3,5,7,9,11"},
