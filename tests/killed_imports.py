@@ -1,5 +1,6 @@
 """Imports all that a command line may need, once for all processes of `tests/killed.py`."""
 
+from contextlib import suppress
 from importlib import import_module
 from pkgutil import walk_packages
 
@@ -14,5 +15,5 @@ import train
 
 for package in (patching, evaluate, train):
     for module in walk_packages(package.__path__, f"{package.__name__}."):
-        if module.name != "evaluate.vllm":
+        with suppress(ImportError):  # what needs a library that is not there
             import_module(module.name)
