@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.ratios import ratio_of_pairs
 from examples.stdlib.corpus import write_corpus
+from examples.stdlib.demo import as_flags
 from patching.blocks import LayerMap, default_kept_layers
 from patching.running.peak_memory import peak_bytes_during
 from train import cache_teacher
@@ -95,9 +96,7 @@ def write_cache(folder: Path, settings: argparse.Namespace) -> Rows:
         "max_rows": num_rows,
         "top_k": settings.top_k,
     }
-    cache_teacher.main(
-        [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    )
+    cache_teacher.main([*map(str, as_flags(flags))])
     rows = load_rows(DataArguments(**text), AutoTokenizer.from_pretrained(TEACHER), seed=0)
     return Rows(rows.train.select(range(num_rows)).shuffle(seed=0), rows.held_out)
 

@@ -20,12 +20,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from evaluate.arguments import EvaluationArguments
-from patching.cli.command_line import (
-    CommandLineParser,
-    print_search_step,
-    run_command,
-    user_errors,
-)
+from patching.cli.command_line import CommandLineParser, print_search_step, run_command, user_errors
 from patching.files.outputs import check_writable, environment
 
 if TYPE_CHECKING:

@@ -22,11 +22,7 @@ from evaluate.reporting.exports import csv_table, json_summary
 from evaluate.reporting.tables import markdown_report, page_name
 from evaluate.result import Result, read_results
 from evaluate.shards import merged, shards_of
-from patching.cli.command_line import (
-    CommandLineParser,
-    run_command,
-    user_errors,
-)
+from patching.cli.command_line import CommandLineParser, run_command, user_errors
 from patching.files.outputs import check_writable, write_bytes, write_json, write_text
 
 

@@ -3,6 +3,7 @@
 import json
 
 import yaml
+from conftest import save_pair
 
 
 def write_task(folder, name, documents, **settings):
@@ -54,3 +55,13 @@ def flags(pair_folders, folder, **changes):
         "dtype": "float32",
     } | changes
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def save_pair_and_tasks(folder):
+    """Save what a command reads: a pair, text to train on, and two tasks."""
+    save_pair(folder)
+    lines = [json.dumps({"text": f"Text {i} about {'. ' * (i % 13)}"}) for i in range(200)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "tasks").mkdir()
+    write_task(folder / "tasks", "choice", QUESTIONS * 3, **CHOICE)
+    write_task(folder / "tasks", "generation", QUESTIONS, **GENERATION)

@@ -16,5 +16,7 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]).returncode:
         pytest.skip("a tmpfs can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

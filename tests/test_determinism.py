@@ -4,16 +4,14 @@ What records the run (run.json, provenance.json, stored results) has times, whic
 and neither are the speeds and the folders' names in other files.
 """
 
-import json
 import re
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_pair
 from killed import Command, ranks_of
-from local_tasks import CHOICE, GENERATION, QUESTIONS, write_task
+from local_tasks import save_pair_and_tasks
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -28,12 +26,7 @@ TWO_RANKS_NOISE = 1e-5
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("given")
-    save_pair(folder)
-    lines = [json.dumps({"text": f"Text {i} about {'. ' * (i % 13)}"}) for i in range(200)]
-    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "tasks").mkdir()
-    write_task(folder / "tasks", "choice", QUESTIONS * 3, **CHOICE)
-    write_task(folder / "tasks", "generation", QUESTIONS, **GENERATION)
+    save_pair_and_tasks(folder)
     return folder
 
 

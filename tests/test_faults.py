@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_pair
 from killed import Command, ranks_of
-from local_tasks import CHOICE, GENERATION, QUESTIONS, flags, write_task
+from local_tasks import flags, save_pair_and_tasks
 from safetensors.torch import load_file
 from small_disks import mounted
 from transformers import AutoModelForCausalLM
@@ -37,12 +36,7 @@ pytestmark = pytest.mark.faults
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("given")
-    save_pair(folder)
-    lines = [json.dumps({"text": f"Text {i} about {'. ' * (i % 13)}"}) for i in range(200)]
-    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "tasks").mkdir()
-    write_task(folder / "tasks", "choice", QUESTIONS * 3, **CHOICE)
-    write_task(folder / "tasks", "generation", QUESTIONS, **GENERATION)
+    save_pair_and_tasks(folder)
     # Factors far from 1, so that the weights show whether they were used.
     scale = SetScale(frozenset({1}), {0: 1.3, 2: 0.7}, {0: 1.3, 2: 0.7}, 0.2, 0.1, 0.01)
     scales = MatchedScales.of([scale], {"text": "text.jsonl"}).to_dict()

@@ -16,12 +16,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from patching.cli.command_line import (
-    CommandLineParser,
-    check_one_process,
-    run_command,
-    user_errors,
-)
+from patching.cli.command_line import CommandLineParser, check_one_process, run_command, user_errors
 from patching.files.outputs import check_writable
 from train.data_args import DataArguments
 

@@ -15,11 +15,7 @@ auto --calibration TEXT chooses the kept layers by running the teacher.
 from pathlib import Path
 
 from patching.arguments import CalibrationArguments
-from patching.cli.command_line import (
-    CommandLineParser,
-    run_command,
-    user_errors,
-)
+from patching.cli.command_line import CommandLineParser, run_command, user_errors
 from patching.files.outputs import check_writable
 from train.chats.arguments import ChatArguments
 from train.data_args import DataArguments

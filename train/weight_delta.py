@@ -15,12 +15,7 @@ would have to change the two students differently.
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from patching.cli.command_line import (
-    CommandLineParser,
-    check_one_process,
-    run_command,
-    user_errors,
-)
+from patching.cli.command_line import CommandLineParser, check_one_process, run_command, user_errors
 from patching.files.outputs import check_new_folder
 
 

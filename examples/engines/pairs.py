@@ -25,6 +25,7 @@ from transformers import (
 from examples.engines.environments import FOLDER, ROOT, python_of, variables_of
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import TEACHER as SHIPPED_TEACHER
+from examples.stdlib.demo import as_flags
 from examples.stdlib.train_teacher import (
     cut_into_rows,
     tokenize,
@@ -242,7 +243,7 @@ def distill(pair: Pair, teacher: Path, folder: Path) -> None:
         "alternate_every_n_layers": pair.alternate_every_n_layers,
         "last_layers_to_keep": pair.last_layers_to_keep,
     }
-    words = [str(word) for flag, value in settings.items() for word in (f"--{flag}", value)]
+    words = map(str, as_flags(settings))
     subprocess.run([sys.executable, "-m", "train.train", *words], cwd=ROOT, check=True)
     text.unlink()
 

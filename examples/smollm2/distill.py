@@ -17,7 +17,7 @@ from pathlib import Path
 from examples.smollm2.own_chats import write_own_chats
 from examples.smollm2.tasks import write_passages
 from examples.smollm2.text import Text, add_flags, choose_text, student_folder
-from examples.stdlib.demo import run
+from examples.stdlib.demo import as_flags, run
 from patching.cli.command_line import user_errors
 
 DISTILLATION = {
@@ -41,7 +41,7 @@ def distill(
 ) -> Path:
     """Distill a student of `folder/teacher`, or go on with it, and return its folder."""
     student = student_folder(folder, kept_layers)
-    settings = [part for flag, value in DISTILLATION.items() for part in (f"--{flag}", value)]
+    settings = as_flags(DISTILLATION)
     if num_own_chats:
         student = student.with_name(f"{student.name}_chats")
         settings += ["--sft_dataset", write_own_chats(folder, num_own_chats)]

@@ -118,6 +118,7 @@ def distillation(folder: Path, name: str, *flags: object) -> list[object]:
 
 
 def as_flags(settings: Mapping[str, object]) -> list[object]:
+    """Settings as the words of a command line."""
     return [part for flag, value in settings.items() for part in (f"--{flag}", value)]
 
 

@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
+from examples.stdlib.demo import as_flags
 from examples.stdlib.train_teacher import train_tokenizer
 from examples.stdlib.training import Batch, held_out_loss, save, save_tokenizer, train
 from patching.architectures.distilbert import (
@@ -303,7 +304,7 @@ def train_student(arguments: argparse.Namespace) -> None:
             "save_directory": folder / "student",
             "measure_order": False,
         }
-        words = [str(word) for flag, value in settings.items() for word in (f"--{flag}", value)]
+        words = map(str, as_flags(settings))
         subprocess.run([sys.executable, "-m", "train.train", *words], check=True)
         run = json.loads((folder / "student" / "run.json").read_text())
         config = AutoConfig.from_pretrained(folder / "student")

@@ -34,7 +34,7 @@ from transformers import (
 
 from evaluate.family import FamilyLM
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
-from examples.stdlib.demo import DISTILLATION, TEACHER
+from examples.stdlib.demo import DISTILLATION, TEACHER, as_flags
 from examples.stdlib.train_teacher import cut_into_rows, tokenize, train_tokenizer
 from examples.stdlib.training import Batch, next_token_loss, save, train
 from patching.blocks import as_layer_list
@@ -151,12 +151,7 @@ def distillation(pair: str, folder: Path, student: str, **changed: object) -> li
     return [
         *("train.train", "--teacher_model_name_or_path", teacher_of(pair, folder)),
         *("--dataset", folder / "train.jsonl", "--save_directory", folder / student),
-        *(
-            part
-            for flag, value in settings.items()
-            if value is not None
-            for part in (f"--{flag}", value)
-        ),
+        *as_flags({flag: value for flag, value in settings.items() if value is not None}),
     ]
 
 

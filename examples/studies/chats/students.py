@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.stdlib.chat_data import NEW_SUMS, SYSTEM, TASK_NAMES
-from examples.stdlib.demo import DISTILLATION, TEACHER
+from examples.stdlib.demo import DISTILLATION, TEACHER, as_flags
 from examples.studies.claims.students import missing_sweeps, run
 
 TEXT_TASK = "stdlib_bits_per_byte"
@@ -108,8 +108,7 @@ def distillation(folder: Path, student: Path, *flags: object) -> list[object]:
     }
     if sft_share is not None:
         settings |= {"sft_dataset": folder / "data" / "chats.jsonl", "sft_share": sft_share}
-    words = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    return ["train.train", *words, *flags]
+    return ["train.train", *as_flags(settings), *flags]
 
 
 def weight_delta(student: Path, teacher: Path, save_directory: Path) -> list[object]:

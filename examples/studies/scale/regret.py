@@ -19,8 +19,9 @@ def regrets(measure: Measurements, orders: tuple[str, ...]) -> dict[str, Any]:
     """
     layer_map = measure.family.layer_map
     tried = tried_orders(measure, searches=("klpatch",), exact=True)
-    scales = matched_scales(measure, {"all": tuple(all_sets(layer_map))})
-    plain = {patched: measure.kl[patched] for patched in all_sets(layer_map)}
+    every_set = tuple(all_sets(layer_map))
+    scales = matched_scales(measure, {"all": every_set})
+    plain = {patched: measure.kl[patched] for patched in every_set}
     matched = {
         patched: scales.sets[patched].kl if scales.factors(patched) else kl
         for patched, kl in plain.items()
