@@ -18,6 +18,7 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations import flash_attention
 
 from patching.running.hidden_states import before_output_embeddings, hidden_states_at
+from train import packing
 from train.batches import collate
 from train.data import lengths_in_rows
 from train.distillation import install_distillation_forward
@@ -235,6 +236,17 @@ RECURRENT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
 def test_what_cannot_separate_documents_is_rejected_by_name(config, attention, message):
     with pytest.raises(ValueError, match=message):
         check_separates_documents(config, attention, 24)
+
+
+def test_every_weight_that_the_check_reads_is_drawn():
+    """Also of a model whose other weights have as many rows as its vocabulary."""
+    config = CONFIG_MAPPING["mamba"](**RECURRENT, vocab_size=64, state_size=4)
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
+    try:
+        states = packing._read_both(packing._small_instance(config))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert states.isfinite().all()
 
 
 def test_the_command_line_rejects_it_before_weights_load(tmp_path, capsys):

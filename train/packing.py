@@ -8,7 +8,7 @@ documents begin change what the instance computes.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -87,16 +87,22 @@ def _small_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _small_instance(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model of the small config. Its embedding is only filled for the tokens it reads, so
+    """Return a model of the small config. Its embeddings are only filled for the tokens it reads, so
     that a large vocabulary takes no memory.
     """
     small = _small_config(config)
     model = with_room_for_weights(without_weights(small, dtype=torch.float32))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        model.get_input_embeddings().weight[: sum(LENGTHS)].normal_(generator=generator)
+        tables = [
+            module.weight
+            for module in model.base_model.modules()
+            if isinstance(module, nn.Embedding) and len(module.weight) == small.vocab_size
+        ]
+        for table in tables:
+            table[: sum(LENGTHS)].normal_(generator=generator)
         for parameter in model.base_model.parameters():
-            if len(parameter) != small.vocab_size:
+            if not any(parameter is table for table in tables):
                 scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
                 parameter.normal_(std=scale, generator=generator)
     return model.eval()
