@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_runs import save_chat_teacher, write_chats
 from conftest import save_pair
 from safetensors.torch import load_file
 
@@ -30,7 +31,7 @@ def text(tmp_path) -> Path:
     return path
 
 
-def command(teacher: Path, folder: Path, text: Path, *more: str) -> list[str]:
+def command(teacher: Path, folder: Path, text: Path | str, *more: str) -> list[str]:
     settings = {
         "teacher_model_name_or_path": teacher, "save_directory": folder, "dataset": text,
         "max_length": 32, "max_steps": 12, "logging_steps": 1, "save_steps": 1, "bf16": False,
@@ -96,10 +97,33 @@ def test_a_stream_that_changes_ends_the_run_and_what_was_saved_is_good(
     text.write_bytes(content + content)
     with pytest.raises(SystemExit):
         main(command(teacher, changed, text, "--streaming", "True"))
-    assert "text_bytes" in capsys.readouterr().err
+    assert f"stream_bytes was [{len(content)}] and is" in capsys.readouterr().err
     text.write_bytes(content)
     main(command(teacher, changed, text, "--streaming", "True"))
     assert same_weights(changed, whole)
+
+
+@pytest.mark.parametrize("changed", ["one.jsonl", "other.jsonl", "chats.jsonl"])
+def test_no_run_resumes_with_another_file_of_a_mixture_or_other_chats(
+    changed, text, tmp_path, capsys
+):
+    """The file is longer than before."""
+    paths = {name: tmp_path / name for name in ("one.jsonl", "other.jsonl", "chats.jsonl")}
+    shutil.copy(text, paths["one.jsonl"])
+    shutil.copy(text, paths["other.jsonl"])
+    chats = write_chats(paths["chats.jsonl"])
+    teacher, out = save_chat_teacher(tmp_path / "pair"), tmp_path / "out"
+    mixture = f"{paths['one.jsonl']}=2,{paths['other.jsonl']}=1"
+    words = command(teacher, out, mixture, "--sft_dataset", str(chats), "--max_steps", "2")
+    main(words)
+    (out / "config.json").unlink()  # as if it had not finished
+    capsys.readouterr()
+    with paths[changed].open("a") as file:
+        file.write(paths[changed].read_text().splitlines()[0] + "\n")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "stream_bytes was [" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -27,7 +27,6 @@ from patching.checkpoints.origin import origin_of
 from patching.checkpoints.splice import OutOfRange
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
-from patching.files.texts import state_of_files
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import LogitChange, logit_change
@@ -40,6 +39,7 @@ from train.checkpoints.find import (
 )
 from train.checkpoints.identity import (
     ANNOUNCED,
+    bytes_of_text,
     differences,
     read_settings,
     run_settings,
@@ -132,8 +132,8 @@ def run(
         rows = read_rows(data_args, chat_args, args, tokenizer, num_set_aside)
         settings["text"] = text_fingerprint(rows, data_args.dataset)
         if rows.is_stream:  # known by its name alone
-            files = state_of_files(data_args.dataset)
-            settings["text_bytes"] = sum(num_bytes for _, num_bytes, *_ in files)
+            names = [source.name for source in data_args.sources] + [chat_args.sft_dataset]
+            settings["stream_bytes"] = [bytes_of_text(name) for name in names if name is not None]
         if chat_args.sft_dataset is not None:
             settings["chat_template"] = template_key(tokenizer)
         if checkpoint is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from patching.blocks import LayerMap
 from patching.files.json_files import read_object
+from patching.files.texts import state_of_files
 from train.data import Rows
 
 FILE_NAME = "made_by.json"
@@ -80,6 +81,11 @@ def text_fingerprint(rows: Rows, dataset: str) -> str:
     for i in range(0, num_rows, max(1, num_rows // 100)):
         digest.update(json.dumps(rows.train[i], sort_keys=True).encode())
     return f"{num_rows} rows {digest.hexdigest()[:16]}"
+
+
+def bytes_of_text(name: str) -> int:
+    """Return the bytes of the files of a local text, 0 for a hub dataset."""
+    return sum(num_bytes for _, num_bytes, *_ in state_of_files(name))
 
 
 def template_key(tokenizer: PreTrainedTokenizerBase) -> str:
