@@ -126,7 +126,7 @@ def test_other_settings_in_one_folder_are_refused(commands, tmp_path, capsys):
     main(["--folder", str(tmp_path), "--max_steps", "3", "--sweeps", "ce", "--seeds", "0"])
     assert "not evaluated yet" in capsys.readouterr().out
     for flags, message in (
-        (["--max_steps", "4"], "was made with {'train.train': ['--max_steps', '3']"),
+        (["--max_steps", "4"], "train.train was ['--max_steps', '3'] and is ['--max_steps', '4']"),
         (["--max_steps", "3", "--sweeps", "ce,ec"], "sweeps=ec: choose from"),
     ):
         with pytest.raises(SystemExit) as ended:

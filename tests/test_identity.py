@@ -59,6 +59,7 @@ def test_a_run_with_other_settings_is_refused_with_every_difference(
         assert f"{name} was {before} and is {now}" in several
     assert "max_length was 32 and is 16" in refused("--max_length", "16")
     assert "text was" in refused("--heldout_documents", "1")
+    assert "order_documents was 64 and is 7" in refused("--order_documents", "7")
     teacher = save_pair(tmp_path, "qwen3-untied")[0]
     assert "teacher was" in refused()
 

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 from patching_models import LAYER_MAP, family_pair, save_models
 
+from examples.stdlib.demo import DISTILLATION
 from examples.studies.orders import PAIRS
 from examples.studies.scale import pairs as study
 from examples.studies.scale.__main__ import main
@@ -258,7 +259,7 @@ def test_wrong_students_and_other_settings_are_one_line(tmp_path, capsys, monkey
     monkeypatch.setattr("examples.studies.scale.__main__.write_findings", lambda *_: None)
     main(["demo", "--folder", str(tmp_path), "--steps", "5"])
     for flags, message in (
-        (["--steps", "6"], "was made with {'teacher_steps': 5"),
+        (["--steps", "6"], "teacher_steps was 5 and is 6"),
         (
             ["--steps", "5", "--students", "x"],
             "students=x: choose from student, student_length, student_auto",
@@ -268,6 +269,12 @@ def test_wrong_students_and_other_settings_are_one_line(tmp_path, capsys, monkey
             main(["demo", "--folder", str(tmp_path), *flags])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setitem(DISTILLATION, "order_documents", 7)  # as if the demo's were changed
+    with pytest.raises(SystemExit):
+        main(["demo", "--folder", str(tmp_path), "--steps", "5"])
+    assert "'order_documents': 7}: choose another --folder" in capsys.readouterr().err.replace(
+        ")", ""
+    )
 
 
 def test_the_page_has_the_recorded_tables():

@@ -87,8 +87,8 @@ def _small_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _small_instance(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model of the small config. Its embeddings are only filled for the tokens it reads, so
-    that a large vocabulary takes no memory.
+    """Return a model of the small config. Its embeddings are only filled for the tokens it reads,
+    so that a large vocabulary takes no memory.
     """
     small = _small_config(config)
     model = with_room_for_weights(without_weights(small, dtype=torch.float32))

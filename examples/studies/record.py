@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from patching.files.outputs import environment, write_json, write_text
 from patching.files.plot import save_figure
+from train.checkpoints.identity import differences
 
 
 def study_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -29,11 +30,18 @@ def study_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError if what is in the folder was made with other settings."""
+    """Keep the settings that a folder is made with. Raise ValueError if it was made with others.
+
+    Folders of earlier versions do not know all of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    if path.is_file() and (before := json.loads(path.read_text())) != settings:
-        raise ValueError(f"{folder} was made with {before}: choose another --folder")
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if found := differences(before, json.loads(json.dumps(settings))):
+            raise ValueError(
+                f"{folder} is of another run ({'; '.join(found)}): choose another --folder"
+            )
     write_json(path, settings)
 
 

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     settings = {"train.train": of_training, "documents": arguments.documents}
     with user_errors():
-        keep_settings(folder, settings)
+        keep_settings(folder, {**settings, "distillation": SETTINGS})
     make(folder, seeds, of_training, arguments.documents)
     write_findings(folder, seeds, settings, arguments.save_directory or folder)
 

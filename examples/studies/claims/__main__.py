@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         if unknown := sorted(set(sweeps) - set(SWEEPS)):
             raise ValueError(f"sweeps={unknown[0]}: choose from {', '.join(SWEEPS)}")
         settings = {"train.train": of_training, "documents": arguments.documents}
-        keep_settings(folder, settings)
+        keep_settings(folder, {**settings, "distillation": DISTILLATION})
     make(folder, seeds, sweeps, of_training, arguments.documents)
     write_findings(folder, seeds, settings, arguments.save_directory or folder)
     if missing := missing_sweeps(folder, seeds):

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         if unknown := sorted(set(students) - set(STUDENTS)):
             raise ValueError(f"students={unknown[0]}: choose from {', '.join(STUDENTS)}")
         settings = {"teacher_steps": arguments.steps, "student_steps": arguments.student_steps}
-        keep_settings(folder / arguments.pair, settings)
+        keep_settings(folder / arguments.pair, {**settings, "distillation": DISTILLATION})
     make(arguments.pair, folder, seeds, students, arguments.steps, arguments.student_steps)
     write_findings(folder, seeds, arguments.save_directory or folder)
 
