@@ -94,6 +94,31 @@ def test_a_kind_of_attention_follows_its_layer_and_is_seen(model_type):
     assert not torch.equal(model(TOKENS).logits, truncated(TOKENS).logits)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "stored", "expected"),
+    [
+        ("FFFFFF", 28, (28, 28)),
+        ("FFFFFF", 6, (6, 6)),
+        ("FFFFFF", 3, (3, 3)),  # no layer has a window, so it says nothing
+        ("FFFSSS", 3, (3, 2)),
+        ("FSSFSS", 28, (28, 28)),  # the first layer with a window is the same
+        ("FFSSSS", 2, (2, 1)),
+        ("FFFFSF", 4, (4, 4)),  # 4 layers remain, all with full attention
+        ("FFFFSF", 2, (2, 4)),
+    ],
+)
+def test_the_threshold_of_windows_stays_where_it_says_the_same(kinds, stored, expected):
+    """Of the teacher itself, and of the student made of its layers 0, 2, 3 and 5."""
+    names = {"F": "full_attention", "S": "sliding_attention"}
+    config = family_config(
+        "qwen2", layer_types=[names[kind] for kind in kinds], max_window_layers=stored
+    )
+    recipes = intermediate_model(LAYER_MAP, 2, "last"), initial_student(LAYER_MAP)
+    made = [config_for(recipe, {"teacher": config, "student": config}) for recipe in recipes]
+    assert tuple(config.max_window_layers for config in made) == expected
+    assert made[0].to_dict() == config.to_dict()
+
+
 def test_dense_layers_of_a_mixture_of_experts_follow_their_layers():
     teacher, student = PAIRS["qwen3_moe"]
     dense = [0, 2, 4]  # by the stride 0, 2 and 4; 4 by the list too

@@ -36,7 +36,7 @@ PUBLISHED = {
     "initializer_range": 0.02,
     "intermediate_size": 48,
     "max_position_embeddings": 64,
-    "max_window_layers": 6,
+    "max_window_layers": 28,
     "model_type": "qwen3",
     "num_attention_heads": 4,
     "num_hidden_layers": 6,
@@ -116,11 +116,7 @@ def test_config_json_is_the_teachers_with_what_the_recipe_changes(
     made = read(tmp_path / "k1")
     assert list(made) == list(PUBLISHED)  # the same fields in the same sequence
     differing = {name: value for name, value in made.items() if value != PUBLISHED[name]}
-    assert differing == {
-        "num_hidden_layers": 5,
-        "max_window_layers": 5,
-        "tie_word_embeddings": False,
-    }
+    assert differing == {"num_hidden_layers": 5, "tie_word_embeddings": False}
     run_main(published, tmp_path / "half", "--dtype", "bfloat16")
     assert read(tmp_path / "half") == made | {"torch_dtype": "bfloat16"}
 
@@ -151,7 +147,7 @@ def test_a_trained_student_has_the_teachers_files(published, tmp_path):
         differing = {name: value for name, value in made.items() if value != PUBLISHED[name]}
         dtype_name = str(dtype).removeprefix("torch.")
         assert differing.pop("torch_dtype", "float32") == dtype_name
-        assert differing == {"num_hidden_layers": 4, "max_window_layers": 4}
+        assert differing == {"num_hidden_layers": 4}
         for name in (*TOKENIZER, "tokenizer.json", "generation_config.json"):
             assert (folder / name).read_bytes() == Path(published[0], name).read_bytes(), name
         assert AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
@@ -184,12 +180,7 @@ def test_the_commands_keep_the_teachers_files(published, text_file, tmp_path):
         *("--num_layers_to_patch", "all", "--save_directory", family),
     )
     assert done.returncode == 0, done.stderr
-    four_layers = [
-        '-   "max_window_layers": 6,',
-        '+   "max_window_layers": 4,',
-        '-   "num_hidden_layers": 6,',
-        '+   "num_hidden_layers": 4,',
-    ]
+    four_layers = ['-   "num_hidden_layers": 6,', '+   "num_hidden_layers": 4,']
     five_layers = [line.replace("4", "5") for line in four_layers]
     untied = ['-   "tie_word_embeddings": true,', '+   "tie_word_embeddings": false,']
     expected = {

@@ -2,7 +2,7 @@
 depth or on single layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -70,12 +70,13 @@ def _tower_config_for(
             values[name] = follow(
                 lambda config, layer_idx, name=name: getattr(config, name)[layer_idx]
             )
-    if values.get("max_window_layers") is not None and values.get("layer_types"):
+    stored_threshold = values.get("max_window_layers")
+    if stored_threshold is not None and values.get("layer_types"):
         # This threshold repeats what `layer_types` says, so it must agree with the new list.
-        values["max_window_layers"] = next(
-            (i for i, kind in enumerate(values["layer_types"]) if kind != "full_attention"),
-            recipe.depth,
-        )
+        first = _first_with_window(values["layer_types"])
+        if first != _first_with_window(base.layer_types):
+            none_has = max(stored_threshold, recipe.depth)
+            values["max_window_layers"] = none_has if first is None else first
     if values.get("mlp_only_layers") is not None and "decoder_sparse_step" in values:
         values["mlp_only_layers"] = [i for i, dense in enumerate(follow(_is_dense)) if dense]
         values["decoder_sparse_step"] = 1
@@ -95,6 +96,11 @@ def _check_lists(config: PreTrainedConfig) -> None:
                 f"{name} in its config may have one entry per layer; if it does, add it to "
                 "PER_LAYER_LISTS in patching/architectures/table.py"
             )
+
+
+def _first_with_window(kinds: Sequence[str]) -> int | None:
+    """Return the first layer without full attention, None if there is none."""
+    return next((i for i, kind in enumerate(kinds) if kind != "full_attention"), None)
 
 
 def _is_dense(config: PreTrainedConfig, layer_idx: int) -> bool:
