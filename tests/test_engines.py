@@ -6,6 +6,7 @@ The engines themselves run in `make test-engines`.
 import io
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from examples.engines.agreement import Agreement, Predictions, Reference, agreem
 from examples.engines.check import Outcome, SavedMember
 from examples.engines.engines import ENGINES, Limit
 from examples.engines.environments import Environment, Unavailable, python_of
+from examples.engines.runners import protocol
 from examples.engines.table import engines_table, reasons
 from patching.checkpoints.save import plan_save
 from patching.family import Family
@@ -104,6 +106,32 @@ def test_a_runner_agrees_with_us_and_a_wrong_config_does_not(tmp_path, monkeypat
     assert not wrong.agreement.is_enough
     assert broken.agreement is None and "Error" in broken.refusal
     assert not any((member.folder / "predictions").exists() for member in members)
+
+
+class OnlyModel:
+    """A stand-in for an engine whose process has room for one model, such as vLLM's."""
+
+    alive: "weakref.WeakSet[OnlyModel]" = weakref.WeakSet()
+
+    def __init__(self, folder: Path) -> None:
+        assert not self.alive, "another model is loaded"
+        self.alive.add(self)
+
+    def predict(self, tokens_RT: np.ndarray) -> dict[str, np.ndarray]:
+        return {"top1": tokens_RT}
+
+    def greedy(self, prompts_PT: np.ndarray, new_tokens: int) -> np.ndarray:
+        return prompts_PT[:, :new_tokens]
+
+
+def test_a_runner_frees_a_model_before_it_loads_the_next(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.ones((2, 6), int))
+    outputs = [tmp_path / name for name in ("one", "two", "three")]
+    words = ["--tokens", str(tmp_path / "tokens.npy"), "--prompts", str(tmp_path / "tokens.npy")]
+    words += ["--new_tokens", "3", *(f"{output.name}={output}" for output in outputs)]
+    protocol.run(protocol.parser().parse_args(words), OnlyModel)
+    for output in outputs:
+        assert {file.name for file in output.iterdir()} == {"top1.npy", "greedy.npy"}
 
 
 CONVERTER = """

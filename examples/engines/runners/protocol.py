@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], Model]) -> None:
     for pair in arguments.members:
         member, output = map(Path, pair.split("=", 1))
         output.mkdir(parents=True)
+        model = None  # an engine may have room for one model at a time
         try:
             model = load(member)
             arrays = model.predict(tokens_RT)
