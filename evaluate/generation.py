@@ -182,7 +182,9 @@ class GeneratingLM(HFLM):
         if self.generator is not None:
             return self._judged(requests, self.generator(self.model, self.tokenizer, requests))
         members = self.tree.models.values()
-        shared = [can_share(self, members, request.args[1]) for request in requests]
+        by_arguments = {key_of(request)[1]: request.args[1] for request in requests}
+        can = {key: can_share(self, members, it) for key, it in by_arguments.items()}
+        shared = [can[key_of(request)[1]] for request in requests]
         missing = {
             key: request
             for request, is_shared in zip(requests, shared)

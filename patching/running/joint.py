@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from patching.architectures.lookup import architecture_of
@@ -26,8 +27,9 @@ from patching.recipe import LayerSource, Recipe
 from patching.running.joint_cache import joined
 from patching.running.layer_calls import (
     Picked,
+    after_layers,
+    by_other,
     embedding_of,
-    head_of,
     layers_of,
     on_rows,
     reading,
@@ -43,6 +45,14 @@ class JointModel:
     """The positions of each member's layers in the model, by the member's name."""
     ends: list["Ends"]
     """What members have instead of the model's embedding or head."""
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        return layers_of(self.model)
+
+    @cached_property
+    def after_layers(self) -> list[nn.Module]:
+        return after_layers(self.model)
 
     @classmethod
     def alone(cls, name: str, model: PreTrainedModel) -> "JointModel":
@@ -74,8 +84,10 @@ class Ends:
 
     member: int
     model: PreTrainedModel
-    has_embedding: bool
-    has_head: bool
+    first_layer: nn.Module | None
+    """The member's, None if the embedding is the joint model's."""
+    after_layers: Sequence[nn.Module]
+    """The member's norm and head, none if they are the joint model's."""
 
 
 class Rows:
@@ -119,31 +131,28 @@ class Rows:
         inputs |= {"past_key_values": self.cache, "use_cache": True}
         if len(self.joint.places) == 1:
             return self.joint.model(**inputs).logits[:, -1]
-        layers = layers_of(self.joint.model)
-        last_R1D: list[Tensor] = []
+        layers = self.joint.layers
         with ExitStack() as undo:
             for layer, picked in zip(layers, self._picked):
                 if len(picked) < len(self.members_R):
                     undo.enter_context(on_rows(layer, picked))
             undo.enter_context(reading(layers[0], self._embedded(inputs)))
-            seen = layers[-1].register_forward_hook(lambda *call: last_R1D.append(call[-1]))
-            undo.callback(seen.remove)
+            for ends, picked in self._picked_for_ends:
+                if len(picked):
+                    for module, other in zip(self.joint.after_layers, ends.after_layers):
+                        undo.enter_context(by_other(module, other, picked))
             logits_RV = self.joint.model(**inputs).logits[:, -1]
         for layer, picked in zip(self.cache.layers, self._picked):
             if not len(picked):  # any layer may be asked how long the rows are
                 layer.cumulative_length += 1
-        for ends, picked in self._picked_for_ends:
-            if ends.has_head and len(picked):
-                ids_N1, last_N1D = picked.of(inputs["input_ids"]), picked.of(last_R1D[0])
-                logits_RV = picked.replaced(logits_RV, head_of(ends.model, ids_N1, last_N1D))
         return logits_RV
 
     def _embedded(self, inputs: Mapping[str, Any]) -> list[tuple[Picked, Tensor]]:
         """Rows with another embedding than the joint model's, and what their first layer reads."""
         return [
-            (picked, embedding_of(ends.model, picked.of(inputs)))
+            (picked, embedding_of(ends.model, ends.first_layer, picked.of(inputs)))
             for ends, picked in self._picked_for_ends
-            if ends.has_embedding and len(picked)
+            if ends.first_layer is not None and len(picked)
         ]
 
 
@@ -179,7 +188,12 @@ def joint_models(
                 for name, recipe in recipes.items()
             },
             [
-                Ends(i, models[name], ends[:2] != (embedding, scale), ends[2] != head)
+                Ends(
+                    i,
+                    model := models[name],
+                    layers_of(model)[0] if ends[:2] != (embedding, scale) else None,
+                    after_layers(model) if ends[2] != head else [],
+                )
                 for i, (name, ends) in enumerate(ends_of.items())
                 if ends != (embedding, scale, head)
             ],

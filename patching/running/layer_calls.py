@@ -5,7 +5,7 @@ Shapes: R rows of one token, N of them, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ from patching.architectures.lookup import architecture_of
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(architecture_of(model.config).layers)
+
+
+def after_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules with weights that a model runs after its layers, in their sequence."""
+    architecture = architecture_of(model.config)
+    paths = (architecture.norm, *architecture.between_norm_and_head, architecture.head)
+    return [model.get_submodule(path) for path in paths if path is not None]
 
 
 class Picked:
@@ -51,24 +58,24 @@ class Picked:
 
 
 @contextmanager
-def calling(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Make a layer call this during the block. It is given what the layer did until then, and its
-    arguments, of which the first is the state that it reads.
+def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Make a module call this during the block. It is given what the module did until then, and
+    its arguments, of which the first is the state that it reads.
     """
-    before = vars(layer).get("forward")  # that of a layer on several devices has hooks
-    run = layer.forward
+    before = vars(module).get("forward")  # that of a layer on several devices has hooks
+    run = module.forward
 
     def instead(*args: Any, **kwargs: Any) -> Any:
         hidden, *args = args or (kwargs.pop("hidden_states"),)
         return forward(run, hidden, *args, **kwargs)
 
-    layer.forward = instead
+    module.forward = instead
     try:
         yield
     finally:
-        del layer.forward
+        del module.forward
         if before is not None:
-            layer.forward = before
+            module.forward = before
 
 
 def on_rows(layer: nn.Module, picked: Picked) -> AbstractContextManager[None]:
@@ -82,6 +89,15 @@ def on_rows(layer: nn.Module, picked: Picked) -> AbstractContextManager[None]:
         )
 
     return calling(layer, forward)
+
+
+def by_other(module: nn.Module, other: nn.Module, picked: Picked) -> AbstractContextManager[None]:
+    """Make another module run in place of this one on some of its rows during the block."""
+
+    def forward(run: Callable[..., Any], hidden_R1D: Tensor) -> Tensor:
+        return picked.replaced(run(hidden_R1D), other(picked.of(hidden_R1D)))
+
+    return calling(module, forward)
 
 
 def reading(
@@ -101,7 +117,9 @@ class _Embedded(Exception):
     """Ends a forward pass before the first layer."""
 
 
-def embedding_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+def embedding_of(
+    model: PreTrainedModel, first_layer: nn.Module, inputs: Mapping[str, Any]
+) -> Tensor:
     """What the first layer of a model reads."""
     read: list[Tensor] = []
 
@@ -109,14 +127,6 @@ def embedding_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         read.append(hidden_R1D)
         raise _Embedded
 
-    with calling(layers_of(model)[0], forward), suppress(_Embedded):
+    with calling(first_layer, forward), suppress(_Embedded):
         model(**inputs)
     return read[0]
-
-
-def head_of(model: PreTrainedModel, ids_R1: Tensor, last_R1D: Tensor) -> Tensor:
-    """The logits of shape (R, V) that a model gives for its last layer's states."""
-    with ExitStack() as undo:
-        for layer in layers_of(model):
-            undo.enter_context(calling(layer, lambda *_, **__: last_R1D))
-        return model(ids_R1, use_cache=False).logits[:, -1]
