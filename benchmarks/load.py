@@ -4,10 +4,11 @@
 
 Each case runs at several sizes, each in a process of its own: `stream` reads documents as training
 does, `shards` saves a model from checkpoints of many files, `layers` lists the sizes of a deep
-family, `sets` measures sets of layers, `vocabulary` takes one step of distillation, `tasks` draws
-the report of 18 sizes, `compared` evaluates models of a folder next to a family. The table has the
-CPU seconds of the work itself, without imports and without making what it reads, and the most
-memory held beyond what was held before. A small run comes first, so that lazy imports do not count.
+family, `experts` those of a mixture of experts, `sets` measures sets of layers, `vocabulary` takes
+one step of distillation, `tasks` draws the report of 18 sizes, `compared` evaluates models of a
+folder next to a family. The table has the CPU seconds of the work itself, without imports and
+without making what it reads, and the most memory held beyond what was held before. A small run
+comes first, so that lazy imports do not count.
 """
 
 import argparse
@@ -24,7 +25,14 @@ from typing import NamedTuple
 import numpy
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedConfig, Qwen3Config, Qwen3ForCausalLM, logging
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    logging,
+)
 
 from benchmarks.distill_step import Side, models, teacher_config
 from evaluate import evaluate, report
@@ -147,10 +155,26 @@ def layers(num_layers: int, folder: Path) -> Work:
         num_hidden_layers=num_layers, hidden_size=5120, intermediate_size=25600, head_dim=128,
         num_attention_heads=64, num_key_value_heads=8, vocab_size=151936, dtype="bfloat16",
     )  # fmt: skip
+    teacher.architectures = ["Qwen3ForCausalLM"]
+    return list_sizes(teacher, folder)
+
+
+def experts(num_layers: int, folder: Path) -> Work:
+    """The same with the widths of Qwen3-235B-A22B, whose layers have 128 experts."""
+    teacher = Qwen3MoeConfig(
+        num_hidden_layers=num_layers, hidden_size=4096, moe_intermediate_size=1536, head_dim=128,
+        num_attention_heads=64, num_key_value_heads=4, vocab_size=151936, dtype="bfloat16",
+        num_experts=128, num_experts_per_tok=8,
+    )  # fmt: skip
+    teacher.architectures = ["Qwen3MoeForCausalLM"]
+    return list_sizes(teacher, folder)
+
+
+def list_sizes(teacher: PreTrainedConfig, folder: Path) -> Work:
+    num_layers = teacher.num_hidden_layers
     layer_map = LayerMap(default_kept_layers(num_layers, 2, 1, 2), num_layers)
     student = config_for(initial_student(layer_map), {"teacher": teacher})
     for name, config in (("teacher", teacher), ("student", student)):
-        config.architectures = ["Qwen3ForCausalLM"]
         config.save_pretrained(folder / name)
     StudentConfig(layer_map).save(folder / "student")
     return lambda: quietly(patch.main, [*names_of_pair(folder), "--list"])
@@ -252,6 +276,7 @@ CASES = {
     "stream": Case(stream, (500_000, 1_000_000, 5_000_000), 2_000),
     "shards": Case(shards, (50, 100, 200), 8),
     "layers": Case(layers, (32, 64, 128), 8),
+    "experts": Case(experts, (24, 48, 94), 8),
     "sets": Case(sets, (256, 1024, 4096), 8),
     "vocabulary": Case(vocabulary, (65_536, 131_072, 262_144), 4096),
     "tasks": Case(tasks, (5, 10, 25), 2),
