@@ -1,16 +1,18 @@
 """Greedy generation by all members of a family.
 
 Prompts are sorted by length and run in batches. A batch's prompts run once through the tree of
-layers, and members keep one copy of the keys and values of the layers that they share. All members
-then write together: each layer runs once for the rows of all members that have it, and rows leave
-the batch when they stop. Text is the same as `model.generate` gives for each prompt, because
-stopping and the processing of logits are prepared by transformers' own `generate`.
+layers, those of similar length together, and members keep one copy of the keys and values of the
+layers that they share. All members then write together: each layer runs once for the rows of all
+members that have it, and rows leave the batch when they stop. Text is the same as `model.generate`
+gives for each prompt, because stopping and the processing of logits are prepared by transformers'
+own `generate`.
 
 Shapes: B rows, those of one member, R rows of all members, T positions, V vocabulary.
 """
 
 import inspect
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from lm_eval.models.utils import (
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -46,6 +49,10 @@ no number of rows is given.
 """
 LEAVING = 8
 """Rows leave when one in so many has stopped, because the others' keys and values are copied."""
+
+
+PADDING = 0.25
+"""The largest share of a row that is padding where prompts are read."""
 
 
 class Settings(NamedTuple):
@@ -367,6 +374,17 @@ def prompt_inputs(tree: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tenso
     return inputs
 
 
+def parts_of_similar_length(mask_BT: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut a batch, the longest prompts first, where padding would fill more than `PADDING` of a
+    row. Yield the rows of each part and the columns that they need.
+    """
+    lengths, start = mask_BT.sum(-1).tolist(), 0
+    for row in range(1, len(lengths) + 1):
+        if row == len(lengths) or lengths[row] < (1 - PADDING) * lengths[start]:
+            yield slice(start, row), slice(mask_BT.shape[1] - lengths[start], None)
+            start = row
+
+
 @torch.no_grad()
 def greedy_answers(
     tree: Any, tokenizer: PreTrainedTokenizerBase, ids_BT: Tensor, mask_BT: Tensor, how: Settings
@@ -375,17 +393,21 @@ def greedy_answers(
 
     `tree` is a `PrefixTree`, or separate models with its interface.
     """
-    prompts = {name: found for name, *found in tree.prefill(prompt_inputs(tree, ids_BT, mask_BT))}
+    logits: dict[str, list[Tensor]] = defaultdict(list)
+    caches: dict[str, list[Cache]] = defaultdict(list)
+    for rows, columns in parts_of_similar_length(mask_BT):
+        prompts = prompt_inputs(tree, ids_BT[rows, columns], mask_BT[rows, columns])
+        for name, logits_BV, cache in tree.prefill(prompts):
+            logits[name].append(logits_BV)
+            caches[name].append(cache)
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
     inputs["pad_token_id"] = tokenizer.pad_token_id
     stop = StopStrings(how.until, tokenizer, ids_BT.shape[1])
     for joint in tree.joint_models:
         models = [tree.models[name] for name in joint.places]
         writings = [Writing.by_transformers(model, inputs, how, stop) for model in models]
-        logits_RV = torch.cat([prompts[name][0] for name in joint.places])
-        cache = joint.cache(
-            {name: prompts.pop(name)[1] for name in joint.places}, how.max_new_tokens
-        )
+        logits_RV = torch.cat([part for name in joint.places for part in logits[name]])
+        cache = joint.cache({name: caches.pop(name) for name in joint.places}, how.max_new_tokens)
         rows = Rows(joint, len(ids_BT), cache)
         answers = decode(rows, logits_RV, ids_BT, mask_BT, writings)
         for name, model, of_member in zip(joint.places, models, answers):

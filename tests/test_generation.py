@@ -87,14 +87,16 @@ def test_answers_follow_the_models_generation_config():
 
 
 def test_prompts_run_once_through_the_tree_and_members_write_together():
-    tree = tree_of("llama")
+    tree, prompts = tree_of("llama"), [prompt for prompt in PROMPTS if len(prompt) > 1]
     (joint,) = tree.joint_models
     lm = lm_of(tree)
-    rows = {"prompts": [], "steps": []}
+    rows, num_tokens = {"prompts": [], "steps": []}, []
 
     def count(_layer, args, kwargs, name):
         num_rows, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         rows["prompts" if length > 1 else "steps"].append((name, num_rows))
+        if length > 1:
+            num_tokens.append(num_rows * length)
 
     for name, model in {**tree.models, "together": joint.model}.items():
         for layer in model.model.layers:
@@ -105,35 +107,36 @@ def test_prompts_run_once_through_the_tree_and_members_write_together():
     written = {}
     for name in RECIPES:
         lm.activate(name)
-        written[name] = lm.generate_until(instances(LONG), True)
+        written[name] = lm.generate_until(instances(LONG, prompts=prompts), True)
     until = [
         next(c for text in texts for c in text[1:] if c.isascii() and c.isprintable())
         for texts in written.values()
     ]
     lm.forget()
-    rows["prompts"].clear()
-    rows["steps"].clear()
-    requests = instances(LONG | {"until": until})
+    for counted in (*rows.values(), num_tokens):
+        counted.clear()
+    requests = instances(LONG | {"until": until}, prompts=prompts)
     for name in RECIPES:
         lm.activate(name)
         for whole, answer in zip(written[name], lm.generate_until(requests, True)):
             assert answer == min((whole.split(text)[0] for text in until), key=len)
-    assert (
-        len(rows["prompts"])
-        == tree.num_layer_forwards
-        < sum(recipe.depth for recipe in RECIPES.values())
-    )
+    assert tree.num_layer_forwards < sum(recipe.depth for recipe in RECIPES.values())
+    assert sum(count for _, count in rows["prompts"]) == len(prompts) * tree.num_layer_forwards
+    # Prompts of other lengths are read apart, so that less than a third is added to them.
+    lengths = [min(len(lm.tok_encode(prompt)), lm.max_length - 20) for prompt in prompts]
+    in_one_part = max(lengths) * len(prompts) * tree.num_layer_forwards
+    assert sum(num_tokens) < 4 / 3 * sum(lengths) * tree.num_layer_forwards < in_one_part
     # Each of the layers that they have runs once a step, for fewer and fewer rows.
     assert {name for name, _ in rows["steps"]} == {"together"}
     layers = {source for recipe in RECIPES.values() for source in recipe.layers}
     steps = [count for _, count in rows["steps"]]
     first, last = steps[: len(layers)], steps[-len(layers) :]
-    assert sum(first) == len(PROMPTS) * sum(recipe.depth for recipe in RECIPES.values())
+    assert sum(first) == len(prompts) * sum(recipe.depth for recipe in RECIPES.values())
     assert len(steps) <= 20 * len(layers)
     assert sum(last) < sum(first)
     lm.forget()
     lm.generate_until(requests, True)
-    assert len(rows["prompts"]) == 2 * tree.num_layer_forwards
+    assert sum(count for _, count in rows["prompts"]) == 2 * len(prompts) * tree.num_layer_forwards
 
 
 def test_members_whose_layers_come_in_another_sequence_write_alone():
@@ -173,15 +176,15 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch):
     tree = tree_of("llama")
     requests = instances(LONG)
     expected = lm_of(tree).generate_until(requests, True)
-    prefill, sizes = PrefixTree.prefill, []
+    greedy_answers, sizes = generation.greedy_answers, []
 
-    def scarce(self, inputs):
-        sizes.append(len(inputs["input_ids"]))
+    def scarce(tree, tokenizer, ids_BT, *others):
+        sizes.append(len(ids_BT))
         if sizes[-1] > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return prefill(self, inputs)
+        return greedy_answers(tree, tokenizer, ids_BT, *others)
 
-    monkeypatch.setattr(PrefixTree, "prefill", scarce)
+    monkeypatch.setattr(generation, "greedy_answers", scarce)
     assert lm_of(tree).generate_until(requests, True) == expected
     assert sizes == [5, 2, 3, 1, 2]
 

@@ -25,15 +25,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from patching.architectures.lookup import architecture_of
 from patching.recipe import LayerSource, Recipe
 from patching.running.joint_cache import joined
-from patching.running.layer_calls import (
-    Picked,
-    after_layers,
-    by_other,
-    embedding_of,
-    layers_of,
-    on_rows,
-    reading,
-)
+from patching.running.layer_calls import Picked, by_other, layers_of, on_rows
 
 
 @dataclass
@@ -43,51 +35,39 @@ class JointModel:
     model: PreTrainedModel
     places: dict[str, list[int]]
     """The positions of each member's layers in the model, by the member's name."""
-    ends: list["Ends"]
-    """What members have instead of the model's embedding or head."""
+    others: dict[int, list[tuple[nn.Module, nn.Module]]]
+    """The modules outside the layers that a member, by its position, has with other weights: each
+    with the member's.
+    """
 
     @cached_property
     def layers(self) -> nn.ModuleList:
         return layers_of(self.model)
 
-    @cached_property
-    def after_layers(self) -> list[nn.Module]:
-        return after_layers(self.model)
-
     @classmethod
     def alone(cls, name: str, model: PreTrainedModel) -> "JointModel":
         """One member, which may be of an architecture that patching does not support."""
-        return cls(model, {name: [*range(model.config.get_text_config().num_hidden_layers)]}, [])
+        return cls(model, {name: [*range(model.config.get_text_config().num_hidden_layers)]}, {})
 
     def members_with(self, place: int) -> list[int]:
         """The members that have this layer, by their position."""
         return [i for i, places in enumerate(self.places.values()) if place in places]
 
-    def cache(self, caches: Mapping[str, Cache], num_new_tokens: int) -> Cache:
-        """The members' caches of the same prompts as one, with room for so many tokens. Each of its
-        layers has the rows of the members that have that layer.
+    def cache(self, caches: Mapping[str, Sequence[Cache]], num_new_tokens: int) -> Cache:
+        """The members' caches of the same prompts as one, padded on the left, with room for so many
+        tokens. Each member has one for each part of the prompts, the longest ones first. Each layer
+        of the one cache has the rows of the members that have that layer.
         """
         joint = DynamicCache(config=self.model.config)
         members = [*self.places]
         for place in range(len(joint.layers)):
             layers = [
-                caches[name].layers[self.places[name].index(place)]
+                cache.layers[self.places[name].index(place)]
                 for name in (members[i] for i in self.members_with(place))
+                for cache in caches[name]
             ]
             joint.layers[place] = joined(layers, num_new_tokens)
         return joint
-
-
-@dataclass
-class Ends:
-    """The embedding or the head of a member that differ from those of the joint model."""
-
-    member: int
-    model: PreTrainedModel
-    first_layer: nn.Module | None
-    """The member's, None if the embedding is the joint model's."""
-    after_layers: Sequence[nn.Module]
-    """The member's norm and head, none if they are the joint model's."""
 
 
 class Rows:
@@ -107,9 +87,9 @@ class Rows:
         self.sizes = torch.bincount(self.members_R, minlength=len(self.joint.places)).tolist()
         """How many rows of each member there are."""
         self._picked = [self._rows_of(members) for members in self._with_layer]
-        self._picked_for_ends = [
-            (ends, self._rows_of(torch.tensor(ends.member, device=self.members_R.device)))
-            for ends in self.joint.ends
+        self._picked_for_others = [
+            (modules, self._rows_of(torch.tensor(member, device=self.members_R.device)))
+            for member, modules in self.joint.others.items()
         ]
 
     def _rows_of(self, members: Tensor) -> Picked:
@@ -136,24 +116,14 @@ class Rows:
             for layer, picked in zip(layers, self._picked):
                 if len(picked) < len(self.members_R):
                     undo.enter_context(on_rows(layer, picked))
-            undo.enter_context(reading(layers[0], self._embedded(inputs)))
-            for ends, picked in self._picked_for_ends:
-                if len(picked):
-                    for module, other in zip(self.joint.after_layers, ends.after_layers):
-                        undo.enter_context(by_other(module, other, picked))
+            for modules, picked in self._picked_for_others:
+                for own, other in modules if len(picked) else ():
+                    undo.enter_context(by_other(own, other, picked))
             logits_RV = self.joint.model(**inputs).logits[:, -1]
         for layer, picked in zip(self.cache.layers, self._picked):
             if not len(picked):  # any layer may be asked how long the rows are
                 layer.cumulative_length += 1
         return logits_RV
-
-    def _embedded(self, inputs: Mapping[str, Any]) -> list[tuple[Picked, Tensor]]:
-        """Rows with another embedding than the joint model's, and what their first layer reads."""
-        return [
-            (picked, embedding_of(ends.model, ends.first_layer, picked.of(inputs)))
-            for ends, picked in self._picked_for_ends
-            if ends.first_layer is not None and len(picked)
-        ]
 
 
 def joint_models(
@@ -168,13 +138,9 @@ def joint_models(
     layers = _merged([recipe.layers for recipe in recipes.values()]) if len(recipes) > 1 else None
     if layers is None:
         return alone
-    ends_of = {
-        name: (recipe.embedding, recipe.embedding_scale, recipe.head)
-        for name, recipe in recipes.items()
-    }
-    (embedding, scale, head), _ = Counter(ends_of.values()).most_common(1)[0]
+    ends = ((recipe.embedding, recipe.head, recipe.embedding_scale) for recipe in recipes.values())
     try:
-        joint = assemble(Recipe(layers, embedding, head, scale))
+        joint = assemble(Recipe(layers, *Counter(ends).most_common(1)[0][0]))
     except ValueError:
         return alone
     tables = _tables_of(joint)
@@ -187,18 +153,25 @@ def joint_models(
                 name: [layers.index(source) for source in recipe.layers]
                 for name, recipe in recipes.items()
             },
-            [
-                Ends(
-                    i,
-                    model := models[name],
-                    layers_of(model)[0] if ends[:2] != (embedding, scale) else None,
-                    after_layers(model) if ends[2] != head else [],
-                )
-                for i, (name, ends) in enumerate(ends_of.items())
-                if ends != (embedding, scale, head)
-            ],
+            {i: _others(joint, models[name]) for i, name in enumerate(recipes)},
         )
     ]
+
+
+def _others(joint: PreTrainedModel, model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+    """The modules outside the layers of which two models do not share the weights."""
+    in_layers = f"{architecture_of(joint.config).layers}."
+    others = dict(model.named_modules())
+    return [
+        (module, others[path])
+        for path, module in joint.named_modules()
+        if not f"{path}.".startswith(in_layers) and _addresses(module) != _addresses(others[path])
+    ]
+
+
+def _addresses(module: nn.Module) -> list[int]:
+    """Where a module's own weights lie."""
+    return [parameter.data_ptr() for parameter in module.parameters(recurse=False)]
 
 
 def _tables_of(model: PreTrainedModel) -> dict[str, Tensor]:

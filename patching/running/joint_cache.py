@@ -1,6 +1,6 @@
 """Keys and values of several members' rows as one, with room for the tokens to come."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -16,10 +16,7 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.cumulative_length = layers[0].get_seq_length()
         self.lazy_initialization(layers[0].keys, layers[0].values)
-        self._keys, self._values = (
-            nn.functional.pad(torch.cat(parts), (0, 0, 0, num_new_tokens))
-            for parts in zip(*((layer.keys, layer.values) for layer in layers))
-        )
+        self._keys, self._values = _stacked(layers, num_new_tokens)
         self._look()
 
     def _look(self) -> None:
@@ -46,10 +43,23 @@ class RoomyLayer(DynamicLayer):
 
 
 def joined(layers: Sequence[CacheLayerMixin], num_new_tokens: int) -> CacheLayerMixin:
-    """The rows of some layers of caches, one after the other, as one layer."""
+    """The rows of some layers of caches, one after the other, as one layer, padded on the left to
+    the length of the first, which is the longest.
+    """
     if type(layers[0]) is DynamicLayer:
         return RoomyLayer(layers, num_new_tokens)
     joined = copy(layers[0])
-    joined.keys = torch.cat([layer.keys for layer in layers])
-    joined.values = torch.cat([layer.values for layer in layers])
+    joined.keys, joined.values = _stacked(layers)
     return joined
+
+
+def _stacked(layers: Sequence[CacheLayerMixin], num_new_tokens: int = 0) -> Iterator[Tensor]:
+    """The keys and then the values of all rows, with room on the right."""
+    length = layers[0].keys.shape[-2]
+    for parts in zip(*((layer.keys, layer.values) for layer in layers)):
+        yield torch.cat(
+            [
+                nn.functional.pad(part, (0, 0, length - part.shape[-2], num_new_tokens))
+                for part in parts
+            ]
+        )

@@ -1,11 +1,10 @@
-"""What the layers of a model are made to do during a forward pass of generation, and the parts of a
-pass before and after them.
+"""What modules of a model are made to do during a forward pass of generation.
 
-Shapes: R rows of one token, N of them, D hidden size, V vocabulary.
+Shapes: R rows of one token, N of them, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,32 +18,24 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(architecture_of(model.config).layers)
 
 
-def after_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules with weights that a model runs after its layers, in their sequence."""
-    architecture = architecture_of(model.config)
-    paths = (architecture.norm, *architecture.between_norm_and_head, architecture.head)
-    return [model.get_submodule(path) for path in paths if path is not None]
-
-
 class Picked:
     """Some of the rows of a batch: a slice where they follow each other, which copies nothing."""
 
     def __init__(self, rows_N: Tensor, num_rows: int) -> None:
-        self.num_rows, self.rows_N = num_rows, rows_N
-        self.first, self.last = rows_N[[0, -1]].tolist() if len(rows_N) else (0, -1)
+        self.num_rows, self.rows_N, self.count = num_rows, rows_N, len(rows_N)
+        first, last = rows_N[[0, -1]].tolist() if self.count else (0, -1)
+        self.slice = slice(first, last + 1) if last - first + 1 == self.count else None
 
     def __len__(self) -> int:
-        return len(self.rows_N)
+        return self.count
 
     def index(self, device: torch.device) -> slice | Tensor:
-        if self.last - self.first + 1 == len(self):
-            return slice(self.first, self.last + 1)
-        return self.rows_N.to(device)
+        return self.slice or self.rows_N.to(device)
 
     def of(self, value: Any) -> Any:
         """These rows of whatever has as many rows as the batch."""
         if isinstance(value, Tensor):
-            has_rows = value.dim() and len(value) == self.num_rows
+            has_rows = value.shape[:1] == (self.num_rows,)
             return value[self.index(value.device)] if has_rows else value
         if isinstance(value, Mapping):
             return {name: self.of(of_name) for name, of_name in value.items()}
@@ -60,14 +51,13 @@ class Picked:
 @contextmanager
 def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Make a module call this during the block. It is given what the module did until then, and
-    its arguments, of which the first is the state that it reads.
+    its arguments.
     """
     before = vars(module).get("forward")  # that of a layer on several devices has hooks
     run = module.forward
 
     def instead(*args: Any, **kwargs: Any) -> Any:
-        hidden, *args = args or (kwargs.pop("hidden_states"),)
-        return forward(run, hidden, *args, **kwargs)
+        return forward(run, *args, **kwargs)
 
     module.forward = instead
     try:
@@ -81,52 +71,21 @@ def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def on_rows(layer: nn.Module, picked: Picked) -> AbstractContextManager[None]:
     """Make a layer run on some of its rows during the block, and leave the others as they are."""
 
-    def forward(run: Callable[..., Any], hidden_R1D: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        hidden_R1D = args[0] if args else kwargs["hidden_states"]
         if not len(picked):
             return hidden_R1D
-        return picked.replaced(
-            hidden_R1D, run(picked.of(hidden_R1D), *picked.of(args), **picked.of(kwargs))
-        )
+        return picked.replaced(hidden_R1D, run(*picked.of(args), **picked.of(kwargs)))
 
     return calling(layer, forward)
 
 
 def by_other(module: nn.Module, other: nn.Module, picked: Picked) -> AbstractContextManager[None]:
-    """Make another module run in place of this one on some of its rows during the block."""
+    """Make another module run in place of this one for some rows during the block."""
 
-    def forward(run: Callable[..., Any], hidden_R1D: Tensor) -> Tensor:
-        return picked.replaced(run(hidden_R1D), other(picked.of(hidden_R1D)))
+    def forward(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        whole = run(*args, **kwargs)
+        part = other(*picked.of(args), **picked.of(kwargs))
+        return picked.replaced(whole.expand(picked.num_rows, *whole.shape[1:]), part)
 
     return calling(module, forward)
-
-
-def reading(
-    layer: nn.Module, others: Sequence[tuple[Picked, Tensor]]
-) -> AbstractContextManager[None]:
-    """Make a layer read other states for some rows during the block."""
-
-    def forward(run: Callable[..., Any], hidden_R1D: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        for picked, state in others:
-            hidden_R1D = picked.replaced(hidden_R1D, state)
-        return run(hidden_R1D, *args, **kwargs)
-
-    return calling(layer, forward)
-
-
-class _Embedded(Exception):
-    """Ends a forward pass before the first layer."""
-
-
-def embedding_of(
-    model: PreTrainedModel, first_layer: nn.Module, inputs: Mapping[str, Any]
-) -> Tensor:
-    """What the first layer of a model reads."""
-    read: list[Tensor] = []
-
-    def forward(_: Callable[..., Any], hidden_R1D: Tensor, *__: Any, **___: Any) -> Any:
-        read.append(hidden_R1D)
-        raise _Embedded
-
-    with calling(first_layer, forward), suppress(_Embedded):
-        model(**inputs)
-    return read[0]
