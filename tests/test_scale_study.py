@@ -13,6 +13,7 @@ from examples.studies.scale import pairs as study
 from examples.studies.scale.__main__ import main
 from examples.studies.scale.findings import Scores, findings_of, gain
 from examples.studies.scale.picture import draw
+from examples.studies.scale.pruned import baseline_scores, rescaled
 from examples.studies.scale.scores import Scorer, Variant, text_sizes
 from examples.studies.scale.stream import (
     AlignedStates,
@@ -31,6 +32,7 @@ from patching.recipe import LayerSource, Recipe, patched_model, with_scales
 from patching.running.calibration import Calibration, padded_batches
 
 LAST, FIRST, MIDDLE = frozenset({2, 3}), frozenset({0, 1}), frozenset({0, 3})
+TEXTS = ("calibration", "heldout")
 BATCHES = padded_batches([[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17], [18, 19], [20, 21]])
 
 
@@ -120,8 +122,8 @@ def test_gaps_are_where_layers_are_missing(models):
         mask_BT = batch["attention_mask"].bool()
         ratios += (out[4].norm(dim=-1) / out[2].norm(dim=-1))[mask_BT].tolist()
     assert ratio == pytest.approx(sorted(ratios)[(len(ratios) - 1) // 2], rel=1e-4)
-    assert [*study.rescaled(recipe, {2: 1.5}, 0.5).changes] == [2]
-    assert not study.rescaled(recipe, {2: 1.5}, 0.0).changes
+    assert [*rescaled(recipe, {2: 1.5}, 0.5).changes] == [2]
+    assert not rescaled(recipe, {2: 1.5}, 0.0).changes
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def scored(family, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     of_pair = folder / "demo"
     of_pair.mkdir()
-    for name in ("calibration", "heldout"):
+    for name in TEXTS:
         lines = (json.dumps({"text": f"{name} {i} and {i * i}"}) + "\n" for i in range(4))
         (of_pair / f"{name}.jsonl").write_text("".join(lines))
     for seed in (0, 1):
@@ -186,7 +188,7 @@ def scored(family, tmp_path_factory):
             path.parent.mkdir(exist_ok=True)
             study.measure(family, of_pair, path)
     study.measure_regret(family, of_pair, of_pair / "seed_0" / "student")
-    scores = study.baseline_scores(family, of_pair)
+    scores = baseline_scores(family, *(study.text(of_pair, name) for name in TEXTS))
     (of_pair / "baselines.json").write_text(json.dumps(scores))
     (of_pair / "settings.json").write_text(json.dumps({"student_steps": 1}))
     return folder

@@ -339,6 +339,11 @@ def test_the_example_runs_and_goes_on_where_it_was_stopped(
     reports = ("first/summary.png", "orders/summary.md", "differences.md", "chat.md")
     assert all((results / name).is_file() for name in reports)
     assert "## Order `matched`" in (results / "differences.md").read_text()
+    pruned = json.loads((results / "pruned.json").read_text())
+    row = (results / "pruned.md").read_text().splitlines()[6]
+    score, num_bytes = pruned["baselines"]["naive"][0]["plain"], sum(pruned["text"]["bytes"])
+    bits = sum(score["cross_entropy"]) / numpy.log(2) / num_bytes
+    assert f"{bits:.4f}" == row.split(" | ")[3]
     chat = (results / "chat.md").read_text()
     assert chat.count("\n| 0 |") == 2 and chat.count("\n| 2 |") == 2
     before = {path: path.read_bytes() for path in results.glob("*/*_k[0-9].json")}

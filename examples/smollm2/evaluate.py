@@ -4,12 +4,13 @@
 
 measures every size in the order `first`, which is a Llama's, with the teacher pruned naively and by
 block influence to the same depths, then every size in the orders `last` and KLPatch, and in the
-best order that was found with the matched scale of each size. Then five sizes answer the same chat
-prompts. The reports are in `smollm2_output/results`:
+best order that was found with the matched scale of each size. The pruned teacher is rescaled, too.
+Then five sizes answer the same chat prompts. The reports are in `smollm2_output/results`:
 
     first/summary.md, .png    all sizes and the baselines; one folder for each other order
     orders/summary.md         the orders compared
     differences.md            each size against the baselines and the next smaller size
+    pruned.md                 the family and the baselines, each as it is and rescaled
     chat.md                   the answers
 
 What is measured already is not measured again.
@@ -21,14 +22,17 @@ from pathlib import Path
 
 from examples.smollm2.chat import write_answers
 from examples.smollm2.differences import write_differences
+from examples.smollm2.pruned import write_pruned
 from examples.smollm2.tasks import write_all_tasks
 from examples.smollm2.text import Text, add_flags, choose_text, student_folder
 from examples.stdlib.demo import run
 from patching.cli.command_line import user_errors
 from patching.files.outputs import write_json
+from patching.running.calibration import Calibration
 
 CALIBRATION_TEXTS = 8
 CALIBRATION_LENGTH = 128
+HELD_OUT_TEXTS = 28
 SEARCH = "klpatch"
 """The search whose order is evaluated too. All sets of the 14 patchable layers are too many."""
 
@@ -68,6 +72,15 @@ def evaluate(folder: Path, text: Text, kept_layers: str) -> Path:
     sweeps.append(sweep("matched", results / "search" / "order.json"))
     run("evaluate.report", *sweeps, "--save_directory", results / "orders")
     write_differences(sweeps, results / "differences.md", {"matched": found["name"]})
+    if text.held_out is not None:
+        lengths = {"num_texts": HELD_OUT_TEXTS, "length": CALIBRATION_LENGTH}
+        write_pruned(
+            (teacher, student),
+            results / "search" / "order.json",
+            Calibration.read(text.train, num_texts=CALIBRATION_TEXTS, length=CALIBRATION_LENGTH),
+            Calibration.read(text.held_out, **lengths),
+            results,
+        )
     write_answers(teacher, student, results / "search" / "order.json", results / "chat.md")
     return results
 

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from examples.studies.claims.students import run
 from examples.studies.orders import PAIRS, distillation, teacher_of, train_teacher, write_texts
+from examples.studies.scale.pruned import baseline_scores
 from examples.studies.scale.regret import regrets
 from examples.studies.scale.scores import Scorer, Variant, text_sizes
-from examples.studies.scale.stream import AlignedStates, gap_factors, times
+from examples.studies.scale.stream import AlignedStates
 from patching.blocks import as_layer_list
 from patching.family import Family
 from patching.files.outputs import write_json
 from patching.matched_scale import MatchedScales
 from patching.orders.findings import findings, matched_scales, order_file, tried_orders
 from patching.orders.measurements import Measurements
-from patching.recipe import Recipe, naively_pruned, patched_model, whole_model, with_scales
-from patching.running.block_influence import block_influence, most_influential
+from patching.recipe import patched_model, with_scales
 from patching.running.calibration import Calibration
 from train import distillation as distillation_page
 from train.loss import cosine_distance
@@ -44,8 +44,6 @@ SETTINGS: dict[str, dict[str, Any]] = {"gpt_neox": {"alternate_every_n_layers": 
 TEXTS, TOKENS = 32, 128
 """Passages of calibration text, and as many of held-out text, and tokens that are read of each."""
 ONE_FACTOR = 1.2
-EXPONENTS = (0.0, 0.5, 1.0, 1.5)
-"""Powers of the median ratios at a pruned teacher's gaps that are tried."""
 LENGTH_WEIGHT = 0.1
 """The weight of the length term, next to a weight of 1 for the cosine term."""
 STUDENTS = ("student", "student_length", "student_auto")
@@ -78,7 +76,8 @@ def make(
             if (student, seed) == (STUDENTS[0], seeds[0]):
                 measure_regret(family, of_pair, path)
             if not (of_pair / "baselines.json").is_file():
-                write_json(of_pair / "baselines.json", baseline_scores(family, of_pair))
+                texts = (text(of_pair, name) for name in ("calibration", "heldout"))
+                write_json(of_pair / "baselines.json", baseline_scores(family, *texts))
 
 
 def distill(pair: str, of_pair: Path, path: Path, settings: dict[str, Any]) -> None:
@@ -190,44 +189,3 @@ def sets_of(found: dict[str, Any], order: str) -> list[frozenset[int]]:
     return [
         frozenset(member["patched_layers"]) for member in found["orders"][order]["members"][1:-1]
     ]
-
-
-def baseline_scores(family: Family, of_pair: Path) -> dict[str, Any]:
-    """The teacher pruned to the depth of each size, naively and by block influence, as it is and
-    rescaled where layers are missing. Factors are chosen by KL on calibration text.
-    """
-    calibration, held_out = (
-        text(of_pair, name).batches(family.tokenizer, family.configs["teacher"])
-        for name in ("calibration", "heldout")
-    )
-    teacher = family.parents.load(["teacher"])["teacher"]
-    influences = block_influence(teacher, calibration)
-    chooser, scorer = Scorer(family, calibration), Scorer(family, held_out)
-    found: dict[str, Any] = {}
-    for k in range(family.max_layers_to_patch):
-        family_recipe = family.recipe(k)
-        recipes = {
-            "naive": naively_pruned(family.layer_map, family_recipe),
-            "block influence": most_influential(influences, family_recipe.depth),
-        }
-        for name, recipe in recipes.items():
-            ratios = gap_factors(teacher, recipe, calibration)
-            tried = {power: rescaled(recipe, ratios, power) for power in EXPONENTS}
-            kl = {power: sum(chooser.of(variant).kl) for power, variant in tried.items()}
-            best = min(kl, key=kl.__getitem__)
-            scores = {"plain": scorer.of(tried[0.0]), "matched": scorer.of(tried[best])}
-            found.setdefault(name, []).append(
-                {
-                    "num_layers_to_patch": k,
-                    "layers": [source.layer_idx for source in recipe.layers],
-                    "ratios": ratios,
-                    "exponent": best,
-                    **{treatment: score._asdict() for treatment, score in scores.items()},
-                }
-            )
-    whole = whole_model(family.layer_map.num_teacher_layers)
-    return {"baselines": found, "teacher": scorer.of(Variant(whole))._asdict()}
-
-
-def rescaled(recipe: Recipe, ratios: dict[int, float], power: float) -> Variant:
-    return Variant(recipe, {depth: times(ratio**power) for depth, ratio in ratios.items() if power})
