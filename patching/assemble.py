@@ -24,13 +24,15 @@ def assemble(
     teacher: PreTrainedModel | None = None,
     student: PreTrainedModel | None = None,
     rescaled: MutableMapping[Any, Tensor] | None = None,
+    empty: MutableMapping[Parent, PreTrainedModel] | None = None,
 ) -> PreTrainedModel:
     """Return the model a recipe describes, in eval mode, sharing its tensors with its parents.
 
     Only tables such as rotary frequencies are copied, and neither parent changes. Training the
     result in place would change the parents, so copy it first. Both parents must have one dtype.
     Tensors that the recipe rescales are new. They are kept in `rescaled`, if it is given, so that
-    several models of the same parents share them too.
+    several models of the same parents share them too. The parents' models without weights, which
+    checks read, are likewise kept in `empty`.
 
     Raises ValueError if a parent or one of its layers is missing, if a parent's config ties head
     and embedding that differ, or if a layer would compute something else at its new position.
@@ -46,12 +48,11 @@ def assemble(
     architecture = architecture_of(base.config)
     config = config_for(recipe, {parent: model.config for parent, model in parents.items()})
     config._attn_implementation = base.config._attn_implementation
+    empty = {} if empty is None else empty
     with torch.device("meta"):
         model = type(base)(config)
-        empty = {
-            parent: type(parents[parent])(copy.deepcopy(parents[parent].config))
-            for parent in recipe.parents
-        }
+        for parent in recipe.parents - empty.keys():
+            empty[parent] = type(parents[parent])(copy.deepcopy(parents[parent].config))
     check_recipe(model, recipe, empty)
 
     tensors = {parent: parents[parent].state_dict() for parent in recipe.parents}

@@ -167,7 +167,10 @@ def test_it_can_be_turned_off(student, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--order_budget", "2"], "could not be measured (3 models more than"),
+        (
+            ["--order_budget", "2"],
+            "models more than the 2 allowed, which --order_budget changes): the student is",
+        ),
         pytest.param(
             ["--kept_layers", "0,2-5"],
             "not measured: there is no size between student and teacher",

@@ -47,6 +47,20 @@ def gather(tree: PrefixTree, inputs: dict, positions: torch.Tensor) -> dict[str,
     return {name: torch.cat(logits) for name, logits in parts.items()}
 
 
+def test_a_tree_builds_each_parent_without_weights_once(monkeypatch):
+    teacher, student = family_pair("qwen3")
+    recipes, built = family(LAYER_MAP, "last"), []
+    build = type(teacher).__init__
+
+    def counted(self, *arguments, **settings):
+        built.append(self)
+        build(self, *arguments, **settings)
+
+    monkeypatch.setattr(type(teacher), "__init__", counted)
+    PrefixTree(recipes, teacher=teacher, student=student)
+    assert len(built) == len(recipes) + 2
+
+
 @pytest.mark.parametrize("order", ["last", "first"])
 @pytest.mark.parametrize("model_type", sorted(SETTINGS))
 def test_every_member_has_its_own_logits(model_type, order, monkeypatch):

@@ -89,7 +89,8 @@ class Cost(NamedTuple):
         return self._replace(num_models=min(self.num_models, budget))
 
     def text(self, flops_per_second: float | None = None) -> str:
-        text = f"about {self.num_models:,} models on {self.num_tokens:,} tokens"
+        models = "model" if self.num_models == 1 else "models"
+        text = f"about {self.num_models:,} {models} on {self.num_tokens:,} tokens"
         if self.flops_per_model is None:
             return text
         flops = self.num_models * self.flops_per_model
@@ -189,6 +190,8 @@ def measure_order(
         _search(family, text, folder, args, budget)
     except (*USER_ERRORS, BudgetSpent, RuntimeError) as error:  # memory may run out too
         first_line = str(error).partition("\n")[0]
+        if isinstance(error, BudgetSpent):
+            first_line += ", which --order_budget changes"
         print(
             f"the order could not be measured ({first_line}): the student is complete, and "
             "python -m patching.orders can measure it",

@@ -45,12 +45,10 @@ class PrefixTree:
         teacher: PreTrainedModel | None = None,
         student: PreTrainedModel | None = None,
     ) -> None:
-        rescaled: dict[Any, Tensor] = {}
+        shared: dict[str, dict] = {"rescaled": {}, "empty": {}}
 
         def assembled(recipe: Recipe) -> PreTrainedModel:
-            return over_devices(
-                assemble(recipe, teacher=teacher, student=student, rescaled=rescaled)
-            )
+            return over_devices(assemble(recipe, teacher=teacher, student=student, **shared))
 
         self.models = {name: assembled(recipe) for name, recipe in recipes.items()}
         self._recipes, self._assembled = recipes, assembled
