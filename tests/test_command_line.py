@@ -92,6 +92,31 @@ def test_ctrl_c_ends_with_one_line_and_as_a_signal_does(again):
     assert done.stderr == "stopped by Ctrl-C: the same command goes on\n"
 
 
+IGNORED = """
+import signal, time, weakref
+from patching.cli.command_line import run_command
+
+class Model: pass
+
+def main():
+    model = Model()
+    reference = weakref.ref(model, lambda _: signal.raise_signal(signal.SIGINT))
+    del model
+    time.sleep(100)
+    print("ran on")
+
+run_command(main, "the same command goes on")
+"""
+
+
+def test_ctrl_c_where_python_ignores_exceptions_ends_the_command_too():
+    done = subprocess.run(
+        [sys.executable, "-c", IGNORED], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGINT
+    assert (done.stdout, done.stderr) == ("", "stopped by Ctrl-C: the same command goes on\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "groups"),
     [

@@ -242,6 +242,8 @@ def test_perplexities_have_a_logarithmic_axis_and_bits_do_not():
     (figure,) = plot(Comparison.of(rows))
     scales = {axes.get_title(): axes.get_yscale() for axes in figure.axes if axes.get_visible()}
     assert scales == {"a": "log", "wikitext": "linear", "arc": "linear"}
+    (perplexity,) = (axes for axes in figure.axes if axes.get_yscale() == "log")
+    assert perplexity.yaxis.get_major_formatter()(100.0) == "100"
 
 
 def test_compared_models_differ_in_shape_and_color():

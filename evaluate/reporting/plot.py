@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.scores import (
@@ -94,10 +95,12 @@ def _page(results: Sequence[Result], panels: Sequence[Panel], styles: dict[str, 
                     ends |= _mark_ends(axes, members, 1e9 if billions else 1e6)
         axes.set_title(panel.title, fontsize=10)
         axes.set_ylabel(panel.label, fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
         axes.grid(alpha=0.25)
         if panel.is_logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # 60, not 6 x 10^1
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axes in all_axes[max(0, len(panels) - num_columns) : len(panels)]:  # the lowest ones
         axes.set_xlabel(f"parameters ({'billions' if billions else 'millions'})", fontsize=8)
     handles |= ends

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
 from examples.stdlib.tasks import TASK_NAMES, write_tasks
+from patching.cli.command_line import run_command
 
 ROOT = Path(__file__).parents[2]
 TEACHER = Path(__file__).parent / "teacher"
@@ -160,4 +161,5 @@ if __name__ == "__main__":
         help="also run the orders `last` and `first` and a student from random weights",
     )
     arguments = parser.parse_args()
-    main(arguments.save_directory.resolve(), arguments.variants)
+    folder, variants = arguments.save_directory.resolve(), arguments.variants
+    run_command(lambda: main(folder, variants), "the demo starts from the beginning next time")

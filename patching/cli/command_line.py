@@ -5,6 +5,7 @@ fix, and one line on Ctrl-C.
 import os
 import signal
 import sys
+import threading
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -109,10 +110,25 @@ def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
         sys.exit(2)
 
 
+def _keep_interrupts(ignored: Any) -> None:
+    """Send Ctrl-C once more if it arrived where Python ignores exceptions, such as in the callback
+    of a weak reference: the command would run on.
+    """
+    if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(ignored)
+        return
+    main_thread = threading.main_thread().ident
+    # From another thread, and later: here it would be ignored again.
+    again = threading.Timer(0.01, signal.pthread_kill, (main_thread, signal.SIGINT))
+    again.daemon = True
+    again.start()
+
+
 def run_command(main: Callable[[], None], next_time: str = "nothing half-written is left") -> None:
     """Run a command line. Ctrl-C ends it with one line, which says what the same command does
     `next_time`. Pressed again, Ctrl-C ends the process at once.
     """
+    sys.unraisablehook = _keep_interrupts
     try:
         main()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the work is done
