@@ -7,7 +7,7 @@ one folder: each adds what it computed to what the file holds by then.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -271,9 +271,15 @@ def check_result(result: Result) -> None:
         raise ValueError("a group of tasks contains itself") from error
 
 
-def read_results(folder: Path) -> dict[str, Result]:
-    """The results in a sweep's folder, by name. Raises ValueError for a damaged file."""
-    found = {path.stem: read_result(path) for path in sorted(folder.glob("*.json"))}
+def read_results(folder: Path, names: Iterable[str] | None = None) -> dict[str, Result]:
+    """The results in a sweep's folder, by name, all or those of some `names`. Raises ValueError for
+    a damaged file.
+    """
+    if names is None:
+        paths = sorted(folder.glob("*.json"))
+    else:
+        paths = [path for name in names if (path := folder / f"{name}.json").is_file()]
+    found = {path.stem: read_result(path) for path in paths}
     return {name: result for name, result in found.items() if result is not None}
 
 

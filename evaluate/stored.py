@@ -39,8 +39,14 @@ class Store:
     changed: set[str] = field(default_factory=set)
     """Members with new scores."""
 
-    def read(self) -> None:
-        self.results = read_results(self.folder)
+    def read(self, members: Iterable[SeriesMember] | None = None) -> None:
+        """Read what is stored by now of all members, or of some."""
+        if members is None:
+            self.results = read_results(self.folder)
+            return
+        names = [member.name for member in members]
+        kept = {name: result for name, result in self.results.items() if name not in names}
+        self.results = kept | read_results(self.folder, names)
 
     def update(
         self, series: Series, member: SeriesMember, change: Callable[[Result], Result]

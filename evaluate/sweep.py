@@ -147,7 +147,7 @@ class Sweep:
         progress: tqdm,
     ) -> None:
         """Score members on tasks that run together. If one fails, note it and skip the rest."""
-        self.store.read()  # another sweep may have been here
+        self.store.read(members)  # another sweep may have been here
         members = [m for m in members if self._missing_of(series, m, names)]
         for num_done, member in enumerate(members):
             progress.set_postfix_str(f"{', '.join(names)} {member.name}")

@@ -15,6 +15,7 @@ from patching.architectures.lookup import architecture_of, read_config
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.checkpoints.fingerprint import WEIGHTS, fingerprint
 from patching.checkpoints.generation_settings import (
+    check_settings,
     implied_settings,
     member_settings,
     own_settings,
@@ -146,6 +147,8 @@ class Parents:
         for parent in self.configs:
             model = self.models[parent] if parent in self.given else None
             stored = self.find(parent, lambda where: read_json(where, "generation_config.json"))
+            if stored is not None:
+                check_settings(parent, stored)
             own[parent] = own_settings(stored, model)
         config = self.find("teacher", lambda where: read_json(where, "config.json"))
         implied = implied_settings(config or self.configs["teacher"].to_dict())

@@ -366,6 +366,7 @@ TABLE = [
     BadInput("config.json: quantized", PATCH, "", edit(CONFIG, quantization_config={"quant_method": "gptq", "bits": 4}), ("is quantized", "use the original")),
     BadInput("config.json: remote code", TRAIN, "", edit(CONFIG, model_type="own", auto_map={"AutoConfig": "own.Config"}), ("teacher_model_name_or_path=teacher", "trust_remote_code")),
     BadInput("generation_config.json: not JSON", PATCH, "", write("teacher/generation_config.json", "{"), ("generation_config.json is not JSON", "download or save it again")),
+    BadInput("generation_config.json: a token that is text", PATCH, "", write("teacher/generation_config.json", '{"pad_token_id": "0"}'), ("the teacher's generation_config.json cannot be read (TypeError", "download or save it again")),
     BadInput("generation_config.json: a list", PATCH, "", write("teacher/generation_config.json", "[]"), ("generation_config.json holds no JSON object",)),
 
     # Tokenizers

@@ -23,7 +23,7 @@ from evaluate.evaluate import main
 from evaluate.result import Parameters, Result, Run, read_results, update_result
 from evaluate.seeds import DEFAULT_SEEDS, Seeds
 from evaluate.series import sources_of
-from evaluate.stored import FinishedTask, missing_tasks, with_facts
+from evaluate.stored import FinishedTask, Store, missing_tasks, with_facts
 from evaluate.tasks import load_tasks
 
 
@@ -261,3 +261,21 @@ def test_tasks_that_shuffle_as_they_load_are_the_same_in_each_run(tmp_path, monk
     assert choices(["one"], Seeds(7, 7, 7, 7)) == [of_lm_eval(7)]
     random.seed(99)
     assert choices(["two", "one"]) == [expected, expected]
+
+
+def test_only_the_files_of_a_series_are_read_again(tmp_path):
+    """A folder may hold hundreds of compared models, each a series of its own."""
+    sizes = Parameters(1, 1)
+    first, other = (Result("family", k, 2, sizes) for k in (0, 1))
+    for result in (first, other):
+        update_result(tmp_path, f"family_k{result.num_layers_to_patch}", lambda _, r=result: r)
+    store = Store(tmp_path, {})
+    store.read()
+    assert store.results == {"family_k0": first, "family_k1": other}
+    update_result(tmp_path, "family_k0", lambda stored: Result("family", 0, 3, sizes))
+    (tmp_path / "family_k1.json").write_text("{")
+    store.read([SimpleNamespace(name="family_k0")])
+    assert [result.depth for result in store.results.values()] == [2, 3]
+    (tmp_path / "family_k0.json").unlink()
+    store.read([SimpleNamespace(name="family_k0")])
+    assert store.results == {"family_k1": other}

@@ -38,6 +38,17 @@ def member_settings(
     return None if teacher is None and settings == dict(known) else settings
 
 
+def check_settings(parent: str, stored: Mapping[str, Any]) -> None:
+    """Raise ValueError for the contents of a generation_config.json that no model loads with."""
+    try:
+        GenerationConfig.from_dict(dict(stored))
+    except Exception as error:  # wrong types end in errors of many kinds
+        raise ValueError(
+            f"the {parent}'s generation_config.json cannot be read ({type(error).__name__}: "
+            f"{error}): download or save it again"
+        ) from error
+
+
 def own_settings(
     stored: dict[str, Any] | None, model: PreTrainedModel | None
 ) -> dict[str, Any] | None:
