@@ -266,6 +266,7 @@ def test_series_differ_without_colors():
         for line in (container.lines[0] for container in containers)
     ]
     assert len(looks) == 6 == len(set(looks))
+    assert len({container.lines[0].get_color() for container in containers}) == 6
 
 
 def test_names_are_as_short_as_they_can_be():

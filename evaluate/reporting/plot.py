@@ -3,7 +3,6 @@ legend each, and can be read without colors.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import product
 from typing import NamedTuple
 
 import matplotlib
@@ -22,6 +21,9 @@ from evaluate.result import Result
 matplotlib.use("Agg")
 
 COLORS = ("#08306b", "#d95f02", "#3f8f3f", "#8856a7", "#555555")
+SECOND_COLORS = ("#4aa3df", "#e6ab02", "#a6761d", "#e7298a", "#1b9e77")
+"""For the sixth series and those after it, whose lines and markers are drawn a second time, hollow.
+"""
 LINES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "^", "v", "D", "p")
 LONE_COLORS = ("#b2182b", "#1b7837", "#2166ac", "#8c510a", "#762a83")
@@ -138,7 +140,8 @@ def _styles(results: Sequence[Result]) -> dict[str, dict]:
         (points if series.startswith("compare_") else lines).append(name)
     looks = [
         {"color": color, "linestyle": line, "marker": marker, "fillstyle": fill, "markersize": 5}
-        for fill, (color, line, marker) in product(("full", "none"), zip(COLORS, LINES, MARKERS))
+        for fill, colors in (("full", COLORS), ("none", SECOND_COLORS))
+        for color, line, marker in zip(colors, LINES, MARKERS)
     ]
     styles = {name: looks[i % len(looks)] for i, name in enumerate(lines)}
     for i, name in enumerate(points):
