@@ -113,6 +113,7 @@ def distillation(folder: Path, name: str, *flags: object) -> list[object]:
         *("--save_directory", folder / name),
         *("--dataset", folder / "corpus" / "train.jsonl"),
         *("--eval_dataset", folder / "corpus" / "heldout.jsonl"),
+        *("--resume_from_checkpoint", "last"),
         *as_flags(DISTILLATION),
         *flags,
     ]

@@ -151,6 +151,7 @@ def distillation(pair: str, folder: Path, student: str, **changed: object) -> li
     return [
         *("train.train", "--teacher_model_name_or_path", teacher_of(pair, folder)),
         *("--dataset", folder / "train.jsonl", "--save_directory", folder / student),
+        *("--resume_from_checkpoint", "last"),
         *as_flags({flag: value for flag, value in settings.items() if value is not None}),
     ]
 

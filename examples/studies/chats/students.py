@@ -104,6 +104,7 @@ def distillation(folder: Path, student: Path, *flags: object) -> list[object]:
     settings = SETTINGS | {
         "teacher_model_name_or_path": TEACHER if teacher == "base" else folder / teacher,
         "save_directory": student,
+        "resume_from_checkpoint": "last",
         "dataset": folder / "data" / "corpus" / "train.jsonl",
     }
     if sft_share is not None:
