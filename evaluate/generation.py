@@ -49,8 +49,6 @@ no number of rows is given.
 """
 LEAVING = 8
 """Rows leave when one in so many has stopped, because the others' keys and values are copied."""
-
-
 PADDING = 0.25
 """The largest share of a row that is padding where prompts are read."""
 

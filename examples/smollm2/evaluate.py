@@ -64,24 +64,25 @@ def evaluate(folder: Path, text: Text, kept_layers: str) -> Path:
     sweeps = [sweep("first", "first", "--baselines", "naive,block_influence")]
     sweeps.append(sweep("last", "last"))
     run("patching.orders", *family, *calibration, "--save_directory", results / "search")
-    found = json.loads((results / "search" / "order.json").read_text())
+    best = results / "search" / "order.json"
+    found = json.loads(best.read_text())
     order_file = results / "search" / f"{SEARCH}.json"
     order = found["orders"][SEARCH]["order"]
     write_json(order_file, {"order": order, "settings": found["settings"]})
     sweeps.append(sweep(SEARCH, order_file))
-    sweeps.append(sweep("matched", results / "search" / "order.json"))
+    sweeps.append(sweep("matched", best))
     run("evaluate.report", *sweeps, "--save_directory", results / "orders")
     write_differences(sweeps, results / "differences.md", {"matched": found["name"]})
     if text.held_out is not None:
-        lengths = {"num_texts": HELD_OUT_TEXTS, "length": CALIBRATION_LENGTH}
-        write_pruned(
-            (teacher, student),
-            results / "search" / "order.json",
-            Calibration.read(text.train, num_texts=CALIBRATION_TEXTS, length=CALIBRATION_LENGTH),
-            Calibration.read(text.held_out, **lengths),
-            results,
+        texts = (
+            Calibration.read(name, num_texts=num_texts, length=CALIBRATION_LENGTH)
+            for name, num_texts in (
+                (text.train, CALIBRATION_TEXTS),
+                (text.held_out, HELD_OUT_TEXTS),
+            )
         )
-    write_answers(teacher, student, results / "search" / "order.json", results / "chat.md")
+        write_pruned((teacher, student), best, *texts, results)
+    write_answers(teacher, student, best, results / "chat.md")
     return results
 
 

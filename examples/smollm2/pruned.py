@@ -6,11 +6,10 @@ power of the median by which the stream grows over the missing layers, chosen by
 on the text that the family's factors were chosen on.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy
 
 from examples.studies.scale.pruned import baseline_scores
 from examples.studies.scale.scores import Scorer, Variant, text_sizes
@@ -72,4 +71,4 @@ def _page(found: dict[str, Any], layers: Sequence[int]) -> str:
 
 
 def _bits_per_byte(found: dict[str, Any], score: dict[str, Any]) -> float:
-    return float(sum(score["cross_entropy"]) / numpy.log(2) / sum(found["text"]["bytes"]))
+    return sum(score["cross_entropy"]) / math.log(2) / sum(found["text"]["bytes"])

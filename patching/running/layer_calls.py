@@ -5,6 +5,7 @@ Shapes: R rows of one token, N of them, D hidden size.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,12 +55,7 @@ def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     its arguments.
     """
     before = vars(module).get("forward")  # that of a layer on several devices has hooks
-    run = module.forward
-
-    def instead(*args: Any, **kwargs: Any) -> Any:
-        return forward(run, *args, **kwargs)
-
-    module.forward = instead
+    module.forward = partial(forward, module.forward)
     try:
         yield
     finally:

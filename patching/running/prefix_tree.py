@@ -10,7 +10,7 @@ Shapes: B rows, T positions, N selected positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from copy import copy
 from functools import cached_property
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from patching.architectures.lookup import architecture_of, max_positions
+from patching.architectures.lookup import max_positions
 from patching.assemble import assemble
 from patching.recipe import Recipe
 from patching.running.chunks import CHUNK_LOGITS, slices
 from patching.running.joint import JointModel, joint_models
+from patching.running.layer_calls import calling, layers_of
 from patching.running.placement import over_devices
 
 LayerPath = tuple[Any, ...]
@@ -52,10 +53,7 @@ class PrefixTree:
 
         self.models = {name: assembled(recipe) for name, recipe in recipes.items()}
         self._recipes, self._assembled = recipes, assembled
-        self._layers = {
-            name: model.get_submodule(architecture_of(model.config).layers)
-            for name, model in self.models.items()
-        }
+        self._layers = {name: layers_of(model) for name, model in self.models.items()}
         # Depth first: members next to each other share the longest prefixes.
         self.names = sorted(recipes, key=lambda name: _path(recipes[name]))
         self.paths = paths = [_path(recipes[name]) for name in self.names]
@@ -274,14 +272,6 @@ def _after_layers(
         yield chunk, returned.logits.flatten(0, 1)
 
 
-@contextmanager
-def returning(module: nn.Module, output: Any) -> Iterator[None]:
+def returning(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """Make a module return this output during the block, instead of computing one."""
-    before = vars(module).get("forward")  # that of a module on several devices has hooks
-    module.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    return calling(module, lambda *_, **__: output)
