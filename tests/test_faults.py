@@ -41,6 +41,7 @@ def given(tmp_path_factory) -> Path:
     scale = SetScale(frozenset({1}), {0: 1.3, 2: 0.7}, {0: 1.3, 2: 0.7}, 0.2, 0.1, 0.01)
     scales = MatchedScales.of([scale], {"text": "text.jsonl"}).to_dict()
     (folder / "order.json").write_text(json.dumps({"order": [1, 0], "scales": scales}))
+    Command(*commands(folder, folder / "results")["sweep"], folder / "log").finish()
     return folder
 
 
@@ -67,6 +68,14 @@ def training(given: Path, folder: Path, *more: object) -> list[object]:
     return [word for name, value in settings.items() for word in (f"--{name}", value)] + [*more]
 
 
+def caching(given: Path, folder: Path) -> list[object]:
+    settings = {
+        "teacher_model_name_or_path": given / "teacher", "dataset": given / "text.jsonl",
+        "max_length": 32, "bf16": False, "teacher_cache": folder,
+    }  # fmt: skip
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
 def commands(given: Path, folder: Path) -> dict[str, tuple[str, list[object]]]:
     """Every command that writes into a folder. `test_models` lists those that write a new model."""
     parents = pair(given)
@@ -89,6 +98,9 @@ def commands(given: Path, folder: Path) -> dict[str, tuple[str, list[object]]]:
             "evaluate.evaluate",
             flags((given / "teacher", given / "student"), folder, **values),
         ),
+        "report": ("evaluate.report", [given / "results", *out]),
+        "similarity": ("patching.similarity", [*parents, *text, *out]),
+        "teacher cache": ("train.cache_teacher", caching(given, folder)),
     }
 
 
@@ -363,7 +375,7 @@ def small_disk(work) -> Iterator[Path]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk(name, given, small_disk, work):
     """The command fails and says why, and succeeds when there is room."""
-    (small_disk / "filler").write_bytes(bytes(240_000))
+    (small_disk / "filler").write_bytes(bytes(280_000))
     out = small_disk / "out"
     module, words = commands(given, out)[name]
     command = Command(module, words, work / "log")

@@ -172,10 +172,10 @@ def variants_of(
             starts = [run[0] for run in recipe.student_runs]
             one = with_scales(recipe, dict.fromkeys(starts, ONE_FACTOR))
             yield name_of(patched, "one"), Variant(one)
+            rotations = fitted.rotations(recipe)
+            yield name_of(patched, "rotated"), Variant(recipe, rotations)
+            yield name_of(patched, "rotated and matched"), Variant(matched, rotations)
             if order in NAMED_ORDERS:
-                rotations = fitted.rotations(recipe)
-                yield name_of(patched, "rotated"), Variant(recipe, rotations)
-                yield name_of(patched, "rotated and matched"), Variant(matched, rotations)
                 for what in ("length", "direction"):
                     yield name_of(patched, what), Variant(recipe, given.given(recipe, what))
 
