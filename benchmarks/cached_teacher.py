@@ -7,6 +7,9 @@ the teacher, over all tokens of the vocabulary, is measured for both students on
 weights that each side holds are counted in a process of its own.
 
     python -m benchmarks.cached_teacher
+    python -m benchmarks.cached_teacher --compile
+
+--compile compiles both sides, as `train.train` does in long runs on a CPU.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.distill_step import COMPILED
 from benchmarks.ratios import ratio_of_pairs
 from examples.stdlib.corpus import write_corpus
 from examples.stdlib.demo import as_flags
@@ -34,7 +38,7 @@ from train.data import Rows, load_rows
 from train.data_args import DataArguments
 from train.distillation import install_distillation_forward
 from train.loss import LossWeights, StepCounts, count
-from train.speed import reuse_freed_memory
+from train.speed import reuse_freed_memory, speed_up
 from train.student import new_student
 from train.teacher_cache import TeacherCache
 
@@ -57,6 +61,9 @@ class Side:
     ) -> None:
         self.student = student.train()
         self._complete = cache.add_to if teacher is None else lambda batch: batch
+        if weights.compile_backend is not None:
+            for model in filter(None, (student, teacher)):
+                speed_up(model, COMPILED)
         install_distillation_forward(student, teacher, layer_map, weights)
         self._optimizer = torch.optim.AdamW(
             student.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -156,7 +163,9 @@ def memory_of(name: str, folder: Path, settings: argparse.Namespace) -> tuple[in
 
 
 def weights_of(settings: argparse.Namespace) -> LossWeights:
-    return LossWeights(1.0, settings.kl_loss_weight, cosine=0.0, temperature=1.0)
+    backend = COMPILED.torch_compile_backend if settings.compile else None
+    kl_weight = settings.kl_loss_weight
+    return LossWeights(1.0, kl_weight, cosine=0.0, temperature=1.0, compile_backend=backend)
 
 
 def main(settings: argparse.Namespace) -> None:
@@ -167,7 +176,7 @@ def main(settings: argparse.Namespace) -> None:
         rows = write_cache(folder, settings)
         cache, weights = TeacherCache(folder / "cache"), weights_of(settings)
         num_bytes = sum(path.stat().st_size for path in (folder / "cache").iterdir())
-        num_tokens = sum(map(len, rows.train["input_ids"]))
+        num_tokens = sum(len(ids) for part in filter(None, rows) for ids in part["input_ids"])
         print(f"cache: {settings.top_k} tokens each, {num_bytes / num_tokens:.0f} bytes per token")
 
         student, teacher, layer_map = models()
@@ -212,6 +221,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--top_k", type=int, default=64)
     parser.add_argument("--kl_loss_weight", type=float, default=0.1)
+    parser.add_argument("--compile", action="store_true", help="compile both sides")
     parser.add_argument("--warm_up", type=int, default=2, help="first steps that are not counted")
     parser.add_argument("--parts", type=int, default=5, help="medians to print, of every n-th step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

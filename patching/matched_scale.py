@@ -40,7 +40,7 @@ class SetScale:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SetScale":
-        """Raises ValueError, KeyError or TypeError for anything that `to_dict` does not write."""
+        """Raises an error for anything that `to_dict` does not write."""
         factors, start = (
             {int(run): float(factor) for run, factor in values[name].items()}
             for name in ("factors", "start")
@@ -89,7 +89,7 @@ class MatchedScales:
         try:
             sets = [SetScale.from_dict(found) for found in values["sets"]]
             return cls.of(sets, dict(values["found_on"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"{where}: scales cannot be read ({type(error).__name__}: {error}); search them "
                 "again with patching.orders, or add --match_scale False"

@@ -292,6 +292,7 @@ def test_factors_survive_json():
         lambda values: values["sets"][0].pop("kl"),
         lambda values: values["sets"][0].update(factors={"0": -1.0}),
         lambda values: values["sets"][0].update(factors={"x": 1.0}),
+        lambda values: values["sets"][0].update(factors={"0": 10**400}),
         lambda values: values["sets"][0].update(patched_layers=["1"]),
         lambda values: values["sets"][0].update(factors=[1.0]),
     ],
