@@ -1,13 +1,13 @@
 """Training from a cache of the teacher's predictions, against training with the teacher.
 
-The demo's teacher and its student read the demo's corpus, with cross entropy and KL. The command
-`train.cache_teacher` writes the predictions. Then both sides take turns in one process, from the
-same student and on the same rows: a step of one, a step of the other. At the end the whole KL from
-the teacher, over all tokens of the vocabulary, is measured for both students on held-out rows. The
-weights that each side holds are counted in a process of its own.
+The demo's teacher, or that of --teacher, and a student read the demo's corpus, with cross entropy
+and KL. The command `train.cache_teacher` writes the predictions. Then both sides take turns in one
+process, from the same student and on the same rows: a step of one, a step of the other. At the end
+the whole KL from the teacher, over all tokens of the vocabulary, is measured for both students on
+held-out rows. The weights that each side holds are counted in a process of its own.
 
     python -m benchmarks.cached_teacher
-    python -m benchmarks.cached_teacher --compile
+    python -m benchmarks.cached_teacher --teacher smollm2_output/teacher --batch_size 8 --steps 20
 
 --compile compiles both sides, as `train.train` does in long runs on a CPU.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from torch._subclasses.fake_tensor import is_fake
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.distill_step import COMPILED
@@ -43,7 +44,6 @@ from train.student import new_student
 from train.teacher_cache import TeacherCache
 
 TEACHER = Path(__file__).parents[1] / "examples" / "stdlib" / "teacher"
-HELD_OUT_DOCUMENTS = 20
 WITH, FROM = "with the teacher", "from the cache"
 MIB = 2**20
 
@@ -79,9 +79,9 @@ class Side:
         self._optimizer.zero_grad()
 
 
-def models() -> tuple[PreTrainedModel, PreTrainedModel, LayerMap]:
+def models(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel, LayerMap]:
     """Return the teacher in bf16 and its untrained student in fp32."""
-    teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16)
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     num_layers = teacher.config.num_hidden_layers
     layer_map = LayerMap(default_kept_layers(num_layers, 2, 1, 2), num_layers)
     return new_student(teacher, layer_map), teacher, layer_map
@@ -93,18 +93,18 @@ def write_cache(folder: Path, settings: argparse.Namespace) -> Rows:
     text = {
         "dataset": str(folder / "train.jsonl"),
         "max_length": settings.max_length,
-        "heldout_documents": HELD_OUT_DOCUMENTS,
+        "heldout_documents": settings.heldout_documents,
         "measure_order": False,
     }
     num_rows = settings.steps * settings.batch_size
     flags = text | {
-        "teacher_model_name_or_path": TEACHER,
+        "teacher_model_name_or_path": settings.teacher,
         "teacher_cache": folder / "cache",
         "max_rows": num_rows,
         "top_k": settings.top_k,
     }
     cache_teacher.main([*map(str, as_flags(flags))])
-    rows = load_rows(DataArguments(**text), AutoTokenizer.from_pretrained(TEACHER), seed=0)
+    rows = load_rows(DataArguments(**text), AutoTokenizer.from_pretrained(settings.teacher), seed=0)
     return Rows(rows.train.select(range(num_rows)).shuffle(seed=0), rows.held_out)
 
 
@@ -146,7 +146,7 @@ def memory_of(name: str, folder: Path, settings: argparse.Namespace) -> tuple[in
     """
     torch.set_num_threads(settings.threads)
     reuse_freed_memory()
-    student, teacher, layer_map = models()
+    student, teacher, layer_map = models(settings.teacher)
     teacher = teacher if name == WITH else None
     weights, cache = weights_of(settings), TeacherCache(folder / "cache")
     side = Side(student, teacher, layer_map, weights, cache)
@@ -157,7 +157,7 @@ def memory_of(name: str, folder: Path, settings: argparse.Namespace) -> tuple[in
     held = {
         found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()
         for found in gc.get_objects()
-        if isinstance(found, torch.nn.Parameter)
+        if type(found) is torch.nn.Parameter and not is_fake(found)
     }
     return sum(held.values()), peak_bytes_during(lambda: side.step(first))
 
@@ -179,7 +179,7 @@ def main(settings: argparse.Namespace) -> None:
         num_tokens = sum(len(ids) for part in filter(None, rows) for ids in part["input_ids"])
         print(f"cache: {settings.top_k} tokens each, {num_bytes / num_tokens:.0f} bytes per token")
 
-        student, teacher, layer_map = models()
+        student, teacher, layer_map = models(settings.teacher)
         before = held_out_kl(copy.deepcopy(student), teacher, layer_map, weights, rows.held_out)
         sides = {
             WITH: Side(copy.deepcopy(student), teacher, layer_map, weights, cache),
@@ -216,9 +216,11 @@ def main(settings: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", type=Path, default=TEACHER, help="a folder")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--heldout_documents", type=int, default=20)
     parser.add_argument("--top_k", type=int, default=64)
     parser.add_argument("--kl_loss_weight", type=float, default=0.1)
     parser.add_argument("--compile", action="store_true", help="compile both sides")

@@ -333,3 +333,8 @@ def test_bad_input_ends_in_one_line(two_sweeps, tmp_path, capsys, words, message
 def test_failures_are_in_the_report(tmp_path):
     report = write_report([result(0, arc=ARC)], tmp_path, {"gsm8k": "ConnectionError: offline"})
     assert "- gsm8k: ConnectionError: offline" in report
+
+
+def test_a_report_without_scores_says_so(tmp_path):
+    report = write_report([result(0)], tmp_path, {"gsm8k": "ConnectionError: offline"})
+    assert "No task has a score." in report and "not known" not in report

@@ -112,7 +112,10 @@ def _score_table(report: Comparison, columns: Sequence[tuple[int, Result]]) -> s
 
 def _conditions_line(report: Comparison) -> str:
     """What holds for all scores, or for most of them."""
-    of_all = usual([c for of_model in report.conditions for c in of_model.values()] or [{}])
+    conditions = [c for of_model in report.conditions for c in of_model.values()]
+    if not conditions:
+        return "No task has a score."
+    of_all = usual(conditions)
     parts = [f"limit {of_all.get('limit', NOT_KNOWN)}"]
     parts += [f"{name} {of_all.get(name, NOT_KNOWN)}" for name in ("dtype", "seed", *PACKAGES)]
     return f"Measured with {', '.join(parts)}."
