@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from patching.running.chunks import (
     CHUNK_LOGITS,
     CPU_SOFTMAX_LOGITS,
+    CPU_TOP_TOKEN_LOGITS,
     CUDA_CHUNK_LOGITS,
     even_slices,
     slices,
@@ -235,7 +236,9 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_gradient_V = torch.zeros_like(bias_V, **fp32) if needs_bias else None
         sums = hidden_ND.new_zeros(2, **fp32)
         chunk_logits = CUDA_CHUNK_LOGITS if device == "cuda" else CHUNK_LOGITS
-        softmax_logits = CPU_SOFTMAX_LOGITS if device == "cpu" else CHUNK_LOGITS
+        softmax_logits = CHUNK_LOGITS
+        if device == "cpu":
+            softmax_logits = CPU_SOFTMAX_LOGITS if teacher_top is None else CPU_TOP_TOKEN_LOGITS
         replace_by_gradient_ = fused(_replace_by_gradient_, compile_backend)
         with torch.autocast(device, enabled=False):
             for chunk in even_slices(len(hidden_ND), chunk_logits // len(weight_VD)):

@@ -16,6 +16,10 @@ CPU_SOFTMAX_LOGITS = 2**17 * torch.get_num_threads()
 """Logits that go through a softmax at once on a CPU, few enough that their fp32 copies stay in the
 caches of its cores.
 """
+CPU_TOP_TOKEN_LOGITS = 4 * CPU_SOFTMAX_LOGITS
+"""The same where a teacher's prediction is its most probable tokens: there is one fp32 copy instead
+of three, and there are many short passes over these tokens.
+"""
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
