@@ -118,18 +118,22 @@ def _replace_by_gradient_(
     is_target_N1, targets_N1 = (targets_N >= 0)[:, None], targets_N.clamp_min(0)[:, None]
     z_NV = logits_NV.to(torch.float32, copy=True)
     z_target_N1 = z_NV.gather(-1, targets_N1)
+    apart_NK = None
     if isinstance(teacher, TopTokens):
         tempered_z_NV = z_NV if temperature == 1 else z_NV / temperature
-        top_z_NK = tempered_z_NV.gather(-1, teacher.ids.long())
+        ids_NK = teacher.ids.long()
+        top_z_NK = tempered_z_NV.gather(-1, ids_NK)
+        apart_NK = ids_NK if temperature == 1 else None
     elif kl_weight:
         teacher_z_NV = teacher.float()
         tempered_z_NV = z_NV
         if temperature != 1:
             teacher_z_NV, tempered_z_NV = teacher_z_NV.div_(temperature), z_NV / temperature
         difference_NV = teacher_z_NV - tempered_z_NV
-        q_NV, q_sum_N1, q_log_sum_N1 = _exponentials_(teacher_z_NV)
+        q_NV, q_sum_N1, q_log_sum_N1, *_ = _exponentials_(teacher_z_NV)
 
-    p_NV, p_sum_N1, p_log_sum_N1 = _exponentials_(z_NV)
+    of_student = _exponentials_(z_NV, apart_NK)
+    p_NV, p_sum_N1, p_log_sum_N1, *_ = of_student
     cross_entropy = ((p_log_sum_N1 - z_target_N1) * is_target_N1).sum()
     scale_N1 = is_target_N1 / p_sum_N1
     if not kl_weight:
@@ -139,14 +143,14 @@ def _replace_by_gradient_(
         exp_scale_N1 = scale_N1 * cross_entropy_weight
         kl_scale_N1 = is_target_N1 * (kl_weight / temperature)
         if temperature == 1:
-            gradient_NV, exponentials = p_NV, (p_NV, p_sum_N1, p_log_sum_N1)
+            gradient_NV = p_NV
             kl_N1 = _replace_by_top_gradient_(
-                exponentials, top_z_NK, teacher, exp_scale_N1, kl_scale_N1
+                of_student, ids_NK, top_z_NK, teacher, exp_scale_N1, kl_scale_N1
             )
         else:
-            exponentials = _exponentials_(tempered_z_NV)
-            kl_N1 = _replace_by_top_gradient_(exponentials, top_z_NK, teacher, 0.0, kl_scale_N1)
-            gradient_NV = exponentials[0].addcmul_(p_NV, exp_scale_N1)
+            tempered = _exponentials_(tempered_z_NV, ids_NK)
+            kl_N1 = _replace_by_top_gradient_(tempered, ids_NK, top_z_NK, teacher, 0.0, kl_scale_N1)
+            gradient_NV = tempered.exp_NV.addcmul_(p_NV, exp_scale_N1)
         kl = (kl_N1 * is_target_N1).sum()
     else:
         weight = kl_weight / temperature
@@ -154,7 +158,7 @@ def _replace_by_gradient_(
             log_sum_N1 = p_log_sum_N1
             gradient_NV = p_NV.mul_(scale_N1 * (cross_entropy_weight + weight))
         else:
-            tempered_p_NV, sum_N1, log_sum_N1 = _exponentials_(tempered_z_NV)
+            tempered_p_NV, sum_N1, log_sum_N1, *_ = _exponentials_(tempered_z_NV)
             gradient_NV = p_NV.mul_(scale_N1 * cross_entropy_weight)
             gradient_NV.addcmul_(tempered_p_NV, weight * is_target_N1 / sum_N1)
         kl_N1 = difference_NV.mul_(q_NV).sum(-1, keepdim=True) / q_sum_N1
@@ -165,23 +169,50 @@ def _replace_by_gradient_(
     return torch.stack((cross_entropy * bool(cross_entropy_weight), kl))
 
 
+class _Exponentials(NamedTuple):
+    """exp(z - max z) of logits z, and what a softmax needs of them."""
+
+    exp_NV: Tensor
+    """0 at tokens that are kept apart."""
+    sum_N1: Tensor
+    log_sum_N1: Tensor
+    """The logarithm of the sum of exp(z)."""
+    apart_NK: Tensor | None
+    """The exponentials of the tokens that are kept apart."""
+    rest_N1: Tensor
+    """The sum of all others, which would be lost in the difference of the sums."""
+
+
+def _exponentials_(z_NV: Tensor, apart_ids_NK: Tensor | None = None) -> _Exponentials:
+    """Replace the logits z by their exponentials, and return these."""
+    max_N1 = z_NV.amax(-1, keepdim=True)
+    exp_NV = z_NV.sub_(max_N1).exp_()
+    apart_NK = None
+    if apart_ids_NK is not None:
+        apart_NK = exp_NV.gather(-1, apart_ids_NK)
+        exp_NV.scatter_(-1, apart_ids_NK, 0.0)
+    sum_N1 = rest_N1 = exp_NV.sum(-1, keepdim=True)
+    if apart_NK is not None:
+        sum_N1 = rest_N1 + apart_NK.sum(-1, keepdim=True)
+    return _Exponentials(exp_NV, sum_N1, max_N1 + sum_N1.log(), apart_NK, rest_N1)
+
+
 def _replace_by_top_gradient_(
-    exponentials: tuple[Tensor, Tensor, Tensor],
+    exponentials: _Exponentials,
+    ids_NK: Tensor,
     z_NK: Tensor,
     teacher: TopTokens,
     exp_scale_N1: Tensor | float,
     kl_scale_N1: Tensor,
 ) -> Tensor:
     """Return the KL (N, 1) between the events "token k" for each of the teacher's top tokens and
-    "any other token". Overwrite e, the exponentials of the logits z, by the gradient
-    `exp_scale e + kl_scale dKL/dz`. `z_NK` are the logits of the top tokens.
+    "any other token". Overwrite e, the exponentials of the logits z with the top tokens apart, by
+    the gradient `exp_scale e + kl_scale dKL/dz`. `z_NK` are the logits of the top tokens.
     """
-    exp_NV, sum_N1, log_sum_N1 = exponentials
-    ids_NK, log_q_NK = teacher.ids.long(), teacher.log_q.float()
-    q_NK, log_rest_q_N1 = log_q_NK.exp(), teacher.log_rest[:, None]
-    exp_NK, log_p_NK = exp_NV.gather(-1, ids_NK), z_NK - log_sum_N1
-    exp_NV.scatter_(-1, ids_NK, 0.0)
-    rest_N1 = exp_NV.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    exp_NV, sum_N1, log_sum_N1, exp_NK, rest_N1 = exponentials
+    log_q_NK, log_rest_q_N1 = teacher.log_q.float(), teacher.log_rest[:, None]
+    q_NK, log_p_NK = log_q_NK.exp(), z_NK - log_sum_N1
+    rest_N1 = rest_N1.clamp_min(torch.finfo(torch.float32).tiny)
     log_rest_p_N1, rest_q_N1 = (rest_N1 / sum_N1).log(), log_rest_q_N1.exp()
     # dKL/dz is p (1 - q(rest) / p(rest)) at other tokens, and p - q at the top tokens.
     exp_NV.mul_(exp_scale_N1 + kl_scale_N1 * (1 / sum_N1 - rest_q_N1 / rest_N1))
@@ -189,14 +220,6 @@ def _replace_by_top_gradient_(
     exp_NV.scatter_(-1, ids_NK, top_NK)
     kl_N1 = (q_NK * (log_q_NK - log_p_NK)).sum(-1, keepdim=True)
     return kl_N1 + rest_q_N1 * (log_rest_q_N1 - log_rest_p_N1)
-
-
-def _exponentials_(z_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace z by exp(z - max z); return it, its sums and the logarithms of the sums of exp(z)."""
-    max_N1 = z_NV.amax(-1, keepdim=True)
-    exp_NV = z_NV.sub_(max_N1).exp_()
-    sum_N1 = exp_NV.sum(-1, keepdim=True)
-    return exp_NV, sum_N1, max_N1 + sum_N1.log()
 
 
 class _ChunkedLoss(torch.autograd.Function):
