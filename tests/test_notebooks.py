@@ -85,6 +85,18 @@ def test_they_run_from_top_to_bottom(executed):
     assert "k = 5, 12 layers: " in printed
 
 
+def test_the_report_is_shown_as_tables_and_progress_on_few_lines(executed):
+    _, notebook, _ = executed
+    (cell,) = (cell for cell in notebook.cells if "evaluate_family(" in cell.source)
+    assert {output.get("name", "Markdown") for output in cell.outputs} == {"stderr", "Markdown"}
+    (report,) = (o.data["text/markdown"] for o in cell.outputs if "data" in o)
+    assert "\n| student | " in report
+    assert "](summary" not in report, "a path in an output starts at the notebook"
+    progress = "".join(o.text for o in cell.outputs if "text" in o)
+    assert "sweep: 100%" in progress
+    assert "\x1b[A" not in progress, "a notebook cannot move the cursor up"
+
+
 def test_every_interpolated_size_beats_naive_pruning(executed):
     name, _, results = executed
     metric = "pseudo_perplexity" if name == "test_distilbert" else "perplexity"
@@ -106,6 +118,19 @@ def test_they_are_stored_clean(name):
     assert all(cell["outputs"] == [] for cell in code_cells(name))
     assert all(cell["execution_count"] is None for cell in code_cells(name))
     assert not any(word in text for word in ("/home/", "/Users/", "/tmp/", "/root/"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_number_of_documents_has_a_folder_of_its_own(name):
+    """Results of one folder agree on how many documents they are measured on."""
+    parameters = "".join(code_cells(name)[0]["source"])
+    (line,) = (x for x in parameters.splitlines() if x.startswith("NUM_DOCUMENTS = "))
+    folders = set()
+    for changed in (line, "NUM_DOCUMENTS = 5"):
+        values: dict = {}
+        exec(parameters.replace(line, changed), values)
+        folders.add(values["RESULTS"])
+    assert len(folders) == 2
 
 
 def set_up_in(folder: Path, name: str, url: str) -> subprocess.CompletedProcess:
