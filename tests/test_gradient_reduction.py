@@ -24,6 +24,13 @@ def test_gradients_are_reduced_once_per_step_where_they_fit(tmp_path, gpu_gb, fi
     assert whole_gradients_fit(args, QWEN3_4B, LAYER_MAP, 2048, gpu_gb * 10**9) == fits
 
 
+@pytest.mark.parametrize("replicas, fits", [(1, True), (8, False)])
+def test_each_replica_shards_over_its_own_ranks(tmp_path, replicas, fits, monkeypatch):
+    args = sharded_arguments(tmp_path, fsdp_replicas=replicas)
+    monkeypatch.setattr(DistillationArguments, "world_size", 16)
+    assert whole_gradients_fit(args, QWEN3_4B, LAYER_MAP, 2048, 36 * 10**9) == fits
+
+
 def test_when_to_reduce_gradients_may_be_given(tmp_path):
     for given, expected in ((None, True), (False, False), (True, True)):
         kwargs = {} if given is None else {"sync_each_batch": given}

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 from conftest import save_pair
+from datasets import Dataset, concatenate_datasets
 
 from patching.blocks import LayerMap
-from train.checkpoints.identity import FILE_NAME, differences, run_settings
+from train.checkpoints.identity import FILE_NAME, differences, run_settings, text_settings
+from train.data import Rows
 from train.train import main
 
 SAVED = ("config.json", "model.safetensors")
@@ -151,3 +153,19 @@ def test_settings_are_compared_by_name():
         "rows_per_step": 16,
     }  # fmt: skip
     assert differences({"seed": 4}, settings) == ["seed was 4 and is 3"]
+
+
+def test_every_row_of_local_text_counts():
+    def settings(*parts: Dataset) -> dict:
+        return text_settings(Rows(concatenate_datasets(parts), None), ["a.jsonl"], "a.jsonl")
+
+    rows = [{"input_ids": [i, 7, i % 5], "document_lengths": [2, 1]} for i in range(1000)]
+    whole = settings(Dataset.from_list(rows))
+    assert settings(Dataset.from_list(rows[:333]), Dataset.from_list(rows[333:])) == whole
+    for change in ({"input_ids": [555, 7, 4]}, {"document_lengths": [1, 2]}):
+        changed = [row | change if i == 555 else row for i, row in enumerate(rows)]
+        (found,) = differences(whole, settings(Dataset.from_list(changed)))
+        assert found.startswith("all_rows was ")
+    older = {"text": whole["text"]}
+    assert differences(older, whole) == []
+    assert differences(older, settings(Dataset.from_list(rows[1:])))

@@ -57,6 +57,9 @@ def test_a_reader_of_the_card_never_sees_half_of_it(tmp_path, monkeypatch):
 
 def test_only_the_student_is_uploaded_and_privately(hub, pair_folders, text_file, tmp_path, capsys):
     folder = tmp_path / "my-student"
+    (folder / "cache").mkdir(parents=True)
+    for name in ("train.log", "notes.md", "config.yaml", "cache/rows-00000.safetensors"):
+        (folder / name).write_text("private")
     words = command(pair_folders[0], folder, text_file, "--push_to_hub", "True")
     main(words)
     created, uploaded = hub
@@ -71,7 +74,15 @@ def test_only_the_student_is_uploaded_and_privately(hub, pair_folders, text_file
     assert json.loads((folder / "run.json").read_text())["arguments"]["push_to_hub"] is True
     assert "student uploaded to https://huggingface.co/me/my-student" in capsys.readouterr().out
     main(words)  # requeued, perhaps because the upload had failed
-    assert len(hub) == 4
+    assert len(hub) == 4 and hub[3] == uploaded
+
+    record = json.loads((folder / "run.json").read_text())
+    del record["files"]  # as an older version wrote it
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and len(hub) == 4
+    assert "upload what you choose with `hf upload my-student " in capsys.readouterr().err
 
 
 def test_a_public_student_with_a_name(hub, pair_folders, text_file, tmp_path):

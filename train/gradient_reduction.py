@@ -53,7 +53,7 @@ def whole_gradients_fit(
         teacher,
         args.loss_weights,
         batch,
-        num_shards=args.world_size,
+        num_shards=args.world_size // args.fsdp_replicas,
         num_aligned_pairs=len(layer_map.alignment_pairs),
     )
     whole_bytes = MASTER_BYTES * num_parameters(empty_model(student))

@@ -39,12 +39,11 @@ from train.checkpoints.find import (
 )
 from train.checkpoints.identity import (
     ANNOUNCED,
-    bytes_of_text,
     differences,
     read_settings,
     run_settings,
     template_key,
-    text_fingerprint,
+    text_settings,
     values_of,
 )
 from train.choose_layers import choose_layers
@@ -130,10 +129,9 @@ def run(
         )
         num_set_aside = 0 if masking is not None else data_args.num_set_aside
         rows = read_rows(data_args, chat_args, args, tokenizer, num_set_aside)
-        settings["text"] = text_fingerprint(rows, data_args.dataset)
-        if rows.is_stream:  # known by its name alone
-            names = [source.name for source in data_args.sources] + [chat_args.sft_dataset]
-            settings["stream_bytes"] = [bytes_of_text(name) for name in names if name is not None]
+        names = [source.name for source in data_args.sources] + [chat_args.sft_dataset]
+        sources = [name for name in names if name is not None]
+        settings |= text_settings(rows, sources, data_args.dataset)
         if chat_args.sft_dataset is not None:
             settings["chat_template"] = template_key(tokenizer)
         if checkpoint is not None:

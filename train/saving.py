@@ -1,6 +1,5 @@
 """The finished student and what made it: saved at once, recognized when requeued, uploaded."""
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from transformers import PreTrainedConfig
 from patching.checkpoints.companions import Companions
 from patching.checkpoints.hub import push
 from patching.checkpoints.origin import Origin
-from patching.files.json_files import read_object
+from patching.files.json_files import has_type, read_object
 from patching.files.outputs import environment, follow_umask, move_into_place, write_json
 from patching.student_config import StudentConfig
 from train.checkpoints.identity import differences, read_settings
@@ -23,11 +22,6 @@ RUN_FILE_NAME = "run.json"
 PLOT_FILE_NAME = "loss.png"
 ORDER_FILE_NAME = "order.json"
 MEASURED_ORDER_FILE_NAME = "order_kl.json"
-PRIVATE = (
-    *(RUN_FILE_NAME, PLOT_FILE_NAME, ORDER_FILE_NAME, MEASURED_ORDER_FILE_NAME),
-    *(".*", "checkpoint-*"),
-)
-"""Files of a student's folder that are never uploaded: checkpoints, and what names the machine."""
 
 
 class Made(NamedTuple):
@@ -69,8 +63,6 @@ def save_run(made: Made, trainer: DistillationTrainer, companions: Companions) -
         if args.should_save:
             companions.write(staging)
             made.student_config.save(staging)
-            write_json(staging / RUN_FILE_NAME, values)
-            plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
             write_student_card(
                 staging,
                 repository_of(args),
@@ -80,6 +72,10 @@ def save_run(made: Made, trainer: DistillationTrainer, companions: Companions) -
                 training_facts(made.arguments | {"steps": trainer.student_step}),
                 held_out,
             )
+            names = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+            values["files"] = sorted(name.as_posix() for name in names)
+            write_json(staging / RUN_FILE_NAME, values)
+            plot_terms(trainer.state.log_history, staging / PLOT_FILE_NAME)
             follow_umask(staging)
             move_into_place(staging, save_directory)
 
@@ -130,7 +126,14 @@ def repository_of(args: DistillationArguments) -> str:
 
 
 def upload(args: DistillationArguments) -> str:
-    """Upload the finished student and return its address. Raises OSError if that fails."""
-    folder = Path(args.save_directory)
-    exclude = (*PRIVATE, f"{os.path.relpath(args.output_dir, folder)}/*")
-    return push(folder, repository_of(args), args.public, "Upload student", exclude)
+    """Upload the finished student, of all files in its folder those that make it up, and return its
+    address. Raises OSError if that fails, and ValueError if nothing says which files these are.
+    """
+    folder, repository = Path(args.save_directory), repository_of(args)
+    names = read_object(folder / RUN_FILE_NAME).get("files")
+    if not has_type(names, list[str]):
+        raise ValueError(
+            f"{folder / RUN_FILE_NAME} does not list the files of the student, as of an older "
+            f"version: upload what you choose with `hf upload {repository} {folder}`"
+        )
+    return push(folder, repository, args.public, "Upload student", names)

@@ -1,8 +1,7 @@
 """Upload saved models to the hub, into private repositories unless `public` is set."""
 
 import json
-from collections.abc import Sequence
-from fnmatch import fnmatch
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -28,10 +27,10 @@ def push(
     repository: str,
     public: bool,
     message: str = "Upload patched model",
-    exclude: Sequence[str] = (),
+    names: Collection[str] | None = None,
 ) -> str:
     """Upload a saved model in one commit and return its address. The uploaded provenance.json lacks
-    what it says about this machine, and files that match a pattern of `exclude` stay behind.
+    what it says about this machine. If a folder may hold other files, `names` are the model's.
 
     Raises OSError, which says what is complete and where, if the hub refuses the card or the upload
     fails.
@@ -43,9 +42,11 @@ def push(
         existed = api.repo_exists(repository)
         address = api.create_repo(repository, private=not public, exist_ok=True)
         there = f"{repository} on the hub is " + ("as it was" if existed else "new and still empty")
-        api.create_commit(address.repo_id, uploads(folder, exclude), commit_message=message)
+        api.create_commit(address.repo_id, uploads(folder, names), commit_message=message)
     except (OSError, ValueError) as error:
-        flags = "".join(f" --exclude '{name}'" for name in (PROVENANCE_FILE_NAME, *exclude))
+        kept = names is not None
+        chosen = names if kept else [PROVENANCE_FILE_NAME]
+        flags = "".join(f" --{'include' if kept else 'exclude'} '{name}'" for name in chosen)
         flags += "" if public else " --private"
         raise OSError(
             f"the model is complete in {folder}, but its upload failed ({error}); {there}; try "
@@ -54,14 +55,14 @@ def push(
     return str(address)
 
 
-def uploads(folder: Path, exclude: Sequence[str] = ()) -> list[CommitOperationAdd]:
-    """Return what to upload of a saved model's folder: all files but those that match a pattern,
-    and without what is local in one.
+def uploads(folder: Path, names: Collection[str] | None = None) -> list[CommitOperationAdd]:
+    """Return what to upload of a saved model's folder: the files of these names, or all of them,
+    without what is local in one.
     """
     operations = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if any(fnmatch(name, pattern) for pattern in exclude):
+        if names is not None and name not in names:
             continue
         content: Path | bytes = path
         if path.name == PROVENANCE_FILE_NAME:

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "order_budget",
 )  # fmt: skip
 """Flags, or patterns of their names, that may differ when a run is continued."""
+ROWS_PER_READ = 10_000
 OF_CHOICE = ("num_kept_layers", "target_params", "longest_block", "calibration*")
 """Flags that only matter where the kept layers are chosen."""
 
@@ -73,14 +74,33 @@ def run_settings(
     return json.loads(json.dumps(settings, default=str))
 
 
-def text_fingerprint(rows: Rows, dataset: str) -> str:
-    """Return what identifies the training rows: for local text its rows, for a stream its name."""
-    if not isinstance(rows.train, Dataset):
-        return os.path.abspath(dataset) if os.path.exists(dataset) else dataset
-    digest, num_rows = hashlib.sha256(), len(rows.train)
+def text_settings(rows: Rows, sources: Sequence[str], dataset: str) -> dict[str, Any]:
+    """Return what identifies the text: the training rows of local text, or the name of a stream and
+    the bytes of its `sources`. Older checkpoints know a sample of the rows alone.
+    """
+    if isinstance(rows.train, Dataset):
+        return {"text": sample_fingerprint(rows.train), "all_rows": rows_fingerprint(rows.train)}
+    name = os.path.abspath(dataset) if os.path.exists(dataset) else dataset
+    return {"text": name, "stream_bytes": [bytes_of_text(source) for source in sources]}
+
+
+def sample_fingerprint(rows: Dataset) -> str:
+    """Return the number of rows and a hash of about a hundred of them."""
+    digest, num_rows = hashlib.sha256(), len(rows)
     for i in range(0, num_rows, max(1, num_rows // 100)):
-        digest.update(json.dumps(rows.train[i], sort_keys=True).encode())
+        digest.update(json.dumps(rows[i], sort_keys=True).encode())
     return f"{num_rows} rows {digest.hexdigest()[:16]}"
+
+
+def rows_fingerprint(rows: Dataset) -> str:
+    """Return a hash of all rows, whose columns hold lists of integers."""
+    digest = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(ROWS_PER_READ):
+        for name in sorted(table.column_names):
+            lists = table.column(name).combine_chunks()
+            for numbers in (lists.value_lengths(), lists.flatten()):
+                digest.update(numbers.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def bytes_of_text(name: str) -> int:
