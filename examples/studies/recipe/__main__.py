@@ -33,6 +33,9 @@ from patching.cli.command_line import user_errors
 NUM_SET_ASIDE = 48
 BEFORE = {"learning_rate": 5e-4, "cosine_loss_weight": 10}
 FASTER = {**BEFORE, "learning_rate": 2e-3}
+EIGHT_ROWS = {"per_device_train_batch_size": 8, "max_steps": 240}
+CHOSEN = {"kept_layers": "0,1,2,4,6,8,10"}
+"""What `--kept_layers auto` chooses on the training text."""
 RECIPES: dict[str, dict[str, Any]] = {
     "5e-4": BEFORE,
     "1e-3": {**BEFORE, "learning_rate": 1e-3},
@@ -41,9 +44,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "2e-3, KL 1": {**FASTER, "kl_loss_weight": 1.0},
     "2e-3, cosine 30": {**FASTER, "cosine_loss_weight": 30},
     "2e-3, cosine 100": {**FASTER, "cosine_loss_weight": 100},
-    "2e-3, 8 rows": {**FASTER, "per_device_train_batch_size": 8, "max_steps": 240},
+    "2e-3, 8 rows": {**FASTER, **EIGHT_ROWS},
     "2e-3, rows of 128": {**FASTER, "max_length": 128, "max_steps": 240},
     "2e-3, kept 0,1,3,5,7,9,11": {**FASTER, "kept_layers": "0,1,3,5,7,9,11"},
+    "2e-3, cosine 100, 8 rows": {**FASTER, "cosine_loss_weight": 100, **EIGHT_ROWS},
+    "2e-3, cosine 100, chosen layers": {**FASTER, "cosine_loss_weight": 100, **CHOSEN},
+    "2e-3, cosine 100, 8 rows, chosen layers": {
+        **FASTER,
+        "cosine_loss_weight": 100,
+        **EIGHT_ROWS,
+        **CHOSEN,
+    },
 }
 """What differs from the demo's settings, by name."""
 
