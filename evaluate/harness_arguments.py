@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patching.files.json_files import load_json
+
 KEYS_AND_VALUES = "key=value, several separated by commas or spaces, or a JSON object"
 
 
@@ -75,7 +77,7 @@ class TaskArguments:
                 raise ValueError(f"samples={text}: there is no such file; write JSON or name one")
             text = None
         try:
-            found = json.loads(text or Path(self.samples).read_text(encoding="utf-8"))
+            found = json.loads(text) if text else load_json(Path(self.samples))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"samples={self.samples}: this is not JSON ({error})") from error
         if not isinstance(found, dict) or not all(

@@ -2,13 +2,13 @@
 a search.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from patching.blocks import Order
+from patching.files.json_files import load_json
 from patching.matched_scale import MatchedScales
 
 NAMED_ORDERS = ("last", "first")
@@ -48,15 +48,15 @@ def read_order(order: Order | Sequence[int] | str | os.PathLike[str]) -> FoundOr
     if order in NAMED_ORDERS:
         return FoundOrder(order)
     path = Path(order)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for a name that is too long
         raise ValueError(
             f"order={order}: choose last, first, {WHOLE_PERIODS}, or an existing JSON file such as "
             "the order.json of patching.orders; on a command line also "
             f"{' or '.join(SEARCHED_ORDERS)}"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = load_json(path)
+    except ValueError as error:
         raise ValueError(f"order={order}: the file is not JSON ({error})") from error
     whole = values if isinstance(values, dict) else {"order": values}
     found = order_from_json(whole.get("order"), f"order in {order}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from patching.blocks import LayerMap, Order
+from patching.files.json_files import load_json
 from patching.files.outputs import write_text
 from patching.matched_scale import MatchedScales
 from patching.patch_order import order_from_json
@@ -80,7 +81,7 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
             f"layers it was made from, or give --kept_layers ({_first_line(error)})"
         ) from error
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = load_json(Path(path))
         copied, pruned = values["copied_teacher_layers"], values["pruned_teacher_layers"]
         if not all(type(layer) is int for layer in (*copied, *pruned)):
             raise ValueError("the two lists must hold whole numbers")
@@ -96,7 +97,7 @@ def read_student_config(student_name_or_path: str, revision: str | None = None) 
             scales = MatchedScales.from_dict(scales, FILE_NAME)
     except KeyError as error:
         raise ValueError(f"{where} lacks the list {error}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is not a valid student config: {_first_line(error)}") from error
     return StudentConfig(layer_map, order, scales)
 

@@ -292,6 +292,7 @@ TABLE = [
     BadInput("into a file", PATCH, "--save_directory text.jsonl", None, ("text.jsonl is a file", "name a folder")),
     BadInput("into a folder below a file", PATCH, "--save_directory text.jsonl/out", None, ("text.jsonl is not a folder",)),
     BadInput("into a full folder", PATCH, "--save_directory teacher", None, ("teacher is not empty", "name another folder")),
+    BadInput("into a name that is not UTF-8", PATCH, "--save_directory a\udcff", None, ("a\\xff: its name is not UTF-8", "name another folder")),
     BadInput("into a link to itself", PATCH, "--save_directory loop", link("loop", "loop"), ("loop", "name another folder")),
     BadInput("into a name too long", PATCH, f"--save_directory {'x' * 300}", None, ("xxx", "File name too long")),
     BadInput("where nothing can be written", PATCH, "--save_directory /proc/out", None, ("/proc/out cannot be written to", "choose another folder")),
@@ -317,6 +318,12 @@ TABLE = [
     BadInput("order.json: layers beyond the student", PATCH, ORDER, write("order.json", "[0, 2, 4]"), ("order 0,2,4", "has layers 0-3, not 4")),
     BadInput("order.json: found for other layers", PATCH, ORDER, write("order.json", '{"order": [0, 2], "settings": {"kept_layers": [0, 1, 2, 3]}}'), ("was found for kept_layers", "search one for it with patching.orders")),
 
+    BadInput("order.json: 2 GB", PATCH, ORDER, sparse("order.json", 2 * 10**9), ("order=order.json", "it has 2,000,000,000 bytes", "at most")),
+    BadInput("order.json: a million layers", PATCH, ORDER, write("order.json", str(list(range(10**6)))), ("order 0,1,2", "the student has layers 0-3, not 4,5,6")),
+    BadInput("order.json: a text of a megabyte", PATCH, ORDER, write("order.json", json.dumps({"order": "x" * 10**6})), ("order in order.json=xxx", "choose last or first")),
+    BadInput("order.json: a layer of 4,000 digits", PATCH, ORDER, write("order.json", f"[0, 2, {'9' * 4000}]"), ("order 0,2,999", "the student has layers 0-3, not 999")),
+    BadInput("an order of 5,000 characters", PATCH, f"--order {'x' * 5000}", None, ("order=xxx", "choose last, first", "an existing JSON file")),
+
     # student_config.json
     BadInput("student_config.json: missing", PATCH, "", remove(LAYERS), ("student_config.json cannot be read", "or give --kept_layers")),
     BadInput("student_config.json: empty", PATCH, "", write(LAYERS, ""), (NO_STUDENT,)),
@@ -337,6 +344,8 @@ TABLE = [
     BadInput("student_config.json: nothing", PATCH, "", student_layers([], []), (NO_STUDENT, "must start at 0")),
     BadInput("student_config.json: an order of other layers", PATCH, "", student_layers([0, 2, 3, 5], [1, 4], patch_order=[7]), (NO_STUDENT, "has layers 0-3")),
 
+    BadInput("student_config.json: 2 GB", PATCH, "", sparse(LAYERS, 2 * 10**9), (NO_STUDENT, "it has 2,000,000,000 bytes", "at most")),
+
     # Models
     BadInput("a teacher that is not there", PATCH, "--teacher_model_name_or_path nowhere", None, ("teacher_model_name_or_path=nowhere", "neither a model folder nor a hub repository")),
     BadInput("a student that is not there", ORDERS, "--student_model_name_or_path no/such", None, ("student_model_name_or_path=no/such", "neither a model folder nor a hub repository")),
@@ -351,6 +360,8 @@ TABLE = [
     BadInput("config.json: not JSON", PATCH, "", write(CONFIG, "{model_type"), ("config.json is not JSON", "download or save it again")),
     BadInput("config.json: empty", TRAIN, "", write(CONFIG, ""), ("config.json is not JSON", "download or save it again")),
     BadInput("config.json: binary", CACHE, "", write(CONFIG, BINARY), ("config.json is not JSON", "download or save it again")),
+    BadInput("config.json: 2 GB", PATCH, "", sparse(CONFIG, 2 * 10**9), ("config.json is not JSON (it has 2,000,000,000 bytes, and at most", "download or save it again")),
+    BadInput("config.json: architectures that are a number", PATCH, "", edit(CONFIG, architectures=5), ("teacher_model_name_or_path=teacher", "architectures in its config.json is 5", "write a list of class names")),
     BadInput("config.json: a list", EVALUATE, "", write(CONFIG, "[]"), ("config.json holds no JSON object", "download or save it again")),
     BadInput("config.json: no kind of model", PATCH, "", edit(CONFIG, model_type=...), ("teacher_model_name_or_path=teacher", "model_type")),
     BadInput("config.json: an unknown kind of model", TRAIN, "", edit(CONFIG, model_type="qwen99"), ("teacher_model_name_or_path=teacher", "qwen99")),
@@ -431,11 +442,13 @@ TABLE = [
     BadInput("index: a file elsewhere, to train", TRAIN, "", index(weight_map={"a": "../../x"}), ("name files in its own folder", *DAMAGED)),
     BadInput("index: an absolute path, to cache", CACHE, "", index(weight_map={"a": "/etc/passwd"}), ("name files in its own folder", *DAMAGED)),
     BadInput("index: not JSON, to measure", SIMILARITY, "", write(INDEX, "{"), DAMAGED),
+    BadInput("index: 2 GB", PATCH, "", sparse(INDEX, 2 * 10**9), ("it has 2,000,000,000 bytes", *DAMAGED)),
     BadInput("index of pickles: a file elsewhere", PATCH, "", several(remove("teacher/*.safetensors*"), write("teacher/pytorch_model.bin.index.json", '{"weight_map": {"a": "../../x"}}')), ("name files in its own folder", *DAMAGED)),
     BadInput("index: a file that is missing", PATCH, "", remove("teacher/model-00002-*"), ("is missing, but its index names it",)),
     BadInput("index: a file that is missing, to train", TRAIN, "", remove("teacher/model-00002-*"), ("is missing, but its index names it",)),
 
     # train.train: flags
+    BadInput("a student into a name that is not UTF-8", TRAIN, "--save_directory a\udcff", None, ("a\\xff: its name is not UTF-8", "name another folder")),
     BadInput("no teacher", TRAIN, "-teacher_model_name_or_path", None, ("--teacher_model_name_or_path", "required")),
     BadInput("nowhere to save a student", TRAIN, "-save_directory", None, ("--save_directory is required",)),
     BadInput("rows of one token", TRAIN, "--max_length 1", None, ("max_length=1", "at least 2")),
@@ -490,6 +503,7 @@ TABLE = [
     BadInput("fsdp_config: an unknown setting", TRAIN, "--fsdp_config fsdp.json", write("fsdp.json", '{"speed": 9}'), ("speed is not a setting of FSDP2", "choose from")),
     BadInput("fsdp_config: an older version", TRAIN, "--fsdp_config fsdp.json", write("fsdp.json", '{"version": 1}'), ("version=1", "choose 2")),
     BadInput("fsdp_config: nested without end", TRAIN, "--fsdp_config fsdp.json", write("fsdp.json", DEEP), ("fsdp_config=fsdp.json", "is not JSON")),
+    BadInput("fsdp_config: 2 GB", TRAIN, "--fsdp_config fsdp.json", sparse("fsdp.json", 2 * 10**9), ("fsdp_config=fsdp.json", "it has 2,000,000,000 bytes")),
     BadInput("fsdp_config: no model", TRAIN, "--fsdp_config no/such", None, ("fsdp_config=no/such", "neither a .json file nor a model")),
     BadInput("fsdp_config: a model with a damaged config", TRAIN, "--fsdp_config bad", write("bad/config.json", '{"model_type": "qwen3", "hidden_size": "x"}'), ("fsdp_config=bad", "neither a .json file nor a model")),
 
@@ -500,6 +514,7 @@ TABLE = [
     BadInput("checkpoint: a binary record", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/made_by.json", BINARY)), ("made_by.json", "is damaged")),
     BadInput("checkpoint: a truncated state", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", '{"global_st'), write("c/optimizer.pt", "")), ("trainer_state.json is damaged", "remove it")),
     BadInput("checkpoint: a truncated position", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/stream.json", "[")), ("stream.json is damaged", "remove it")),
+    BadInput("checkpoint: a state of 2 GB", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", ""), sparse("c/trainer_state.json", 2 * 10**9)), ("trainer_state.json is damaged (it has 2,000,000,000 bytes", "remove it")),
     BadInput("checkpoint: only a model", TRAIN, "--resume_from_checkpoint c", write("c/trainer_state.json", "{}"), ("resume_from_checkpoint=c", "holds only the model")),
     BadInput("checkpoint: of other settings", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/made_by.json", '{"seed": 5}')), ("seed was 5 and is 0", "start over in another --output_dir")),
 
@@ -538,6 +553,7 @@ TABLE = [
     BadInput("chats: no role", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"messages": [{"content": "a"}]}\n')), ("sft_dataset=chats.jsonl", "it holds no messages", "raise --sft_max_refused")),
     BadInput("chats: only questions", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n')), ("sft_dataset=chats.jsonl", "no message of the assistant", "raise --sft_max_refused")),
     BadInput("chats: an answer that is a list", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", '{"messages": [{"role": "assistant", "content": [{"x": 1}]}]}\n')), ("sft_dataset=chats.jsonl", "the chat template fails", "raise --sft_max_refused")),
+    BadInput("chats: tools nested without end", TRAIN, CHATS, several(TEMPLATE, write("chats.jsonl", json.dumps({"messages": [{"role": "assistant", "content": "a"}], "tools": DEEP}) + "\n")), ("sft_dataset=chats.jsonl", "its tools are no JSON", "raise --sft_max_refused")),
     BadInput("chats: a damaged template", TRAIN, CHATS, write("teacher/chat_template.jinja", "{% for"), ("sft_dataset=chats.jsonl", "the chat template fails", "correct the chats or their template")),
     BadInput("chats: a template that runs code", TRAIN, CHATS, write("teacher/chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ("sft_dataset=chats.jsonl", "the chat template fails", "unsafe")),
     BadInput("chats without a template", TRAIN, CHATS, None, ("sft_dataset", "no chat template", "add it as chat_template.jinja")),
@@ -596,7 +612,8 @@ TABLE = [
     BadInput("order_kl.json: a list", ORDERS, "--save_directory found", write("found/order_kl.json", "[]"), ("order_kl.json is damaged", "remove it")),
     BadInput("order_kl.json: texts", ORDERS, "--save_directory found", write("found/order_kl.json", '{"settings": 1, "kl": 2, "block_influence": 3}'), ("order_kl.json is damaged", "remove it")),
     BadInput("order_kl.json: binary", ORDERS, "--save_directory found", write("found/order_kl.json", BINARY), ("order_kl.json is damaged", "remove it")),
-    BadInput("order_kl.json: nested without end", ORDERS, "--save_directory found", write("found/order_kl.json", DEEP), ("order_kl.json is nested too deeply", "remove it")),
+    BadInput("order_kl.json: nested without end", ORDERS, "--save_directory found", write("found/order_kl.json", DEEP), ("order_kl.json is damaged (it is nested too deeply)", "remove it")),
+    BadInput("order_kl.json: 2 GB", ORDERS, "--save_directory found", several(folders("found"), sparse("found/order_kl.json", 2 * 10**9)), ("order_kl.json is damaged (it has 2,000,000,000 bytes", "remove it")),
     BadInput("order_kl.json: of other models", ORDERS, "--save_directory found", write("found/order_kl.json", '{"settings": {}, "kl": {}, "block_influence": null}'), ("order_kl.json was measured with", "choose another folder")),
     BadInput("similarity without text", SIMILARITY, "-calibration", None, ("hidden states are compared on text", "--calibration")),
     BadInput("similarity on no documents", SIMILARITY, "--calibration_texts 0", None, ("calibration_texts=0", "choose 1 or more")),
@@ -622,6 +639,7 @@ TABLE = [
     BadInput("samples: a list", EVALUATE, "--samples samples.json", write("samples.json", "[1, 2]"), ("samples=samples.json", "write a list of numbers for each task")),
     BadInput("samples: texts", EVALUATE, "--samples samples.json", write("samples.json", '{"choice": ["1"]}'), ("samples=samples.json", "write a list of numbers for each task")),
     BadInput("samples: binary", EVALUATE, "--samples samples.json", write("samples.json", BINARY), ("samples=samples.json", "this is not JSON")),
+    BadInput("samples: 2 GB", EVALUATE, "--samples samples.json", sparse("samples.json", 2 * 10**9), ("samples=samples.json", "it has 2,000,000,000 bytes")),
     BadInput("negative examples", EVALUATE, "--num_fewshot=-1", None, ("num_fewshot=-1", "choose 0 or more")),
     BadInput("no rows per pass", EVALUATE, "--eval_batch_size 0", None, ("eval_batch_size=0", "choose 1 or more, or auto")),
     BadInput("two seeds", EVALUATE, "--seed 1,2", None, ("seed=1,2", "choose one number or four")),

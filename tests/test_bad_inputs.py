@@ -24,6 +24,7 @@ from local_tasks import CHOICE, QUESTIONS, write_task
 from patching_models import family_pair, save_models
 
 from evaluate.result import FinishedTask, Parameters, Result, Run
+from patching.cli.command_line import LONGEST_MESSAGE
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,7 @@ def check_message(bad: BadInput, output: str, errors: str) -> None:
     progress = ("examples [", "%|", "thrown while requesting", "Retrying in ")
     lines = [line for line in lines if not any(part in line for part in progress)]
     assert len(lines) == 1, errors
+    assert len(lines[0]) <= LONGEST_MESSAGE + 100
     assert lines[0].startswith(("error: ", f"{bad.command}: error: "))
     for word in bad.words:
         assert word in lines[0]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from patching.architectures.distilbert import as_bert_config
 from patching.architectures.lookup import architecture_of
 from patching.architectures.models import empty_model
-from patching.files.json_files import has_type
+from patching.files.json_files import has_type, load_json
 
 SWITCH = ("true", "false")
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ def read_fsdp_config(fsdp_config: dict | str) -> dict[str, Any]:
                 )
             text = None
         try:
-            values = json.loads(text or Path(fsdp_config).read_text(encoding="utf-8"))
+            values = json.loads(text) if text else load_json(Path(fsdp_config))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"fsdp_config={fsdp_config} is not JSON: {error}") from error
     if not isinstance(values, dict):

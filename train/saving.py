@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from patching.checkpoints.companions import Companions
 from patching.checkpoints.hub import push
 from patching.checkpoints.origin import Origin
-from patching.files.json_files import has_type, read_object
+from patching.files.json_files import MOST_BYTES_OF_RECORDS, has_type, read_object
 from patching.files.outputs import environment, follow_umask, move_into_place, write_json
 from patching.student_config import StudentConfig
 from train.checkpoints.identity import differences, read_settings
@@ -98,7 +98,7 @@ def recorded_settings(args: DistillationArguments, checkpoint: str | None) -> di
     """
     path = Path(args.save_directory, RUN_FILE_NAME)
     if args.resumes and path.is_file():
-        return read_object(path).get("settings")
+        return read_object(path, most_bytes=MOST_BYTES_OF_RECORDS).get("settings")
     return None if checkpoint is None else read_settings(checkpoint)
 
 
@@ -130,7 +130,7 @@ def upload(args: DistillationArguments) -> str:
     address. Raises OSError if that fails, and ValueError if nothing says which files these are.
     """
     folder, repository = Path(args.save_directory), repository_of(args)
-    names = read_object(folder / RUN_FILE_NAME).get("files")
+    names = read_object(folder / RUN_FILE_NAME, most_bytes=MOST_BYTES_OF_RECORDS).get("files")
     if not has_type(names, list[str]):
         raise ValueError(
             f"{folder / RUN_FILE_NAME} does not list the files of the student, as of an older "

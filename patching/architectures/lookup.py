@@ -13,6 +13,7 @@ from patching.architectures.config import config_for, depth_field
 from patching.architectures.distilbert import as_bert_config
 from patching.architectures.models import empty_model, predicts_masked_tokens
 from patching.architectures.table import ARCHITECTURES, LAYERS_THAT_SHARE, Architecture
+from patching.files.json_files import has_type
 from patching.files.model_files import read_json
 from patching.recipe import LayerSource, Recipe, Reference, whole_model
 
@@ -204,6 +205,11 @@ def read_config(
                 f"{flag}={name_or_path}: {name} in its config.json is "
                 f"{values[name]}, write a dtype such as bfloat16 or leave the field out"
             )
+    if not has_type(values.get("architectures"), list[str] | None):
+        raise ValueError(
+            f"{flag}={name_or_path}: architectures in its config.json is "
+            f"{values['architectures']}, write a list of class names or leave the field out"
+        )
     if fault := fault_of_sizes(values):
         raise ValueError(f"{flag}={name_or_path}: {fault}")
     try:

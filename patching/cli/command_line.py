@@ -78,7 +78,7 @@ class CommandLineParser(HfArgumentParser):
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; --help lists every flag\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; --help lists every flag\n")
 
 
 def check_one_process() -> None:
@@ -95,6 +95,23 @@ def print_search_step(name: str, k: int, patched_layers: Collection[int], kl: fl
     print(f"{name}, k = {k}: patched {layers}, KL {kl:.4f}", file=sys.stderr, flush=True)
 
 
+LONGEST_WORD = 400
+LONGEST_MESSAGE = 4000
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line. The middle of what is very long is left out, first of single
+    words, such as numbers and lists of layers: what is wrong with these comes after them, and what
+    to do about it last.
+    """
+    return _cut(" ".join(_cut(word, LONGEST_WORD) for word in message.split()), LONGEST_MESSAGE)
+
+
+def _cut(text: str, longest: int) -> str:
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
 @contextmanager
 def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """Turn what a user can fix into one line on stderr and exit code 2.
@@ -105,8 +122,7 @@ def user_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
     try:
         yield
     except kinds as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -5,12 +5,12 @@ that each file is read once.
 """
 
 import hashlib
-import json
 from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import cached_assets_path
 
+from patching.files.json_files import read_object
 from patching.files.outputs import write_json
 
 KEPT_FROM_BYTES = 2**20
@@ -28,7 +28,7 @@ def file_hash(path: Path) -> str:
     now = {"size": found.st_size, "mtime": found.st_mtime_ns, "ctime": found.st_ctime_ns}
     try:
         kept_at = cached_assets_path("boomerang", "files", "sha256") / f"{name}.json"
-        kept = json.loads(kept_at.read_text(encoding="utf-8")) if kept_at.is_file() else {}
+        kept = read_object(kept_at) if kept_at.is_file() else {}
     except (OSError, ValueError):  # no such place, or half a file of somebody else
         return _read_hash(path)
     if now.items() <= kept.items():

@@ -1,22 +1,53 @@
-"""Read JSON objects that this toolkit wrote, which may be damaged by now."""
+"""Read JSON files, which may hold anything: damaged ones, and those of strangers."""
 
 import json
+import stat
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+MOST_BYTES = 2**26
+"""The largest JSON file that is read. The indices of the largest models have a third of it."""
+MOST_BYTES_OF_RECORDS = 2**30
+"""The same for files that grow with a run: its log, and what it has measured."""
 
-def read_object(path: Path, may_be_null: bool = False) -> dict[str, Any] | None:
-    """Return the JSON object in a file, None for a null where there may be one.
 
-    Raises ValueError if the file holds anything else, OSError if it cannot be read.
+def load_json(
+    path: Path, most_bytes: int = MOST_BYTES, parse_int: Callable[[str], Any] | None = None
+) -> Any:
+    """Return what a JSON file holds. `parse_int` is that of `json.loads`.
+
+    Raises ValueError if it is not JSON or nested too deeply. The same, before anything is read, for
+    more than `most_bytes` and for what is no file, such as a pipe or a device, which may never end.
+    Raises OSError if it cannot be read.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is not a regular file")
+    if found.st_size > most_bytes:
+        raise ValueError(f"it has {found.st_size:,} bytes, and at most {most_bytes:,} are read")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_int=parse_int)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_object(
+    path: Path, may_be_null: bool = False, most_bytes: int = MOST_BYTES
+) -> dict[str, Any] | None:
+    """Return the JSON object in a file that this toolkit wrote, None for a null where there may be
+    one.
+
+    Raises ValueError if the file holds anything else or more than `most_bytes`, OSError if it
+    cannot be read.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path, most_bytes)
         if not isinstance(values, dict) and not (values is None and may_be_null):
             raise ValueError("it holds no JSON object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it") from error
     return values
 

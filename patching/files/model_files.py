@@ -2,7 +2,6 @@
 weights.
 """
 
-import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files
 
+from patching.files.json_files import load_json
 from patching.files.lfs import check_not_a_pointer
 from patching.recipe import Reference
 
@@ -32,8 +32,8 @@ def read_json(reference: Reference, file_name: str) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = load_json(path)
+    except ValueError as error:
         check_not_a_pointer(path)
         raise ValueError(f"{path} is not JSON ({error}): download or save it again") from error
     if not isinstance(values, dict):
@@ -90,10 +90,10 @@ def files_of_index(reference: Reference, index: Path) -> list[Path]:
     Raises ValueError if the index is damaged, names a file elsewhere, or one that does not exist.
     """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(load_json(index)["weight_map"].values())
         if not names or any(Path(name).name != name or name == ".." for name in names):
             raise ValueError("it must name files in its own folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         check_not_a_pointer(index)
         raise ValueError(f"{index} is damaged: {error}; download or save it again") from error
     found = cached_files(  # all at once, so that the hub's are downloaded side by side

@@ -82,10 +82,15 @@ def check_new_folder(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError unless files can be written to the folder `path`, which may not exist
-    yet.
+    """Raise ValueError unless files can be written to the folder `path`, which may not exist yet,
+    and cards and messages can name it.
     """
     nearest = _nearest(path)
+    try:
+        f"{path} {path.resolve().name}".encode()
+    except UnicodeEncodeError as error:
+        name = os.fsencode(path).decode(errors="backslashreplace")
+        raise ValueError(f"{name}: its name is not UTF-8, name another folder") from error
     if not nearest.is_dir():
         raise ValueError(f"{path} cannot be written to: {nearest} is not a folder")
     try:

@@ -1,6 +1,5 @@
 """The numbers that a search has measured, and the file they are kept in."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patching.blocks import as_layer_list
-from patching.files.json_files import check_types
+from patching.files.json_files import MOST_BYTES_OF_RECORDS, check_types, load_json
 from patching.files.outputs import finite_or_none, write_json
 from patching.orders.scales import Point, RowSums
 from patching.orders.search import PatchedLayers
@@ -37,7 +36,7 @@ class Measured:
         if path is None or not path.is_file():
             return cls(settings, path)
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = load_json(path, MOST_BYTES_OF_RECORDS)
             before = dict(stored["settings"])
             kl = {_layers(layers): _finite(value) for layers, value in stored["kl"].items()}
             rows = {
@@ -48,8 +47,6 @@ class Measured:
                 check_types(values, list[float] | None, name)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it") from error
-        except RecursionError as error:
-            raise ValueError(f"{path} is nested too deeply: remove it") from error
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(

@@ -126,7 +126,7 @@ def chat_of(example: dict[str, Any]) -> Chat:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused("its tools are no JSON") from error
     if "messages" in example:
         messages, first_response = example["messages"], 0

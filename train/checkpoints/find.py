@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from patching.files.json_files import read_object
+from patching.files.json_files import MOST_BYTES_OF_RECORDS, read_object
 from train.checkpoints.identity import ANNOUNCED, differences, read_settings
 
 LAST = ("last", "true")
@@ -62,7 +62,7 @@ def check_resumable(
     folder = Path(checkpoint)
     for name in (TRAINER_STATE_NAME, STREAM_FILE_NAME):
         if (folder / name).is_file():  # before the first step there is no position in a stream
-            read_object(folder / name, may_be_null=name == STREAM_FILE_NAME)
+            read_object(folder / name, name == STREAM_FILE_NAME, MOST_BYTES_OF_RECORDS)
     problems = []
     if not any(folder.glob("optimizer*")):
         problems.append("it holds only the model (--save_only_model), so no run can continue it")
