@@ -234,15 +234,19 @@ EFFECTS: dict[str, tuple[Callable, dict, dict]] = {
     "bf16": (weights, {"bf16": True}, {}),
     "neftune_noise_alpha": (weights, {"neftune_noise_alpha": 5.0}, {}),
     "max_steps": (num_steps, {"max_steps": 3}, {}),
-    "num_train_epochs": (num_steps, {"max_steps": None, "num_train_epochs": 0.5}, {}),
-    "logging_strategy": (log_steps, {"logging_strategy": "epoch", "logging_steps": 10}, {}),
+    "num_train_epochs": (num_steps, {"max_steps": -1, "num_train_epochs": 0.5}, {"max_steps": -1}),
+    "logging_strategy": (
+        log_steps,
+        {"logging_strategy": "epoch", "logging_steps": 10, "max_steps": -1, "num_train_epochs": 1},
+        {"logging_steps": 10, "max_steps": -1, "num_train_epochs": 1},
+    ),
     "logging_steps": (log_steps, {"logging_steps": 2}, {}),
     "logging_first_step": (
         log_steps,
         {"logging_steps": 2, "logging_first_step": True},
         {"logging_steps": 2},
     ),
-    "eval_strategy": (evaluated_steps, {"eval_strategy": "no"}, {"eval_steps": 1}),
+    "eval_strategy": (evaluated_steps, {"eval_strategy": "no"}, {}),
     "eval_steps": (evaluated_steps, {"eval_steps": 1}, {}),
     "eval_delay": (evaluated_steps, {"eval_steps": 1, "eval_delay": 2}, {"eval_steps": 1}),
     "eval_on_start": (evaluated_steps, {"eval_on_start": False}, {}),
@@ -252,7 +256,7 @@ EFFECTS: dict[str, tuple[Callable, dict, dict]] = {
     "save_strategy": (
         checkpoints,
         {"save_strategy": "no", "save_steps": 100, "save_total_limit": 1},
-        {},
+        {"save_steps": 100, "save_total_limit": 1},
     ),
     "save_steps": (checkpoints, {"save_steps": 2}, {}),
     "save_total_limit": (checkpoints, {"save_total_limit": 1}, {}),
@@ -325,7 +329,15 @@ def test_every_flag_is_in_exactly_one_table():
     names = list(itertools.chain.from_iterable(tables))
     assert sorted(names) == sorted(field.name for field in fields(TrainingArguments))
     for name, file in ELSEWHERE.items():
-        assert name in (ROOT / "tests" / file).read_text()
+        text = (ROOT / "tests" / file).read_text()
+        assert f'"--{name}"' in text or f'"{name}": ' in text, name
+
+
+def test_an_observation_differs_by_its_flag_alone():
+    for name, (_, changed, unchanged) in EFFECTS.items():
+        companions = {flag: value for flag, value in changed.items() if flag != name}
+        assert companions == {flag: value for flag, value in unchanged.items() if flag != name}
+        assert name in changed and changed[name] != unchanged.get(name), name
 
 
 @functools.cache
@@ -388,8 +400,36 @@ def test_a_flag_that_would_not_act_is_refused_by_name(name, tmp_path):
             {"optim": "sgd", "optim_args": "momentum=0.9, weight_decay=1"},
             "optim_args: weight_decay has no effect with --optim sgd, choose from momentum, ",
         ),
+        (
+            {"optim": "sgd", "optim_args": "momentum,dampening=abc"},
+            "`momentum` is not momentum=VALUE with a number.*`dampening=abc` is not dampening=VAL",
+        ),
         ({"train_sampling_strategy": "batch_rebalance"}, "choose random, sequential or group_by"),
         ({"accelerator_config": {"even_batches": False}}, "even_batches is not available: rows"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            "num_steps is not available in gradient_accumulation_kwargs, choose sync_each_batch",
+        ),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": "yes"}}},
+            "accelerator_config: sync_each_batch=yes: choose true or false",
+        ),
+        (
+            {
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {
+                    "bogus": 1, "every_n_layers": 0, "offload": 3, "debug": True,
+                },
+            },
+            "_kwargs: bogus is not a setting here, choose from every_n_layers, .*every_n_layers=0: "
+            'choose 1 or more.*offload=3: choose true or false.*debug only applies with "use_re',
+        ),
+        ({"torch_compile_backend": "magic"}, "torch_compile_backend=magic: choose one of .*induct"),
+        ({"torch_compile_mode": "magic"}, "torch_compile_mode=magic: choose one of .*max-autotune"),
+        ({"fsdp": "hybrid_shard"}, "fsdp=hybrid_shard: choose True, or .*--fsdp_replicas"),
+        ({"fsdp": "False", "fsdp_config": {"version": 2}}, "--fsdp False has no effect with"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0: choose a number above 0"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs=inf: choose a number above 0"),
         ({"ddp_timeout": 5}, "ddp_timeout has no effect on CPUs"),
         ({"fp16": True, "bf16": False}, "fp16 needs a GPU"),
         (
@@ -408,6 +448,21 @@ def test_flags_without_effect_together_with_others_are_refused(flags, message, t
         arguments(tmp_path, **flags)
 
 
+def test_fsdp_is_a_switch(tmp_path):
+    assert arguments(tmp_path, fsdp="True").fsdp is True
+    assert not arguments(tmp_path, fsdp="False").fsdp
+    words = arguments(tmp_path, fsdp="shard_grad_op auto_wrap")
+    assert words.fsdp is True and words.fsdp_config["reshard_after_forward"] is False
+
+
+def test_the_best_checkpoint_is_by_loss_unless_a_metric_is_named(tmp_path):
+    trainer = trained(tmp_path, save_strategy="best", eval_strategy="steps", eval_steps=1)
+    assert trainer.args.metric_for_best_model == "loss"
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min((step for step in losses if step), key=losses.get)
+    assert (tmp_path / f"checkpoints/checkpoint-{best}").is_dir()
+
+
 FSDP = {"fsdp": True}
 IN_CONTEXT_CASES: list[tuple[str, Any, dict, dict | None]] = [
     # flag, value, flags with which it is silent, flags with which it acts (None: not on a CPU)
@@ -423,6 +478,12 @@ IN_CONTEXT_CASES: list[tuple[str, Any, dict, dict | None]] = [
     ("dry_run_ranks", 2, {}, {"dry_run": True}),
     ("torch_compile_backend", "eager", {"torch_compile": False}, {}),
     ("torch_compile_mode", "default", {"torch_compile": False}, {}),
+    (
+        "torch_compile_mode",
+        "default",
+        {"torch_compile_backend": "eager"},
+        {"torch_compile_backend": "inductor"},
+    ),
     ("adam_beta1", 0.5, {"optim": "sgd"}, {"optim": "lion_32bit"}),
     ("adam_beta2", 0.5, {"optim": "adafactor"}, {}),
     ("adam_epsilon", 0.5, {"optim": "rmsprop"}, {}),
@@ -437,6 +498,7 @@ IN_CONTEXT_CASES: list[tuple[str, Any, dict, dict | None]] = [
     ("save_steps", 3, {"save_strategy": "epoch"}, {}),
     ("save_total_limit", 3, {"save_strategy": "no"}, {}),
     ("run_name", "a", {}, {"report_to": "wandb"}),
+    ("run_name", "a", {"report_to": "tensorboard"}, {"report_to": ["tensorboard", "mlflow"]}),
     ("project", "a", {"report_to": "wandb"}, {"report_to": "trackio"}),
     ("trackio_space_id", "a", {"report_to": "none"}, {"report_to": "all"}),
     ("trackio_bucket_id", "a", {}, {"report_to": ["wandb", "trackio"]}),
@@ -465,7 +527,6 @@ def test_every_flag_that_others_silence_has_a_case():
     [
         ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "lr_scheduler_kwargs={'min_lr': 1e-05}: --lr_"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr needs others"),
-        ({"optim": "sgd", "optim_args": "momentum"}, "optim=sgd: "),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_line(flags, message, tmp_path):

@@ -52,8 +52,8 @@ def test_two_sharded_ranks_follow_one_process(tying, text_file, tmp_path):
     main(command(teacher, one, text_file))
     whole_step = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
     main(command(teacher, at_once, text_file, *whole_step))
-    sharded = ["--gradient_accumulation_steps", "4", "--fsdp_config", str(teacher)]
-    train_sharded(*command(teacher, two, text_file, *sharded))
+    way = ("--fsdp", "True") if tying == "tied" else ("--fsdp_config", str(teacher))
+    train_sharded(*command(teacher, two, text_file, "--gradient_accumulation_steps", "4", *way))
 
     reports = [json.loads((two / f"checkpoints/held_{rank}.json").read_text()) for rank in (0, 1)]
     assert [report["read_weights"] for report in reports] == [True, False]

@@ -4,7 +4,7 @@ import gzip
 import json
 import threading
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import pytest
@@ -222,15 +222,27 @@ def test_an_empty_stream_says_so(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n{"text": " "}\n')
     with pytest.raises(ValueError, match="a.jsonl: there is no text in it to train on"):
-        stream_of(path).check()
+        stream_of(path).check(1)
 
 
 def test_checking_a_stream_reads_nothing_from_it(texts):
     for new in (partial(stream_of, texts["a"]), partial(mixture_of, texts)):
         checked = new()
-        checked.check()
+        checked.check(30)
         assert checked.position is None
         assert take(checked, 20) == take(new(), 20)
+
+
+def test_text_that_is_smaller_than_a_step_is_said(texts):
+    stream = stream_of(texts["a"])
+    num_rows = sum(1 for _ in takewhile(lambda _: stream.position["pass"] == 0, stream))
+    assert {*documents_in(take(stream_of(texts["a"]), num_rows))} >= {"a0", "a5", "a35"}
+    assert stream_of(texts["a"]).check(num_rows) is None
+    found = stream_of(texts["a"]).check(num_rows + 1)
+    assert f"a.jsonl: a pass over it makes {num_rows} rows, a step takes {num_rows + 1}, " in found
+    assert mixture_of(texts).check(num_rows) is None
+    of_each = mixture_of(texts).check(8 * num_rows).splitlines()
+    assert [f"takes {n * num_rows}, " in line for n, line in zip((6, 2), of_each)] == [True, True]
 
 
 def test_the_position_of_a_step_is_where_its_rows_begin(texts, tmp_path):

@@ -1,6 +1,6 @@
 """Flags for the text to train on and how it is cut into rows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -101,9 +101,36 @@ class DataArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: choose 1 or more")
         if not problems:
-            parse_sources(self.dataset)
+            problems = self._silent_flags()
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _silent_flags(self) -> list[str]:
+        """Return one line per flag that is given and that others silence. Raises ValueError for
+        sources that are none.
+        """
+        names = [source.name for source in self.sources]
+        if self.eval_dataset is not None:
+            names.append(self.eval_dataset)
+        are_local = all(Path(name).exists() for name in names)
+        is_read_whole = self.eval_dataset is not None and not self.streaming
+        is_read_whole = is_read_whole and Path(self.eval_dataset).exists()
+        silenced = {
+            "order_documents": (not self.measure_order, "with --measure_order False"),
+            "text_column": (self.tokens_column is not None, "with --tokens_column"),
+            "dataset_config": (are_local, "on local text"),
+            "dataset_split": (are_local, "on local text"),
+            "heldout_documents": (
+                is_read_whole and self.heldout_documents > 0,
+                "with a local --eval_dataset, which is read whole",
+            ),
+        }
+        defaults = {each.name: each.default for each in fields(self)}
+        return [
+            f"{name} has no effect {why}, leave it out"
+            for name, (is_silent, why) in silenced.items()
+            if is_silent and getattr(self, name) != defaults[name]
+        ]
 
     @property
     def num_set_aside(self) -> int:

@@ -35,6 +35,7 @@ LEAST = dict.fromkeys(
 ) | dict.fromkeys(
     (
         "per_device_train_batch_size",
+        "per_device_eval_batch_size",
         "gradient_accumulation_steps",
         "global_batch_tokens",
         "global_batch_rows",
@@ -44,6 +45,9 @@ LEAST = dict.fromkeys(
     ),
     1,
 )
+
+FSDP_WORDS = ("full_shard", "shard_grad_op", "offload", "auto_wrap")
+"""Older values of `--fsdp` that transformers turns into settings of FSDP2."""
 
 
 def check_flags(args: DistillationArguments) -> None:
@@ -59,8 +63,11 @@ def check_flags(args: DistillationArguments) -> None:
         if not 0 <= getattr(args, name) < 1
     ]
     problems += seed_problems(seed=args.seed, data_seed=args.data_seed)
-    if args.save_steps == 0:
-        problems.append("save_steps=0: choose a number above 0, or --save_strategy no")
+    problems += [
+        f"{name}_steps=0: choose a number above 0, or --{name}_strategy no"
+        for name in ("save", "eval")
+        if getattr(args, f"{name}_steps") == 0
+    ]
     if args.save_directory is None:
         problems.append("--save_directory is required: name the folder for the student")
     if not 0 < args.temperature < math.inf:
@@ -76,6 +83,8 @@ def check_flags(args: DistillationArguments) -> None:
         + length_problems(args)
         + precision_problems(args)
         + best_model_problems(args)
+        + fsdp_problems(args)
+        + compile_problems(args)
     )
     problems += refused_flags(args)
     if problems:
@@ -95,7 +104,7 @@ def length_problems(args: DistillationArguments) -> list[str]:
     steps, epochs = args.max_steps, args.num_train_epochs
     if steps is not None and (steps == 0 or steps < -1):
         return [f"max_steps={steps}: choose 1 or more, or -1 to count epochs"]
-    if epochs is not None and epochs < 0:
+    if epochs is not None and not 0 < epochs < math.inf:
         return [f"num_train_epochs={epochs}: choose a number above 0"]
     if epochs and steps is not None and steps > 0:
         return [
@@ -126,6 +135,30 @@ def best_model_problems(args: DistillationArguments) -> list[str]:
         problems.append(
             "--load_best_model_at_end cannot read --save_only_model checkpoints of FSDP"
         )
+    return problems
+
+
+def fsdp_problems(args: DistillationArguments) -> list[str]:
+    """Return problems with `--fsdp`, which transformers also reads as words."""
+    if args.fsdp is False and args.fsdp_config:
+        return ["--fsdp False has no effect with --fsdp_config, which shards by itself: give one"]
+    words = args.fsdp.split() if isinstance(args.fsdp, str) else args.fsdp
+    return [
+        f"fsdp={word}: choose True, or set up FSDP2 with --fsdp_config and --fsdp_replicas"
+        for word in (words if isinstance(words, list) else ())
+        if word not in FSDP_WORDS
+    ]
+
+
+def compile_problems(args: DistillationArguments) -> list[str]:
+    """Return problems with backends and modes that torch.compile does not have."""
+    from torch._inductor import list_mode_options  # takes a second
+
+    problems, backend, mode = [], args.torch_compile_backend, args.torch_compile_mode
+    if backend is not None and backend not in (known := torch.compiler.list_backends(())):
+        problems.append(f"torch_compile_backend={backend}: choose one of {', '.join(known)}")
+    if mode is not None and mode not in (known := list_mode_options()):
+        problems.append(f"torch_compile_mode={mode}: choose one of {', '.join(known)}")
     return problems
 
 

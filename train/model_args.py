@@ -105,6 +105,8 @@ class ModelArguments:
             problems.append(f"{' and '.join(given)} only applies with --kept_layers auto")
         if self.num_kept_layers is not None and self.target_params is not None:
             problems.append("--num_kept_layers and --target_params both set the size: give one")
+        if self.teacher_fp8 and self.teacher_cache is not None:
+            problems.append("teacher_fp8 has no effect with --teacher_cache, leave it out")
         if self.longest_block is not None and self.longest_block < 1:
             problems.append(f"longest_block={self.longest_block}: choose 1 or more")
         if self.target_params is not None:

@@ -4,10 +4,11 @@ others, and what to do instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from train.json_flags import CHECKPOINTING_KWARGS, json_problems
 
 if TYPE_CHECKING:
     from train.training_args import DistillationArguments
@@ -108,7 +109,8 @@ def _value(flag: Any) -> Any:
     return getattr(flag, "value", flag)
 
 
-CHECKPOINTING_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+NAME_RUNS = ("comet_ml", "dagshub", "mlflow", "swanlab", "trackio", "wandb")
+"""Trackers that know names of runs."""
 DDP_ONLY = ("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
 IN_CONTEXT = (
     Silent(
@@ -136,6 +138,11 @@ IN_CONTEXT = (
         ("torch_compile_backend", "torch_compile_mode"),
         lambda args: args.torch_compile is False,
         "only applies without --torch_compile False",
+    ),
+    Silent(
+        ("torch_compile_mode",),
+        lambda args: args.torch_compile_backend not in (None, "inductor"),
+        "only applies with --torch_compile_backend inductor",
     ),
     Silent(
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -192,8 +199,8 @@ IN_CONTEXT = (
     ),
     Silent(
         ("run_name",),
-        lambda args: not _trackers(args),
-        "only applies with --report_to TRACKER",
+        lambda args: not _trackers(args) & {*NAME_RUNS, "all"},
+        f"only applies with --report_to {', '.join(NAME_RUNS[:-1])} or {NAME_RUNS[-1]}",
     ),
     Silent(
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
@@ -243,13 +250,13 @@ def refused_flags(args: DistillationArguments) -> list[str]:
         for name in row.flags
         if name in given and row.is_silent(args)
     ]
-    problems += optimizer_problems(args)
+    problems += optimizer_problems(args) + json_problems(args)
     sampling = _value(args.train_sampling_strategy)
     if sampling not in ("random", "sequential", "group_by_length"):
         problems.append(
             f"train_sampling_strategy={sampling}: choose random, sequential or group_by_length"
         )
-    return problems + accelerator_problems(args.accelerator_config)
+    return problems
 
 
 def ignored_flags(args: DistillationArguments, is_single: bool) -> list[str]:
@@ -275,33 +282,27 @@ def optimizer_problems(args: DistillationArguments) -> list[str]:
     known = OPTIMIZERS[optimizer]
     if not known:
         return [f"optim_args has no effect with --optim {optimizer}, leave it out"]
-    keys = [pair.partition("=")[0].strip() for pair in args.optim_args.split(",")]
-    return [
-        f"optim_args: {key} has no effect with --optim {optimizer}, choose from {', '.join(known)}"
-        for key in keys
-        if key not in known
-    ]
+    problems = []
+    for pair in args.optim_args.replace(" ", "").split(","):
+        key, _, value = pair.partition("=")
+        if key not in known:
+            problems.append(
+                f"optim_args: {key} has no effect with --optim {optimizer}, choose from "
+                f"{', '.join(known)}"
+            )
+        elif not _is_number_or_switch(value):
+            problems.append(f"optim_args: `{pair}` is not {key}=VALUE with a number, True or False")
+    return problems
+
+
+def _is_number_or_switch(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True
 
 
 def _trackers(args: DistillationArguments) -> set[str]:
     given = args.report_to
     return ({given} if isinstance(given, str) else {*(given or ())}) - {"none"}
-
-
-def accelerator_problems(config: Any) -> list[str]:
-    """Return the settings of `--accelerator_config`, a dict or JSON text, that would not act."""
-    values = config
-    if isinstance(config, str) and config.startswith("{"):
-        try:
-            values = json.loads(config)
-        except (ValueError, RecursionError) as error:
-            return [f"accelerator_config={config} is not JSON ({error})"]
-    if isinstance(values, str):
-        return [f"accelerator_config={values}: give its JSON itself"]
-    if not isinstance(values, dict):  # None, or complete already
-        return []
-    return [
-        f"accelerator_config: {name} is not available: rows are shared among ranks so that their "
-        "number changes no result"
-        for name in sorted(values.keys() - {"gradient_accumulation_kwargs"})
-    ]

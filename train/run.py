@@ -98,6 +98,7 @@ def run(
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
         layer_map = kept_layers(model_args, text_args, args, teacher_config, checkpoint)
         if args.dry_run:
+            check_replicas(args, num_ranks)
             has_cache = model_args.teacher_cache is not None
             print_on_main_process(
                 args,
@@ -324,13 +325,18 @@ def read_rows(
         raise ValueError(f"{', '.join(names)}: no text is held out, raise --heldout_documents")
     if rows.is_stream:
         if args.max_steps < 0:
-            raise ValueError("max_steps=-1: a stream has no length, give a number of --max_steps")
+            raise ValueError(
+                "max_steps=-1: a stream has no length to count passes by, give --max_steps in "
+                "place of --num_train_epochs"
+            )
         if args.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy={args.train_sampling_strategy}: a stream is read in its "
                 "own order, --shuffle_buffer documents at a time; leave it out"
             )
-        if args.process_index == 0 and (found := rows.train.check()):
+        if args.process_index == 0 and (
+            found := rows.train.check(rows_per_step(args, args.world_size))
+        ):
             print_on_main_process(args, found)
     elif smaller := check_enough_rows(rows.train, args, data_args.max_length):
         print_on_main_process(args, smaller)

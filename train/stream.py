@@ -16,7 +16,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any, Protocol
@@ -48,9 +48,10 @@ class Stream(Protocol):
 
     def resume(self, position: Position) -> None: ...
 
-    def check(self) -> str | None:
-        """Raise ValueError if a text holds no row. Return a line to print, if there is one. Must
-        not be called once rows were read.
+    def check(self, num_rows: int) -> str | None:
+        """Raise ValueError if a text holds no row. Return a line to print, if there is one, such as
+        that a pass over the text is less than the `num_rows` of a step. Must not be called once
+        rows were read.
         """
 
 
@@ -83,10 +84,16 @@ class TextStream:
     def resume(self, position: Position) -> None:
         self.position = position
 
-    def check(self) -> str | None:
-        next(iter(self))
+    def check(self, num_rows: int = 1) -> str | None:
+        in_first_pass = takewhile(lambda _: not self.position["pass"], islice(self, num_rows))
+        found = sum(1 for _ in in_first_pass)
         self.position = None
-        return None
+        if found == num_rows:
+            return None
+        return (
+            f"dataset={self.name}: a pass over it makes {found:,} rows, a step takes {num_rows:,}, "
+            "so each step reads it more than once; --gradient_accumulation_steps makes it smaller"
+        )
 
     def columns_of(self, cut: Any, is_new: bool) -> Columns:
         """Return the rows that a chunk was cut into. A resumed stream cuts a chunk again, which
@@ -179,10 +186,13 @@ class Mixture:
             if of_stream is not None:
                 stream.resume(of_stream)
 
-    def check(self) -> str | None:
-        for stream in self._streams:
-            stream.check()
-        return None
+    def check(self, num_rows: int) -> str | None:
+        total = sum(self._weights)
+        found = [
+            stream.check(max(1, int(num_rows * weight / total)))
+            for stream, weight in zip(self._streams, self._weights)
+        ]
+        return "\n".join(filter(None, found)) or None
 
     def __iter__(self) -> Iterator[Row]:
         readers = [iter(stream) for stream in self._streams]

@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         parser = CommandLineParser(groups, prog="train.train", description=__doc__)
         model_args, data_args, chat_args, args, text_args = parser.parse_args_into_dataclasses(argv)
         check_calibration(model_args, text_args)
+        if args.order_budget is not None and not data_args.measure_order:
+            raise ValueError("order_budget has no effect with --measure_order False, leave it out")
         check_save_directory(Path(args.save_directory), args.resumes)
 
     # Imported here, so that --help and wrong flags do not wait for the trainer.

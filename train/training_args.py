@@ -192,6 +192,7 @@ class DistillationArguments(PaperArguments):
     )
 
     def __post_init__(self) -> None:
+        self.fsdp = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)
         check_flags(self)
         if self.output_dir is None:
             self.output_dir = os.path.join(self.save_directory, "checkpoints")
@@ -205,6 +206,8 @@ class DistillationArguments(PaperArguments):
             self.num_train_epochs = 0.0
         elif not self.num_train_epochs:
             self.num_train_epochs = DEFAULT_EPOCHS
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         self.hub_private_repo = not self.public  # of trackers' dashboards
         self.greater_is_better = False  # transformers would take eval_kl for an accuracy
         if not torch.accelerator.is_available():

@@ -81,7 +81,7 @@ def main(folder: Path, variants: bool) -> None:
     if variants:
         for name in ("student_random", "results_last", "results_first", "orders"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        as_in_student = {**RECIPE, "measure_order": False}
+        as_in_student = {name: RECIPE[name] for name in ("learning_rate", "cosine_loss_weight")}
         random_student = distill(
             folder, "student_random", "--random_initialization", *as_flags(as_in_student)
         )

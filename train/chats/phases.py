@@ -50,11 +50,12 @@ class Phases:
             if stream is not None and of_stream is not None:
                 stream.resume(of_stream)
 
-    def check(self) -> str | None:
-        """Raise ValueError if a phase has no rows. Return a line about chats that are left out."""
-        if self._text is not None:
-            self._text.check()
-        return self.chats.check()
+    def check(self, num_rows: int) -> str | None:
+        """Raise ValueError if a phase has no rows. Return lines about text that is smaller than a
+        step of `num_rows`, and about chats that are left out.
+        """
+        of_text = None if self._text is None else self._text.check(num_rows)
+        return "\n".join(filter(None, (of_text, self.chats.check()))) or None
 
     def steps(self, num_rows: int) -> Iterator[list[Row]]:
         """Yield the rows of each step, `num_rows` of text or as many of chats as are needed."""
