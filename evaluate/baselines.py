@@ -7,10 +7,11 @@ for `--help` but the table itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from patching.files.json_files import check_types, read_object
 
 if TYPE_CHECKING:
     from evaluate.plan import Plan
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from patching.recipe import Recipe
     from patching.running.layer_collapse import CollapsedTeacher
 
+T = TypeVar("T")
 FEW_TEXTS, FEW_TOKENS = 10, 64
 """Calibration texts, and tokens of each, on which layer collapse compares models. Its authors take
 a few sentences.
@@ -43,7 +45,7 @@ def naive(plan: Plan, ranks: Ranks) -> Callable[[int], Recipe]:
 def least_influential_removed(plan: Plan, ranks: Ranks) -> Callable[[int], Recipe]:
     from patching.running.block_influence import most_influential
 
-    influences = ranks.from_first(teacher_influences(plan) if ranks.is_first else None)
+    influences = ranks.from_first(ranks.together(lambda: teacher_influences(plan), only_first=True))
     return lambda k: most_influential(influences, plan.family.recipe(k).depth)
 
 
@@ -85,7 +87,13 @@ def teacher_influences(plan: Plan) -> list[float]:
         text = plan.calibration.batches(plan.family.tokenizer, teacher.config)
         return block_influence(teacher, text)
 
-    return kept(plan, "block_influence", measure)
+    def read(stored: Any) -> list[float]:
+        check_types(stored, list[float], "block_influence")
+        if len(stored) != plan.family.layer_map.num_teacher_layers:
+            raise ValueError(f"it has {len(stored)} layers")
+        return stored
+
+    return kept(plan, "block_influence", measure, read)
 
 
 def collapsed_teachers(plan: Plan) -> dict[int, CollapsedTeacher]:
@@ -111,18 +119,34 @@ def collapsed_teachers(plan: Plan) -> dict[int, CollapsedTeacher]:
         found = [collapse(num_layers, depth, similarity) for depth in depths]
         return [of_depth._asdict() | {"teacher": of_depth.teacher.layers} for of_depth in found]
 
-    found = kept(plan, "laco", search, depths=depths)
-    return {
-        depth: CollapsedTeacher(
-            tuple(CollapsedLayer(t, tuple(map(tuple, weights))) for t, weights in stored["teacher"])
-        )
-        for depth, stored in zip(depths, found)
-    }
+    def read(stored: Any) -> dict[int, CollapsedTeacher]:
+        found = {}
+        for depth, of_depth in zip(depths, stored, strict=True):
+            layers = [
+                CollapsedLayer(place, tuple((t, weight) for t, weight in weights))
+                for place, weights in of_depth["teacher"]
+            ]
+            terms = [term for layer in layers for term in ((layer.place, 1), *layer.weights)]
+            check_types([number for term in terms for number in term], list[int], "laco")
+            if len(layers) != depth or not {t for t, _ in terms} <= {*range(num_layers)}:
+                raise ValueError(f"it has other layers than {depth} of {num_layers}")
+            found[depth] = CollapsedTeacher(tuple(layers))
+        return found
+
+    return kept(plan, "laco", search, read, depths=depths)
 
 
-def kept(plan: Plan, baseline: str, compute: Callable[[], Any], **also_from: Any) -> Any:
+def kept(
+    plan: Plan,
+    baseline: str,
+    compute: Callable[[], Any],
+    read: Callable[[Any], T],
+    **also_from: Any,
+) -> T:
     """Return what a baseline computes from the teacher and the calibration text. It is kept in the
-    results folder for further runs.
+    results folder as JSON data for further runs, and `read` makes of the data what is returned.
+
+    Raises ValueError if the file is damaged.
     """
     from patching.files.outputs import write_json
 
@@ -131,10 +155,14 @@ def kept(plan: Plan, baseline: str, compute: Callable[[], Any], **also_from: Any
     made_from = {"teacher": settings["teacher"], "dtype": settings["dtype"], "text": text.sha256}
     made_from |= also_from
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_object(path)
         if stored.get("made_from") == made_from:
-            return stored[baseline]
+            try:
+                return read(stored[baseline])
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{path} is damaged ({reason}): remove it") from error
     computed = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {baseline: computed, "text": text.name, "made_from": made_from})
-    return computed
+    return read(computed)

@@ -34,21 +34,33 @@ def documents_of(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> Document
             array = numpy.asarray(values, dtype=numpy.float64)
         except (TypeError, ValueError):  # texts, or lists of different lengths
             continue
-        if array.shape[1:] in ((), (2,)):
+        if is_of_documents(array):
             arrays[key] = array
     return arrays
 
 
+def is_of_documents(array: NDArray) -> bool:
+    """Whether an array has one number for each document, or a pair of them."""
+    return array.dtype.kind == "f" and array.ndim > 0 and array.shape[1:] in ((), (2,))
+
+
 def read_documents(folder: Path, name: str) -> Documents:
-    """What is kept of the model `name` in a sweep's folder."""
+    """What is kept of the model `name` in a sweep's folder.
+
+    Raises ValueError for a damaged file.
+    """
     path = folder / FOLDER / f"{name}.npz"
     if not path.is_file():
         return {}
     try:
         with numpy.load(path, allow_pickle=False) as archive:
-            return dict(archive)
+            found = dict(archive)
+        for key, array in found.items():
+            if not is_of_documents(array):
+                raise ValueError(f"{key} has shape {array.shape} and type {array.dtype}")
     except Exception as error:  # archives and arrays are damaged in many ways
         raise ValueError(f"{path} is damaged ({error}): remove it") from error
+    return found
 
 
 def add_documents(folder: Path, name: str, found: Documents) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from evaluate.arguments import EvaluationArguments
 from patching.cli.command_line import CommandLineParser, print_search_step, run_command, user_errors
-from patching.files.outputs import check_writable, environment
+from patching.files.outputs import check_writable, environment, write_together
 
 if TYPE_CHECKING:
     from evaluate.plan import Plan
@@ -44,13 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     from evaluate.lm_eval_files import write_files
     from evaluate.plan import Plan
     from evaluate.ranks import Ranks
-    from evaluate.report import read_sweeps, write_report
+    from evaluate.report import read_sweeps, report_files
     from evaluate.result import read_results
     from evaluate.series import all_series
+    from evaluate.stored import check_folder
     from evaluate.tasks import shared_texts
 
     with user_errors():
         ranks = Ranks.connect()
+        ranks.together(lambda: check_folder(arguments.save_directory), only_first=True)
         plan = ranks.together(lambda: Plan.of(arguments, device_of_rank(arguments.device)))
         if not arguments.searches_order:
             ranks.together(plan.check_settings, only_first=True)
@@ -78,7 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     store_failures(folder, failures)
     if results := read_results(folder):
         write_files(folder, results, sweep.store.changed, arguments)
-        print(write_report(read_sweeps([folder]).results, folder, failures))
+        files = report_files(read_sweeps([folder]).results, failures)
+        with user_errors():
+            write_together(folder, files)
+        print(files["summary.md"].decode())
         print(f"report: {folder / 'summary.md'}")
     for task, reason in failures.items():
         print(f"failed: {task}: {reason}", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Tasks that a sweep could not evaluate, and why: kept in its folder for later reports."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from patching.files.json_files import check_types, read_object
 from patching.files.outputs import write_json
 
 FILE_NAME = "failures.json"
@@ -26,7 +26,9 @@ def read_failures(folder: Path) -> dict[str, str]:
     path = folder / FILE_NAME
     if not path.is_file():
         return {}
+    found = read_object(path)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        check_types(found, dict[str, str], "it")
+    except ValueError as error:
         raise ValueError(f"{path} holds no failures ({error}): remove it") from error
+    return found

@@ -178,6 +178,10 @@ def as_json(found: Any) -> Any:
     return json.loads(json.dumps(found, default=handle_non_serializable))
 
 
+SAMPLES = "samples"
+"""The folder of samples in a results folder."""
+
+
 def write_samples(folder: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
     """Write one file per task with one line per sample, as lm-eval's own `--log_samples` does."""
     folder.mkdir(parents=True, exist_ok=True)

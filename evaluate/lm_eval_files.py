@@ -16,6 +16,7 @@ from typing import Any
 
 from lm_eval.loggers import EvaluationTracker
 
+from evaluate.harness import SAMPLES
 from evaluate.harness_arguments import HarnessArguments
 from evaluate.result import LM_EVAL_KEYS, Result
 from evaluate.trackers import log_results
@@ -44,7 +45,7 @@ def write_files(
         samples = {
             task: path
             for task in found["configs"]
-            if (path := folder / "samples" / name / f"samples_{task}.jsonl").is_file()
+            if (path := folder / SAMPLES / name / f"samples_{task}.jsonl").is_file()
         }
         for task, path in samples.items():
             copied = folder / FOLDER / name / f"samples_{task}_{tracker.date_id}.jsonl"

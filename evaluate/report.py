@@ -23,13 +23,22 @@ from evaluate.reporting.tables import markdown_report, page_name
 from evaluate.result import Result, read_results
 from evaluate.shards import merged, shards_of
 from patching.cli.command_line import CommandLineParser, run_command, user_errors
-from patching.files.outputs import check_writable, write_bytes, write_json, write_text
+from patching.files.outputs import (
+    check_writable,
+    finite_or_none,
+    json_text,
+    printable,
+    write_together,
+)
+
+FILE_NAMES = tuple(f"summary.{suffix}" for suffix in ("png", "svg", "csv", "json", "md"))
+"""The files of a report with one page of plots."""
 
 
-def write_report(
-    results: Sequence[Result], folder: Path, failures: Mapping[str, str] | None = None
-) -> str:
-    """Write summary.md, .csv, .json, .png and .svg; return the Markdown.
+def report_files(
+    results: Sequence[Result], failures: Mapping[str, str] | None = None
+) -> dict[str, bytes]:
+    """The contents of summary.png, .svg, .csv, .json and .md, by name.
 
     Further pages of plots are summary_2.png and so on. `failures` are tasks that could not be
     evaluated, and why.
@@ -38,11 +47,10 @@ def write_report(
 
     from evaluate.reporting.plot import plot
 
-    results = sorted(results, key=_position)
+    results, failures = sorted(results, key=_position), printable(failures or {})
     comparison = Comparison.of(results)
     pages = plot(comparison)
-    report = markdown_report(comparison, failures or {}, len(pages))
-    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
     for page, figure in enumerate(pages):
         for suffix in ("png", "svg"):
             picture = io.BytesIO()
@@ -50,11 +58,14 @@ def write_report(
             undated = {"metadata": {"Date": None}} if suffix == "svg" else {}
             with rc_context({"svg.hashsalt": "boomerang"}):
                 figure.savefig(picture, format=suffix, dpi=150, **undated)
-            write_bytes(folder / f"{page_name(page)}.{suffix}", picture.getvalue())
-    write_text(folder / "summary.csv", csv_table(results))
-    write_json(folder / "summary.json", json_summary(comparison, failures or {}))
-    write_text(folder / "summary.md", report)
-    return report
+            files[f"{page_name(page)}.{suffix}"] = picture.getvalue()
+    summary = finite_or_none(json_summary(comparison, failures))
+    texts = {
+        "summary.csv": csv_table(results),
+        "summary.json": json_text(summary),
+        "summary.md": markdown_report(comparison, failures, len(pages)),
+    }
+    return files | {name: text.encode() for name, text in texts.items()}
 
 
 def _position(result: Result) -> tuple:
@@ -87,13 +98,13 @@ def read_sweeps(folders: Sequence[Path]) -> Sweeps:
     """
     found, failed = read_folders(folders)
     sweeps = shards_of(found)
-    names = short_names([str(sweep.folders[0].resolve()) for sweep in sweeps])
+    names = short_names([printable(str(sweep.folders[0].resolve())) for sweep in sweeps])
     named: list[Result] = []
     failures: dict[str, str] = {}
     for sweep_name, sweep in zip(names, sweeps):
         if sweep.missing and len(folders) > 1:
             warnings.warn(
-                f"{sweep.folders[0]}: shards {', '.join(sweep.missing)} of this sweep are missing",
+                f"{sweep.folders[0]}: shards {sweep.missing} of this sweep are missing",
                 stacklevel=2,
             )
         by_name: dict[str, list[Result]] = {}
@@ -132,8 +143,11 @@ def read_folders(
             continue
         failed[folder] = failures
         if results:
-            found[folder] = results
-        for name, result in results.items():
+            found[folder] = {
+                name: Result.from_dict(printable(result.to_dict()))
+                for name, result in results.items()
+            }
+        for name, result in found.get(folder, {}).items():
             result.documents = read_documents(folder, name)
     if without and not failed:
         raise ValueError(without[0])
@@ -175,9 +189,12 @@ def main(argv: list[str] | None = None) -> None:
                     "several sweeps: name a folder for the report with --save_directory"
                 )
             (folder,) = arguments.directories
-        check_writable(folder)
+        check_writable(folder, *FILE_NAMES)
         results, failures = read_sweeps(list(dict.fromkeys(arguments.directories)))
-    print(write_report(results, folder, failures))
+    files = report_files(results, failures)
+    with user_errors():
+        write_together(folder, files)
+    print(files["summary.md"].decode())
     print(f"report: {folder / 'summary.md'}")
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from evaluate.baselines import BASELINES
-from patching.files.json_files import check_types, short_int
+from patching.cli.units import LARGEST_NUMBER
+from patching.files.json_files import check_types, load_json, short_int
 from patching.files.outputs import locked, write_json
 
 LM_EVAL_KEYS = {
@@ -102,6 +103,22 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+class UnknownField(ValueError):
+    """A newer version of this toolkit stored a field that this one does not know."""
+
+
+T = TypeVar("T")
+
+
+def stored_as(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from a JSON object. Raises UnknownField, and TypeError if a field is missing."""
+    known = {f.name for f in fields(kind)}
+    made = kind(**{name: value for name, value in values.items() if name in known})
+    if unknown := sorted(values.keys() - known):
+        raise UnknownField(f"{', '.join(map(repr, unknown[:3]))} of {kind.__name__}")
+    return made
+
+
 @dataclass
 class Result:
     """Everything a sweep knows about one model."""
@@ -137,14 +154,18 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Result":
-        """The result in a JSON file. Keys that are not known are ignored."""
+        """The result in a JSON file. Keys that are not known are ignored.
+
+        Raises UnknownField for those inside a task, a run or other details: with them the details
+        may mean something else.
+        """
         keys = {f.name: LM_EVAL_KEYS.get(f.name, f.name) for f in fields(cls)}
         known = {name: values[key] for name, key in keys.items() if values.get(key) is not None}
         for name, kind in (("parameters", Parameters), ("cost", Cost), ("similarity", Similarity)):
             if name in known:
-                known[name] = kind(**known[name])
-        runs = {name: Run(**run) for name, run in known.get("runs", {}).items()}
-        tasks = {name: FinishedTask(**task) for name, task in known.get("tasks", {}).items()}
+                known[name] = stored_as(kind, known[name])
+        runs = {name: stored_as(Run, run) for name, run in known.get("runs", {}).items()}
+        tasks = {name: stored_as(FinishedTask, of) for name, of in known.get("tasks", {}).items()}
         if "settings" in values:  # an earlier version: one run for the whole file
             run = Run(*(values.get(f.name) or {} for f in fields(Run)))
             runs[run.name] = run
@@ -224,15 +245,23 @@ class Result:
 def read_result(path: Path) -> Result | None:
     """The result in a file, None if it holds none. Raises ValueError for a damaged file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = load_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): remove it") from error
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): make it readable, or remove it"
+        ) from error
     if not isinstance(values, dict) or "series" not in values or "results" not in values:
         return None
     try:
-        result = Result.from_dict(json.loads(text, parse_int=short_int))
+        result = Result.from_dict(load_json(path, parse_int=short_int))
         check_result(result)
+    except UnknownField as error:
+        raise ValueError(
+            f"{path} was written by a newer version of this toolkit ({error} is not known): update "
+            "this one, or name another folder"
+        ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it") from error
     return result
@@ -262,6 +291,7 @@ def check_result(result: Result) -> None:
         for task, counts in getattr(result, field_name).items():
             if lacking := [name for name in names if name not in counts]:
                 raise ValueError(f"{field_name} of {task} lacks {', '.join(lacking)}")
+    check_sizes(result)
     if any(counts["answers"] < 1 for counts in result.generation_failures.values()):
         raise ValueError("there are failures of no answers")
     inside = {group: {*tasks} - {group} for group, tasks in result.group_subtasks.items()}
@@ -269,6 +299,32 @@ def check_result(result: Result) -> None:
         TopologicalSorter(inside).prepare()
     except CycleError as error:
         raise ValueError("a group of tasks contains itself") from error
+
+
+def check_sizes(result: Result) -> None:
+    """Raise ValueError for sizes, counts and standard errors below 0, more layers than a model can
+    have, and a member of a series without its size. Scores may be infinite or NaN: lm-eval finds
+    such ones.
+    """
+    if result.series in SERIES_LABELS and result.num_layers_to_patch is None:
+        raise ValueError(f"num_layers_to_patch is null, and the series is {result.series}")
+    names = ("depth", "num_layers_to_patch", "max_layers_to_patch")
+    layers = {name: getattr(result, name) for name in names}
+    sizes = [*layers.items(), *vars(result.parameters).items()]
+    sizes += vars(result.cost).items() if result.cost else ()
+    for field_name in (*COUNTS, "results"):
+        for task, values in getattr(result, field_name).items():
+            sizes += [
+                (f"{name} of {task}", value)
+                for name, value in values.items()
+                if field_name in COUNTS or name.partition(",")[0].endswith("_stderr")
+            ]
+    for name, size in sizes:
+        if isinstance(size, int | float) and size < 0:
+            raise ValueError(f"{name} is {size}")
+    for name, count in layers.items():
+        if count is not None and count > LARGEST_NUMBER:
+            raise ValueError(f"{name} is {count}, and no model has more than {LARGEST_NUMBER:,}")
 
 
 def read_results(folder: Path, names: Iterable[str] | None = None) -> dict[str, Result]:

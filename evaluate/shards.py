@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -42,13 +43,17 @@ class Shard(NamedTuple):
 WHOLE = Shard(1, 1)
 
 
+MOST_NAMED = 9
+"""Missing shards that a message names."""
+
+
 class Shards(NamedTuple):
     """The folders of one sweep."""
 
     folders: list[Path]
     """In the sequence of their shards. A sweep that was not sharded has one."""
-    missing: list[str]
-    """Shards without a folder."""
+    missing: str
+    """Shards without a folder, in words: the first of them, and how many others."""
 
 
 def shards_of(results: Mapping[Path, Mapping[str, Result]]) -> list[Shards]:
@@ -68,12 +73,23 @@ def shards_of(results: Mapping[Path, Mapping[str, Result]]) -> list[Shards]:
         by_sweep.setdefault(key, {})[folder] = shard
     found = []
     for of_sweep in by_sweep.values():
-        there = {shard.number for shard in of_sweep.values() if shard}
-        counts = {shard.count for shard in of_sweep.values() if shard}
-        missing = [f"{i}/{n}" for n in counts for i in range(1, n + 1) if i not in there]
         folders = sorted(of_sweep, key=lambda folder: (of_sweep[folder] or WHOLE, folder))
-        found.append(Shards(folders, missing))
+        found.append(
+            Shards(folders, missing_shards([shard for shard in of_sweep.values() if shard]))
+        )
     return found
+
+
+def missing_shards(there: Sequence[Shard]) -> str:
+    """The other shards of a sweep, in words. A damaged file may say that there are a trillion."""
+    if not there:
+        return ""
+    count, numbers = there[0].count, {shard.number for shard in there}
+    named = list(islice((i for i in range(1, count + 1) if i not in numbers), MOST_NAMED))
+    num_others = count - len(numbers) - len(named)
+    return ", ".join(f"{i}/{count}" for i in named) + (
+        f" and {num_others:,} others" if num_others else ""
+    )
 
 
 def merged(of_shards: Iterable[Result]) -> Result:

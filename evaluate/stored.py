@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluate.documents import add_documents, documents_of
-from evaluate.harness import as_json, write_samples
+from evaluate.documents import FOLDER as DOCUMENTS
+from evaluate.documents import add_documents, documents_of, read_documents
+from evaluate.failures import FILE_NAME as FAILURES
+from evaluate.harness import SAMPLES, as_json, write_samples
+from evaluate.lm_eval_files import FOLDER as LM_EVAL
+from evaluate.report import FILE_NAMES as REPORT_FILES
 from evaluate.result import (
     LM_EVAL_KEYS,
     FinishedTask,
@@ -19,6 +23,7 @@ from evaluate.result import (
     read_results,
     update_result,
 )
+from patching.files.outputs import check_writable
 
 if TYPE_CHECKING:
     from evaluate.series import Series, SeriesMember
@@ -68,7 +73,7 @@ class Store:
     ) -> None:
         """Store what lm-eval found on tasks that ran together."""
         if any(task.has_samples for task in finished.values()):
-            write_samples(self.folder / "samples" / member.name, found["samples"])
+            write_samples(self.folder / SAMPLES / member.name, found["samples"])
         values = as_json({key: found.get(key) for key in LM_EVAL_KEYS.values()})
         documents = documents_of(found["samples"])
 
@@ -79,6 +84,17 @@ class Store:
 
         self.update(series, member, add)
         self.changed.add(member.name)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if results cannot be stored in a folder: where a folder has the name of a
+    file, or a file that of a folder, or scores of documents are damaged.
+    """
+    check_writable(folder, FAILURES, *REPORT_FILES)
+    for name in (DOCUMENTS, SAMPLES, LM_EVAL):
+        check_writable(folder / name)
+    for path in folder.glob(f"{DOCUMENTS}/*.npz"):
+        read_documents(folder, path.stem)
 
 
 def missing_tasks(stored: Result | None, wanted: Sources, with_samples: bool = False) -> list[str]:

@@ -243,7 +243,8 @@ TEMPLATE = write(
 )
 CONFIG, INDEX = "teacher/config.json", "teacher/model.safetensors.index.json"
 LAYERS = "student/student_config.json"
-RESULT = "results/family_k0.json"
+RESULT, DOCUMENTS = "results/family_k0.json", "results/documents/family_k0.npz"
+MERGED = "--baselines laco --calibration text.jsonl"
 NO_STUDENT = "is not a valid student config"
 DAMAGED = ("is damaged", "download or save it again")
 
@@ -687,6 +688,14 @@ TABLE = [
     BadInput("stored result: not JSON", EVALUATE, "--save_directory results", write(RESULT, '{"series": "family"'), ("family_k0.json is not JSON", "remove it")),
     BadInput("stored result: of another teacher", EVALUATE, "--save_directory results", None, ("family_k0.json was made with", "choose another --save_directory")),
 
+    BadInput("stored result: of a newer version", EVALUATE, "--save_directory results", edit(RESULT, similarity={"to_teacher": 0.5, "text": "a", "sha256": "b", "tokens": 9}), ("family_k0.json was written by a newer version", "'tokens' of Similarity", "update")),
+    BadInput("stored scores of documents: damaged", EVALUATE, "--save_directory results", write(DOCUMENTS, BINARY), ("family_k0.npz is damaged", "remove it")),
+    BadInput("merged layers: a list", EVALUATE, f"{MERGED} --save_directory found", write("found/laco.json", "[]"), ("laco.json is damaged", "remove it")),
+    BadInput("merged layers: 2 GB", EVALUATE, f"{MERGED} --save_directory found", several(folders("found"), sparse("found/laco.json", 2**31)), ("laco.json is", "2,147,483,648 bytes", "remove it")),
+    BadInput("a folder in place of a sweep's report", EVALUATE, "", folders("out/summary.svg"), ("out/summary.svg is a folder", "choose another folder")),
+    BadInput("a folder in place of a list of failures", EVALUATE, "", folders("out/failures.json"), ("out/failures.json is a folder", "choose another folder")),
+    BadInput("a file in place of scores of documents", EVALUATE, "", write("out/documents", "x"), ("out/documents is not a folder",)),
+
     # evaluate.report, and stored results
     BadInput("a report on nothing", REPORT, "nowhere", None, ("nowhere", "there is no such folder")),
     BadInput("a report on no results", REPORT, "", remove("results/*.json"), ("results", "there are no results in it")),
@@ -705,11 +714,33 @@ TABLE = [
     BadInput("result: parameters that are none", REPORT, "", edit(RESULT, parameters=[1]), ("family_k0.json is damaged", "remove it")),
     BadInput("result: a task without its fields", REPORT, "", edit(RESULT, tasks={"choice": {}}), ("family_k0.json is damaged", "remove it")),
     BadInput("result: runs that are a list", REPORT, "", edit(RESULT, runs=[1, 2]), ("family_k0.json is damaged", "remove it")),
-    BadInput("documents: no archive", REPORT, "", write("results/documents/family_k0.npz", BINARY), ("family_k0.npz is damaged", "remove it")),
-    BadInput("documents: truncated", REPORT, "", write("results/documents/family_k0.npz", b"PK\x03\x04" + BINARY), ("family_k0.npz is damaged", "remove it")),
-    BadInput("documents: empty", REPORT, "", write("results/documents/family_k0.npz", b""), ("family_k0.npz is damaged", "remove it")),
-    BadInput("documents: scores of exabytes", REPORT, "", zipped("results/documents/family_k0.npz", "choice/acc,none.npy", NPY_OF_EXABYTES), ("family_k0.npz is damaged", "remove it")),
-    BadInput("documents: a pickle", REPORT, "", archive("results/documents/family_k0.npz", a=numpy.array([Runs()], dtype=object)), ("family_k0.npz is damaged", "remove it")),
+    BadInput("result: a negative standard error", REPORT, "", edit(RESULT, results={"choice": {"acc,none": 0.5, "acc_stderr,none": -1.0}}), ("family_k0.json is damaged", "acc_stderr,none of choice is -1.0", "remove it")),
+    BadInput("result: a negative depth", REPORT, "", edit(RESULT, depth=-4), ("family_k0.json is damaged", "depth is -4", "remove it")),
+    BadInput("result: more layers than there are", REPORT, "", edit(RESULT, num_layers_to_patch=10**17), ("family_k0.json is damaged", "num_layers_to_patch is 100000000000000000", "99,999", "remove it")),
+    BadInput("result: negative parameters", REPORT, "", edit(RESULT, parameters={"stored": -1, "both_counted": 4}), ("family_k0.json is damaged", "stored is -1", "remove it")),
+    BadInput("result: a member without its size", REPORT, "", edit(RESULT, num_layers_to_patch=None), ("family_k0.json is damaged", "num_layers_to_patch is null", "remove it")),
+    BadInput("result: of a newer version", REPORT, "", edit(RESULT, tasks={"choice": {"seconds": 1.0, "has_samples": False, "watts": 9}}), ("family_k0.json was written by a newer version", "'watts' of FinishedTask", "update")),
+    BadInput("result: details of a newer version", REPORT, "", edit(RESULT, parameters={"stored": 10, "both_counted": 20, "active": 5}), ("family_k0.json was written by a newer version", "'active' of Parameters", "update")),
+    BadInput("result: a device", REPORT, "", several(remove(RESULT), link(RESULT, "/dev/zero")), ("family_k0.json is not JSON", "not a regular file", "remove it")),
+    BadInput("result: a pipe", REPORT, "", several(remove(RESULT), lambda folder: os.mkfifo(folder / RESULT)), ("family_k0.json is not JSON", "not a regular file", "remove it")),
+    BadInput("result: 2 GB", REPORT, "", sparse(RESULT, 2**31), ("family_k0.json is not JSON", "2,147,483,648 bytes", "remove it")),
+    BadInput("result: a folder", REPORT, "", several(remove(RESULT), folders(RESULT)), ("family_k0.json is not JSON", "not a regular file", "remove it")),
+    BadInput("result: a link to itself", REPORT, "", several(remove(RESULT), link(RESULT, "family_k0.json")), ("family_k0.json cannot be read", "symbolic links", "remove it")),
+    BadInput("result: a link to nothing", REPORT, "", several(remove(RESULT), link(RESULT, "nowhere")), ("family_k0.json cannot be read", "No such file", "remove it")),
+    BadInput("a folder in place of a report's table", REPORT, "", folders("out/summary.md"), ("out/summary.md is a folder", "choose another folder")),
+    BadInput("a folder in place of a report's plot", REPORT, "-save_directory", folders("results/summary.png"), ("results/summary.png is a folder", "choose another folder")),
+    BadInput("failures that are a number", REPORT, "", write("results/failures.json", "5"), ("failures.json is damaged", "remove it")),
+    BadInput("failures without reasons", REPORT, "", write("results/failures.json", '{"choice": [1]}'), ("failures.json holds no failures", "remove it")),
+    BadInput("failures nested without end", REPORT, "", write("results/failures.json", DEEP), ("failures.json is", "nested too deeply", "remove it")),
+    BadInput("documents: of three dimensions", REPORT, "", archive(DOCUMENTS, **{"choice/acc,none": numpy.zeros((2, 3, 4))}), ("family_k0.npz is damaged", "choice/acc,none has shape (2, 3, 4)", "remove it")),
+    BadInput("documents: texts", REPORT, "", archive(DOCUMENTS, **{"choice/acc,none": numpy.array(["a", "b"])}), ("family_k0.npz is damaged", "type <U1", "remove it")),
+    BadInput("documents: a single number", REPORT, "", archive(DOCUMENTS, **{"choice/acc,none": numpy.array(0.5)}), ("family_k0.npz is damaged", "has shape ()", "remove it")),
+    BadInput("documents: complex numbers", REPORT, "", archive(DOCUMENTS, **{"choice/acc,none": numpy.array([1j])}), ("family_k0.npz is damaged", "type complex128", "remove it")),
+    BadInput("documents: no archive", REPORT, "", write(DOCUMENTS, BINARY), ("family_k0.npz is damaged", "remove it")),
+    BadInput("documents: truncated", REPORT, "", write(DOCUMENTS, b"PK\x03\x04" + BINARY), ("family_k0.npz is damaged", "remove it")),
+    BadInput("documents: empty", REPORT, "", write(DOCUMENTS, b""), ("family_k0.npz is damaged", "remove it")),
+    BadInput("documents: scores of exabytes", REPORT, "", zipped(DOCUMENTS, "choice/acc,none.npy", NPY_OF_EXABYTES), ("family_k0.npz is damaged", "remove it")),
+    BadInput("documents: a pickle", REPORT, "", archive(DOCUMENTS, a=numpy.array([Runs()], dtype=object)), ("family_k0.npz is damaged", "remove it")),
 ]
 
 OF_HUB = [

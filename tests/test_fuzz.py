@@ -27,8 +27,10 @@ from limits import bounded
 from patching_models import LAYER_MAP, family_pair, save_models
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from test_baselines import DEPTHS, MERGED, MeasuredAgain, plan_of
 from transformers import AutoModelForCausalLM
 
+from evaluate.baselines import collapsed_teachers
 from evaluate.documents import read_documents
 from evaluate.report import read_sweeps
 from evaluate.reporting.comparison import Comparison
@@ -38,6 +40,7 @@ from evaluate.result import FinishedTask, Parameters, Result, Run, read_result
 from patching.checkpoints.safetensors_files import StoredTensor, read_header
 from patching.cli import units
 from patching.files.model_files import files_of_index
+from patching.files.outputs import finite_or_none
 from patching.matched_scale import MatchedScales, SetScale
 from patching.orders.measured import Measured
 from patching.patch import main
@@ -294,25 +297,61 @@ def check_result(data: bytes) -> None:
     report = Comparison.of(results)
     assert markdown_report(report, {}, 1)
     assert csv_table(results)
-    json.dumps(json_summary(report, {}))
+    json.dumps(finite_or_none(json_summary(report, {})), allow_nan=False)
     again = json.loads(json.dumps(read_result(path).to_dict()))
     assert Result.from_dict(again).to_dict() == read_result(path).to_dict()
 
 
-def archive() -> bytes:
+def archive(scores: Any) -> bytes:
     content = BytesIO()
-    numpy.savez_compressed(content, **{"choice/acc,none": numpy.arange(5.0)})
+    numpy.savez_compressed(content, **{"choice/acc,none": scores})
     return content.getvalue()
 
 
+@st.composite
+def archives(draw: Callable) -> bytes:
+    """Scores of any type and shape, or with values that no score has."""
+    kind = draw(
+        st.sampled_from(["f8", "f8", "f8", ">f8", "f2", "i8", "?", "c16", "U3", "S2", "M8[s]"])
+    )
+    shape = draw(st.sampled_from([(), (0,), (1,), (5,), (5, 2), (0, 2), (2, 5), (5, 2, 1)]))
+    values = draw(st.lists(st.floats() | st.sampled_from([0.0, 1.0, -1e4]), min_size=1, max_size=9))
+    with numpy.errstate(all="ignore"):
+        scores = numpy.resize(numpy.array(values), shape)
+        scores = scores.astype("i8").astype(kind) if kind == "M8[s]" else scores.astype(kind)
+    return archive(scores)
+
+
 def check_documents(data: bytes) -> None:
+    """Any archive that is read can be compared with that of the next size."""
     path = written(data, "results/documents/family_k0.npz")
     try:
         found = read_documents(path.parents[1], "family_k0")
     except ValueError as error:
         assert str(error).startswith(f"{path} is damaged")
         return
-    assert all(isinstance(array, numpy.ndarray) for array in found.values())
+    members = [Result.from_dict(RESULT | {"num_layers_to_patch": k}) for k in (0, 1)]
+    scores = found.get("choice/acc,none", numpy.zeros(0))
+    with numpy.errstate(all="ignore"):
+        mean = float(scores.mean()) if scores.size else 0.5
+        for member, value in zip(members, (mean, mean - 0.25)):
+            member.documents = found
+            member.results["choice"]["acc,none"] = value
+        report = Comparison.of(members)
+    assert markdown_report(report, {}, 1)
+    json.dumps(finite_or_none(json_summary(report, {})), allow_nan=False)
+
+
+def check_merged(data: bytes) -> None:
+    path = written(data, "laco.json")
+    try:
+        found = collapsed_teachers(plan_of(path.parent))
+    except ValueError as error:
+        assert str(error).startswith(f"{path} is damaged")
+        return
+    except MeasuredAgain:
+        return
+    assert [of.depth for of in found.values()] == [*found] == [*DEPTHS]
 
 
 KL = {"settings": {"dtype": "float32"}, "block_influence": [0.1, 0.2], "kl": {"": 0.5, "0,2": None}}
@@ -410,7 +449,10 @@ TARGETS = {
     "recipes": Target(check_recipe, changed(RECIPE), 10_000),
     "size expressions": Target(check_size, SIZES, 12_000),
     "stored results": Target(check_result, changed(RESULT), 10_000),
-    "scores of documents": Target(check_documents, damaged(archive()), 4_000),
+    "scores of documents": Target(
+        check_documents, damaged(archive(numpy.arange(5.0))) | archives(), 6_000
+    ),
+    "merged layers": Target(check_merged, changed(MERGED), 4_000),
     "measured orders": Target(check_measured, changed(KL), 4_000),
     "fsdp_config": Target(check_fsdp, changed(FSDP), 4_000),
     "chat masks": Target(check_chat, changed(CHATS) | changed(COMPLETION), 6_000),

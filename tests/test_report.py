@@ -3,17 +3,27 @@
 import csv
 import json
 import math
+import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from limits import bounded
 
-from evaluate.report import main, short_names, write_report
+from evaluate.report import main, report_files, short_names
 from evaluate.reporting.comparison import Comparison
 from evaluate.reporting.exports import csv_table
 from evaluate.reporting.plot import plot
-from evaluate.reporting.scores import averages, kind_of, main_scores, scores_of
+from evaluate.reporting.scores import (
+    averages,
+    kind_of,
+    leaves_of,
+    main_scores,
+    scores_of,
+    subtasks_of,
+)
 from evaluate.reporting.tables import markdown_report
-from evaluate.result import FinishedTask, Result, Run
+from evaluate.result import FinishedTask, Result, Run, check_result
 
 
 def values_of(k, series="family", **tasks):
@@ -63,6 +73,26 @@ def test_a_group_replaces_its_tasks():
     assert list(main_scores(stored)) == ["mmlu", "arc"]
     del stored.results["mmlu"], stored.results["stem"]  # a group without a score of its own
     assert list(main_scores(stored)) == ["algebra", "arc"]
+
+
+def test_groups_of_many_ways_and_of_great_depth_are_walked_once():
+    """Each of 40 groups contains the next twice, and the 3,000 after them are a chain."""
+    stored = result(0, choice=choice(0.4), g0=choice(0.3), end=choice(0.2))
+    names = [f"g{i}" for i in range(3040)]
+    stored.group_subtasks = {a: [b, b] for a, b in pairwise(names[:41])}
+    stored.group_subtasks |= {a: [b] for a, b in pairwise(names[40:])}
+    stored.group_subtasks |= {"choice": ["g0"], names[-1]: ["end"]}
+    with bounded(60):
+        check_result(stored)
+        assert list(main_scores(stored)) == ["choice"]
+        assert leaves_of(stored, "choice") == ["end"]
+        assert "| choice | acc ↑ |" in text_of([stored])
+
+
+def test_tasks_inside_a_group_are_in_their_order():
+    stored = result(0)
+    stored.group_subtasks = {"a": ["b", "c"], "b": ["d", "e"], "c": ["e", "f"], "e": []}
+    assert list(subtasks_of(stored, "a")) == ["b", "d", "e", "c", "f"]
 
 
 def test_kinds_follow_output_type_and_metric():
@@ -330,11 +360,66 @@ def test_bad_input_ends_in_one_line(two_sweeps, tmp_path, capsys, words, message
     assert message in line
 
 
-def test_failures_are_in_the_report(tmp_path):
-    report = write_report([result(0, arc=ARC)], tmp_path, {"gsm8k": "ConnectionError: offline"})
+def text_of(results, failures=None) -> str:
+    return report_files(results, failures)["summary.md"].decode()
+
+
+def test_failures_are_in_the_report():
+    report = text_of([result(0, arc=ARC)], {"gsm8k": "ConnectionError: offline"})
     assert "- gsm8k: ConnectionError: offline" in report
 
 
-def test_a_report_without_scores_says_so(tmp_path):
-    report = write_report([result(0)], tmp_path, {"gsm8k": "ConnectionError: offline"})
+def test_a_report_without_scores_says_so():
+    report = text_of([result(0)], {"gsm8k": "ConnectionError: offline"})
     assert "No task has a score." in report and "not known" not in report
+
+
+NOT_JSON = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e308])
+def test_scores_that_are_no_number_are_in_the_report(value):
+    """lm-eval finds such ones: a perplexity may overflow."""
+    stderr = 1.0 if math.isfinite(value) else value
+    bad = {"word_perplexity,none": value, "word_perplexity_stderr,none": stderr}
+    good = {"word_perplexity,none": 20.0, "word_perplexity_stderr,none": 0.5}
+    members = [result(k, text=bad if k else good) for k in range(2)]
+    for member in members:
+        check_result(member)
+        member.higher_is_better["text"] = {"word_perplexity": False}
+    files = report_files(members)
+    _, model = json.loads(files["summary.json"], **NOT_JSON)["models"]
+    assert model["scores"]["text"]["value"] == (value if value < math.inf else None)
+    report = files["summary.md"].decode()
+    assert ("| k = 1 ▼ | text |" in report) == (value > 20)
+    assert max(map(len, report.splitlines())) < 400
+    assert files["summary.png"].startswith(b"\x89PNG")
+
+
+def test_names_that_are_not_unicode_are_written_as_escapes(tmp_path):
+    """Names of files may be any bytes, and a damaged result may hold any text."""
+    folders = [tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "tea"]
+    for folder in folders:
+        folder.mkdir()
+        values = values_of(None, "compare_\ud800", **{"a\udfff": choice(0.5), "arc": ARC})
+        (folder / "compare_x.json").write_text(json.dumps(values))
+        (folder / "failures.json").write_text(json.dumps({"b\ud800": "no file caf\udce9"}))
+    out = tmp_path / "out"
+    main([*map(str, folders), "--save_directory", str(out)])
+    report = (out / "summary.md").read_text()
+    assert "| caf\\udce9: \\ud800 |" in report and "| a\\udfff |" in report
+    assert "- tea: b\\ud800: no file caf\\udce9" in report
+    assert "caf\\udce9: \\ud800" in (out / "summary.csv").read_text()
+    assert (out / "summary.svg").is_file()
+
+
+def test_nothing_is_written_where_a_further_page_of_plots_cannot_be(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evaluate.reporting.plot.MAX_PANELS", 1)
+    values = values_of(0, arc=ARC, wikitext=WIKITEXT)
+    (tmp_path / "family_k0.json").write_text(json.dumps(values))
+    (tmp_path / "summary_2.png").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2
+    assert "summary_2.png is a folder" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"family_k0.json", "summary_2.png"}

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import bounded
 from local_tasks import CHOICE, GENERATION, QUESTIONS, ROLLING, TEXTS, flags, write_task
 
 from evaluate.evaluate import main
@@ -24,7 +25,7 @@ from evaluate.result import (
     read_results,
     update_result,
 )
-from evaluate.shards import Shard
+from evaluate.shards import Shard, shards_of
 
 
 @given(st.integers(0, 40), st.integers(1, 12))
@@ -68,6 +69,19 @@ def stored_shard(folder: Path, number: int, failures: dict[str, str], **scores: 
         result.add_scores({"choice": FinishedTask(1.0, False)}, run, found)
         update_result(folder, name, lambda _, result=result: result)
     return folder
+
+
+def test_missing_shards_are_counted_and_not_listed():
+    found = {
+        Path(str(i)): {"family_k0": Result("family", 0, 4, Parameters(1, 1), runs={"a": run})}
+        for i, run in ((i, Run({}, {"shard": f"{i}/{10**15}"}, {})) for i in (2, 3))
+    }
+    with bounded(60):
+        (sweep,) = shards_of(found)
+    n = 10**15
+    assert sweep.folders == [Path("2"), Path("3")]
+    assert sweep.missing.startswith(f"1/{n}, 4/{n}, 5/{n}, ")
+    assert sweep.missing.endswith(f"11/{n} and {n - 11:,} others")
 
 
 def test_failures_of_shards_are_in_the_merged_report(tmp_path, capsys):

@@ -53,5 +53,5 @@ def _dips_of(members: list[Result]) -> list[Dip]:
     return [
         Dip(*comparison, corrected.get(i))
         for i, comparison in enumerate(compared)
-        if (comparison[-1].value < 0) == comparison[3].higher_is_better and comparison[-1].value
+        if comparison[-1].value * (1 if comparison[3].higher_is_better else -1) < 0
     ]

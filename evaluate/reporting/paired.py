@@ -44,11 +44,15 @@ def difference(first: Result, second: Result, before: Score, score: Score) -> Di
     """
     value = score.value - before.value
     sign = 1 if score.higher_is_better else -1
+    if not math.isfinite(value):
+        return Difference(value, None, None, False)
     parts = _paired_parts(first, second, before, score)
     if parts is None:
         if before.stderr is None or score.stderr is None:
             return Difference(value, None, None, False)
         stderr = math.hypot(before.stderr, score.stderr)
+        if not math.isfinite(stderr):
+            return Difference(value, None, None, False)
         return Difference(value, stderr, _normal_p(sign * value, stderr), False)
     of_documents = numpy.concatenate([differences for _, differences in parts])
     if len(of_documents) < 2:
@@ -59,6 +63,8 @@ def difference(first: Result, second: Result, before: Score, score: Score) -> Di
         if len(differences) > 1
     )
     stderr = math.sqrt(variance)
+    if not math.isfinite(stderr):
+        return Difference(value, None, None, True)
     size = len(of_documents)
     weigh_alike = all(math.isclose(weight, len(of_task) / size) for weight, of_task in parts)
     if weigh_alike and set(numpy.unique(of_documents)) <= {-1.0, 0.0, 1.0}:
@@ -120,7 +126,7 @@ def _values_of(result: Result, task: str, key: str) -> Values | None:
         mean = kept.mean()
         if math.isclose(mean, score, **SAME):
             return kept
-        if math.isclose(math.exp(-mean), score, **SAME):  # a perplexity
+        if mean > -700 and math.isclose(math.exp(-mean), score, **SAME):  # a perplexity
             return score - score * (kept - mean)
         return None
     total, weight = kept.sum(0)

@@ -2,6 +2,7 @@
 legend each, and can be read without colors.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -121,6 +122,7 @@ def _draw(axes, members: Sequence[tuple[Result, Score]], style: dict, unit: floa
     """Draw a series with its standard errors. Return its handle for the legend."""
     members = sorted(members, key=lambda member: member[0].parameters.both_counted)
     errors = [score.stderr or 0.0 for _, score in members]
+    errors = [error if math.isfinite(error) else 0.0 for error in errors]
     return axes.errorbar(
         [result.parameters.both_counted / unit for result, _ in members],
         [score.value for _, score in members],

@@ -91,11 +91,14 @@ def main_scores(result: Result) -> dict[str, Score]:
 
 
 def subtasks_of(result: Result, group: str) -> Iterator[str]:
-    """All tasks and groups inside a group. A task has none."""
-    for name in result.group_subtasks.get(group, []):
-        if name != group:
+    """All tasks and groups inside a group, each once. A task has none."""
+    inside = result.group_subtasks
+    seen, waiting = {group}, inside.get(group, [])[::-1]
+    while waiting:
+        if (name := waiting.pop()) not in seen:
+            seen.add(name)
             yield name
-            yield from subtasks_of(result, name)
+            waiting += inside.get(name, [])[::-1]
 
 
 def leaves_of(result: Result, task: str) -> list[str]:

@@ -59,10 +59,15 @@ def _arrow(score: Score) -> str:
 def _score_text(score: Score | None) -> str:
     if score is None:
         return "-"
-    digits = ".4f" if abs(score.value) < 1e4 else ".3e"
+    digits = _digits(score.value)
     return f"{score.value:{digits}}" + (
         "" if score.stderr is None else f" ± {score.stderr:{digits}}"
     )
+
+
+def _digits(value: float) -> str:
+    """The format of a score, a difference or an error. Perplexities may have hundreds of digits."""
+    return ".4f" if abs(value) < 1e4 else ".3e"
 
 
 def _score_tables(report: Comparison) -> list[str]:
@@ -205,7 +210,7 @@ def _dip_list(found: Sequence[Dip]) -> str:
 
 def _dip_cells(dip: Dip) -> list[str]:
     stderr, task = dip.difference.stderr, dip.score.task
-    error = "" if stderr is None else f" ± {stderr:.4f}"
+    error = "" if stderr is None else f" ± {stderr:{_digits(stderr)}}"
     note = "" if dip.difference.is_paired else " (not paired)"
     p_values = (dip.difference.p, dip.corrected_p)
     return [
@@ -213,9 +218,9 @@ def _dip_cells(dip: Dip) -> list[str]:
         task,
         documents_text(dip.result, task),
         few_shot_text(dip.result, task),
-        f"{dip.score.value:.4f}",
-        f"{dip.before.value:.4f}",
-        f"{dip.difference.value:+.4f}{error}{note}",
+        f"{dip.score.value:{_digits(dip.score.value)}}",
+        f"{dip.before.value:{_digits(dip.before.value)}}",
+        f"{dip.difference.value:+{_digits(dip.difference.value)}}{error}{note}",
         *(NOT_KNOWN if p is None else f"{p:.2g}" for p in p_values),
     ]
 

@@ -41,7 +41,36 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=2, default=str) + "\n")
+    write_text(path, json_text(values))
+
+
+def json_text(values: Any) -> str:
+    """Return the text of a JSON file."""
+    return json.dumps(values, indent=2, default=str) + "\n"
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder by their names. Raises ValueError, before it writes the first of
+    them, if a folder has one of these names.
+    """
+    check_writable(folder, *contents)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+
+
+def printable(values: Any) -> Any:
+    """Return JSON values whose texts can be written as UTF-8: lone surrogates become escapes.
+
+    They come from file names in another encoding, and from damaged files.
+    """
+    if isinstance(values, Mapping):
+        return {printable(key): printable(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [printable(value) for value in values]
+    if isinstance(values, str):
+        return values.encode("utf-8", "backslashreplace").decode("utf-8")
+    return values
 
 
 def finite_or_none(values: Any) -> Any:
@@ -81,9 +110,9 @@ def check_new_folder(path: Path) -> None:
     check_writable(path)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *names: str) -> None:
     """Raise ValueError unless files can be written to the folder `path`, which may not exist yet,
-    and cards and messages can name it.
+    no folder has the name of one of them, and cards and messages can name the path.
     """
     nearest = _nearest(path)
     try:
@@ -99,6 +128,12 @@ def check_writable(path: Path) -> None:
         raise ValueError(
             f"{path} cannot be written to: {error.strerror}, choose another folder"
         ) from error
+    for file in (path / name for name in names):
+        if file.is_dir() and not file.is_symlink():
+            raise ValueError(
+                f"{file} is a folder, and a file of this name is written: rename it, or choose "
+                "another folder"
+            )
 
 
 def _nearest(path: Path) -> Path:
