@@ -1,6 +1,7 @@
 """Every command line: quick help and errors, one line for what a user can fix."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,49 @@ def test_ctrl_c_where_python_ignores_exceptions_ends_the_command_too():
     )
     assert done.returncode == -signal.SIGINT
     assert (done.stdout, done.stderr) == ("", "stopped by Ctrl-C: the same command goes on\n")
+
+
+PRINTS = """
+import os
+from patching.cli.command_line import run_command
+
+def main():
+    print("café", flush=FLUSH)
+    if OTHER:
+        reads, writes = os.pipe()
+        os.close(reads)
+        os.write(writes, b"x")
+
+run_command(main)
+"""
+
+
+def run_printing(flush: bool = False, other: bool = False, **how) -> subprocess.CompletedProcess:
+    program = PRINTS.replace("FLUSH", str(flush)).replace("OTHER", str(other))
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True, **how
+    )
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_pipe_that_nobody_reads_ends_a_command_without_a_word(flush):
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = run_printing(flush, stdout=writes)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    done = run_printing(other=True, stdout=subprocess.PIPE)
+    assert done.returncode == 1 and done.stdout.startswith("café")
+    assert done.stderr.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
+
+
+def test_what_a_terminal_cannot_show_is_spelled_out():
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run_printing(stdout=subprocess.PIPE, env=ascii_only)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9\n", "")
 
 
 @pytest.mark.parametrize(

@@ -279,16 +279,18 @@ def test_settings_without_an_older_form_are_left_alone():
     assert older_rotary_fields("bert", None) == {}
 
 
-def test_a_list_that_follows_from_other_fields_is_not_added(tmp_path):
+@pytest.mark.parametrize("empty", [{}, {"layer_types": None}])
+def test_a_list_that_follows_from_other_fields_is_not_added(empty):
     """A published Gemma 2 has no layer_types; a member whose layers alternate needs none."""
     kinds = ["sliding_attention", "full_attention"]
     config = family_config("gemma2", layer_types=kinds * 3)
     stored = json.loads(config.to_json_string())
     del stored["layer_types"]
+    stored |= empty
     shorter = family_config("gemma2", num_hidden_layers=4, layer_types=kinds * 2)
     model_class = type(AutoModelForCausalLM.from_config(shorter))
     made = saved_config(stored, shorter, model_class, torch.float32)
-    assert "layer_types" not in made
+    assert {**made, **empty} == made and made.get("layer_types") is None
     other = family_config("gemma2", num_hidden_layers=4, layer_types=[*kinds, kinds[0], kinds[0]])
     made = saved_config(stored, other, model_class, torch.float32)
     assert made["layer_types"] == other.layer_types

@@ -354,13 +354,14 @@ def check_merged(data: bytes) -> None:
     assert [of.depth for of in found.values()] == [*found] == [*DEPTHS]
 
 
-KL = {"settings": {"dtype": "float32"}, "block_influence": [0.1, 0.2], "kl": {"": 0.5, "0,2": None}}
+MEASURED_WITH = {"num_teacher_layers": 2, "kept_layers": [0, 1]}
+KL = {"settings": MEASURED_WITH, "block_influence": [0.1, 0.2], "kl": {"": 0.5, "0,2": None}}
 
 
 def check_measured(data: bytes) -> None:
     path = written(data, "order_kl.json")
     try:
-        measure = Measured.open({"dtype": "float32"}, path)
+        measure = Measured.open(MEASURED_WITH, path)
     except ValueError as error:
         assert str(path) in str(error)
         return

@@ -23,6 +23,7 @@ from patching.family import Family
 from patching.orders import __main__ as orders
 from patching.orders import findings, measurements
 from patching.orders.findings import most_restored_first
+from patching.orders.measured import Measured
 from patching.orders.measurements import Measurements
 from patching.parents import Parents
 from patching.patch import build_intermediate_model
@@ -509,3 +510,29 @@ def test_as_a_user_runs_it(flags, tmp_path):
     done = run_module("patching.orders", *flags, "--save_directory", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "klpatch" in done.stdout and (tmp_path / "order.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_influence": [0.1]}, "1 numbers in block_influence for 3 layers"),
+        ({"length_ratios": []}, "0 numbers in length_ratios for 2 layers"),
+        ({"rows": {"0 x 1.1": [1.0, 2.0], "0 x 1.2": [1.0]}}, "rows have different numbers"),
+        ({"rows": {"0 x 1.1": []}}, "rows have different numbers"),
+    ],
+)
+def test_measured_numbers_of_other_counts_are_refused(changes, message, tmp_path):
+    settings = {"num_teacher_layers": 3, "kept_layers": [0, 2]}
+    good = {
+        "settings": settings,
+        "block_influence": [0.1, 0.2, 0.3],
+        "length_ratios": [1.0, 1.1],
+        "kl": {"": 0.5, "0": 0.1},
+        "rows": {"0 x 1.1": [1.0, 2.0]},
+    }
+    path = tmp_path / "order_kl.json"
+    path.write_text(json.dumps(good))
+    assert Measured.open(settings, path).influences == [0.1, 0.2, 0.3]
+    path.write_text(json.dumps(good | changes))
+    with pytest.raises(ValueError, match=f"order_kl.json is damaged .{message}.*remove it"):
+        Measured.open(settings, path)

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_model
 from datasets import Dataset
 from masked_models import encoder_config, word_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train.run
@@ -101,6 +102,34 @@ def test_predictions_come_back_at_their_positions(tmp_path, monkeypatch):
     TeacherCache(tmp_path).check_holds(Dataset.from_list(rows))
     with pytest.raises(ValueError, match="1 of 2 rows are not in it"):
         TeacherCache(tmp_path).check_holds(Dataset.from_list([rows[0], {"input_ids": [1, 2]}]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda rows: rows | {"ids": rows["ids"][:, :2]},
+        lambda rows: rows | {"ids": rows["ids"][:, 0]},
+        lambda rows: rows | {"log_q": rows["log_q"][:3]},
+        lambda rows: rows | {"log_rest": rows["log_rest"][:, None]},
+        lambda rows: rows | {"stops": rows["stops"].float()},
+        lambda rows: rows | {"stops": rows["stops"][:, None]},
+        lambda rows: {name: tensor[:0] for name, tensor in rows.items()},
+    ],
+)
+def test_rows_of_another_form_are_refused(damage, tmp_path):
+    writer = CacheWriter(tmp_path, {"top_k": 5, "vocab_size": V})
+    writer.begin()
+    _, _, _, teacher_ND, teacher_head = heads_and_states()
+    top = top_tokens(teacher_ND, teacher_head, UNCHANGED, 5, 1.0)
+    writer.add(key_of_row({"input_ids": [1, 2, 3]}), top.at(slice(0, 3)))
+    writer.add(key_of_row({"input_ids": [4]}), top.at(slice(3, 4)))
+    writer.finish(None)
+    assert len(TeacherCache(tmp_path).rows) == 2
+    (path,) = tmp_path.glob("*.safetensors")
+    damaged = damage(load_file(path))
+    save_file({name: tensor.contiguous() for name, tensor in damaged.items()}, path)
+    with pytest.raises(ValueError, match=r"rows-00000.safetensors is damaged .*: remove it"):
+        TeacherCache(tmp_path)
 
 
 def text_flags(teacher, text):

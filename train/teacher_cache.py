@@ -115,16 +115,24 @@ def keys_of_batch(batch: Batch) -> list[tuple[bytes, int]]:
     return keys
 
 
-def rows_in(path: Path) -> dict[bytes, CachedRow]:
-    """Return the rows in a file by their keys. Raises ValueError if it is damaged."""
+def rows_in(path: Path, top_k: Any) -> dict[bytes, CachedRow]:
+    """Return the rows in a file by their keys. Raises ValueError if it is damaged, or does not have
+    the `top_k` tokens per prediction that the cache should have.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            keys, stops = file.get_tensor("keys"), file.get_tensor("stops").tolist()
-            lengths = {file.get_slice(name).get_shape()[0] for name in ("ids", "log_q", "log_rest")}
+            keys, stops_N = file.get_tensor("keys"), file.get_tensor("stops")
+            shapes = [file.get_slice(name).get_shape() for name in ("ids", "log_q", "log_rest")]
+        stops = stops_N.tolist()
         if keys.dtype != torch.uint8 or keys.shape != (len(stops), KEY_BYTES):
             raise ValueError(f"its keys are {keys.dtype} of shape {tuple(keys.shape)}")
-        if sorted(stops) != stops or {stops[-1]} != lengths or stops[0] < 0:
-            raise ValueError("its rows end in other places than its tokens")
+        if stops_N.dtype != torch.int64 or sorted(stops) != stops or stops[0] < 0:
+            raise ValueError("the ends of its rows are no increasing numbers")
+        if shapes != [[stops[-1], top_k], [stops[-1], top_k], [stops[-1]]]:
+            raise ValueError(
+                f"it holds {', '.join(map(str, shapes))} numbers for {stops[-1]} tokens, and "
+                f"{CACHE_FILE_NAME} says that top_k is {top_k}"
+            )
     except (SafetensorError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): remove it and run train.cache_teacher again"
@@ -150,7 +158,7 @@ class TeacherCache:
         self.rows: dict[bytes, CachedRow] = {}
         self._opened: dict[Path, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            self.rows |= rows_in(path)
+            self.rows |= rows_in(path, self.made_by.get("top_k"))
 
     def check(self, expected: dict[str, Any]) -> None:
         """Raise ValueError, naming every difference, if the cache was made by something else."""

@@ -23,6 +23,9 @@ LARGEST = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers
 }
 """Fields of config.json that must be at least 1, and at most this."""
 
+TYPES = {"architectures": list[str] | None, "_name_or_path": str | None}
+"""Types of fields that transformers does not check."""
+
 _declared: dict[tuple[type[PreTrainedConfig], str], Architecture] = {}
 """Architectures outside the table, by what decides them in a config."""
 
@@ -205,11 +208,12 @@ def read_config(
                 f"{flag}={name_or_path}: {name} in its config.json is "
                 f"{values[name]}, write a dtype such as bfloat16 or leave the field out"
             )
-    if not has_type(values.get("architectures"), list[str] | None):
-        raise ValueError(
-            f"{flag}={name_or_path}: architectures in its config.json is "
-            f"{values['architectures']}, write a list of class names or leave the field out"
-        )
+    for name, kind in TYPES.items():
+        if not has_type(values.get(name), kind):
+            raise ValueError(
+                f"{flag}={name_or_path}: {name} in its config.json is {values[name]}, download or "
+                "save it again, or leave the field out"
+            )
     if fault := fault_of_sizes(values):
         raise ValueError(f"{flag}={name_or_path}: {fault}")
     try:
@@ -219,6 +223,11 @@ def read_config(
     except Exception as error:  # what transformers raises for a wrong field is no ValueError
         raise unreadable(error) from error
     config = as_bert_config(config)
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise ValueError(
+            f"{flag}={name_or_path}: a {config.model_type} model has no settings of a text model "
+            "of its own, and its config.json names some; download or save it again"
+        )
     architecture_of(config, trust_remote_code)
     return config
 

@@ -74,7 +74,7 @@ def _edited(stored: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     if "rope_parameters" in differing:
         values = {name: value for name, value in values.items() if name not in ROTARY_FIELDS}
     # A list that the file leaves to other fields is written only if it does not follow from them.
-    left_to_others = {name for name in PER_LAYER_LISTS if name not in values}
+    left_to_others = {name for name in PER_LAYER_LISTS if values.get(name) is None}
     for name in sorted(differing - left_to_others):
         key = name_in_file(values, config, name)
         if name in PER_LAYER_LISTS:

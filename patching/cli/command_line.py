@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import Field
 from inspect import get_annotations
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import HTTPError
@@ -142,12 +143,22 @@ def _keep_interrupts(ignored: Any) -> None:
 
 def run_command(main: Callable[[], None], next_time: str = "nothing half-written is left") -> None:
     """Run a command line. Ctrl-C ends it with one line, which says what the same command does
-    `next_time`. Pressed again, Ctrl-C ends the process at once.
+    `next_time`. Pressed again, Ctrl-C ends the process at once. A pipe that nobody reads any more,
+    as after `| head`, ends it without a word.
     """
     sys.unraisablehook = _keep_interrupts
+    if isinstance(sys.stdout, TextIOWrapper):  # what a terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the work is done
+    except BrokenPipeError:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        print(flush=True)  # ends the process as it ends any program, if the pipe is this one
+        raise
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if os.environ.get("RANK", "0") == "0":

@@ -247,8 +247,16 @@ def check_space(path: Path, num_bytes: int) -> None:
 
 
 def num_ranks() -> int:
-    """Number of processes that torchrun started, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that torchrun started, 1 without torchrun. Raises ValueError if the
+    variable that says so holds no number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(
+            f"WORLD_SIZE={text}: torchrun sets this to a number of processes, unset it"
+        ) from error
 
 
 def environment() -> dict[str, Any]:

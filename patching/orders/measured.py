@@ -16,7 +16,7 @@ from patching.orders.search import PatchedLayers
 @dataclass
 class Measured:
     settings: Mapping[str, Any]
-    """What the numbers depend on."""
+    """What the numbers depend on: `num_teacher_layers` and `kept_layers`, text and weights."""
     path: Path | None
     """None if they are not kept."""
     kl: dict[PatchedLayers, float] = field(default_factory=dict)
@@ -45,6 +45,8 @@ class Measured:
             influences, ratios = stored["block_influence"], stored.get("length_ratios")
             for name, values in (("block_influence", influences), ("length_ratios", ratios)):
                 check_types(values, list[float] | None, name)
+            if len({len(sums) for sums in rows.values()}) > 1 or [] in rows.values():
+                raise ValueError("rows have different numbers of texts")
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it") from error
         for name, value in settings.items():
@@ -52,6 +54,15 @@ class Measured:
                 raise ValueError(
                     f"{path} was measured with {name}={before.get(name)}, not {value}: choose "
                     "another folder, or the same settings"
+                )
+        for name, values, num_layers in (
+            ("block_influence", influences, settings["num_teacher_layers"]),
+            ("length_ratios", ratios, len(settings["kept_layers"])),
+        ):
+            if values is not None and len(values) != num_layers:
+                raise ValueError(
+                    f"{path} is damaged ({len(values)} numbers in {name} for {num_layers} layers): "
+                    "remove it"
                 )
         return cls(settings, path, kl, rows, influences, ratios)
 
