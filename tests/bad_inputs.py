@@ -509,6 +509,7 @@ TABLE = [
     BadInput("models to measure without an order", TRAIN, "--measure_order False --order_budget 3", None, ("order_budget has no effect with --measure_order False",)),
     BadInput("documents for no order", TRAIN, "--measure_order False --order_documents 3", None, ("order_documents has no effect with --measure_order False",)),
     BadInput("two columns", TRAIN, "--text_column a --tokens_column b", None, ("text_column has no effect with --tokens_column",)),
+    BadInput("a column of plain text", TRAIN, "--dataset a.txt --text_column a", write("a.txt", "a\n"), ("text_column has no effect on .txt files",)),
     BadInput("a configuration and a split of a file", TRAIN, "--dataset_config a --dataset_split b", None, ("dataset_config has no effect on local text", "dataset_split has no effect on local text")),
     BadInput("held out twice", TRAIN, "--eval_dataset text.jsonl --heldout_documents 3", None, ("heldout_documents has no effect with a local --eval_dataset",)),
     BadInput("FP8 without a teacher", TRAIN, "--teacher_fp8 --teacher_cache nowhere", None, ("teacher_fp8 has no effect with --teacher_cache",)),

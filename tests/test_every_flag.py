@@ -472,6 +472,7 @@ IN_CONTEXT_CASES: list[tuple[str, Any, dict, dict | None]] = [
     ("ddp_bucket_cap_mb", 3, FSDP, {}),
     ("ddp_broadcast_buffers", True, FSDP, {}),
     ("ddp_static_graph", True, FSDP, {}),
+    ("ddp_find_unused_parameters", True, FSDP, {}),
     ("liger_kernel_config", {}, {}, None),
     ("hub_model_id", "a", {}, {"push_to_hub": True}),
     ("public", True, {}, {"push_to_hub": True}),
@@ -494,6 +495,13 @@ IN_CONTEXT_CASES: list[tuple[str, Any, dict, dict | None]] = [
     ("eval_steps", 3, {"eval_strategy": "epoch"}, {}),
     ("eval_delay", 3, {"eval_strategy": "no"}, {}),
     ("metric_for_best_model", "kl", {"eval_strategy": "no"}, {}),
+    (
+        "metric_for_best_model",
+        "kl",
+        {"save_strategy": "no"},
+        {"save_strategy": "no", "lr_scheduler_type": "reduce_lr_on_plateau"},
+    ),
+    ("load_best_model_at_end", True, {"eval_strategy": "no", "save_strategy": "no"}, {}),
     ("save_strategy", "best", {"eval_strategy": "no"}, {"metric_for_best_model": "kl"}),
     ("save_steps", 3, {"save_strategy": "epoch"}, {}),
     ("save_total_limit", 3, {"save_strategy": "no"}, {}),
@@ -537,10 +545,12 @@ def test_arguments_that_do_not_fit_are_one_line(flags, message, tmp_path):
 def test_flags_that_a_launch_has_no_use_for_warn_by_name(tmp_path):
     """One command serves any number of processes, so these are no errors."""
     given = {"ddp_bucket_cap_mb": 3, "log_on_each_node": False, "torch_empty_cache_steps": 1}
-    args = arguments(tmp_path, **given)
+    in_each = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    args = arguments(tmp_path, **given, accelerator_config=in_each)
     of_process = [
         "--ddp_bucket_cap_mb has no effect on a single process",
         "--log_on_each_node has no effect on a single process",
+        "--accelerator_config has no effect on a single process",
     ]
     of_machine = ["--torch_empty_cache_steps has no effect on CPUs"]
     assert ignored_flags(args, is_single=True) == of_process + of_machine

@@ -113,11 +113,15 @@ class DataArguments:
         if self.eval_dataset is not None:
             names.append(self.eval_dataset)
         are_local = all(Path(name).exists() for name in names)
+        is_plain = all({".txt"} <= {*Path(name).suffixes} for name in names)
         is_read_whole = self.eval_dataset is not None and not self.streaming
         is_read_whole = is_read_whole and Path(self.eval_dataset).exists()
         silenced = {
             "order_documents": (not self.measure_order, "with --measure_order False"),
-            "text_column": (self.tokens_column is not None, "with --tokens_column"),
+            "text_column": (
+                self.tokens_column is not None or is_plain,
+                "with --tokens_column" if self.tokens_column is not None else "on .txt files",
+            ),
             "dataset_config": (are_local, "on local text"),
             "dataset_split": (are_local, "on local text"),
             "heldout_documents": (

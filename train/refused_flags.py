@@ -119,7 +119,7 @@ IN_CONTEXT = (
         "only applies with --activation_checkpointing",
     ),
     Silent(
-        (*CHECKPOINTING_KWARGS, *DDP_ONLY),
+        (*CHECKPOINTING_KWARGS, *DDP_ONLY, "ddp_find_unused_parameters"),
         lambda args: bool(args.fsdp or args.fsdp_config),
         "has no effect with --fsdp_config, leave it out",
     ),
@@ -178,9 +178,17 @@ IN_CONTEXT = (
         "has no effect with --eval_strategy {eval_strategy}, leave it out",
     ),
     Silent(
-        ("eval_delay", "metric_for_best_model"),
+        ("eval_delay", "metric_for_best_model", "load_best_model_at_end"),
         lambda args: _value(args.eval_strategy) == "no",
         "has no effect with --eval_strategy no, leave it out",
+    ),
+    Silent(
+        ("metric_for_best_model",),
+        lambda args: (
+            _value(args.save_strategy) == "no"
+            and _value(args.lr_scheduler_type) not in ("reduce_lr_on_plateau", "greedy")
+        ),
+        "has no effect with --save_strategy no, leave it out",
     ),
     Silent(
         ("save_strategy",),
@@ -267,6 +275,8 @@ def ignored_flags(args: DistillationArguments, is_single: bool) -> list[str]:
         for name in ON_SEVERAL_PROCESSES
         if name in given and is_single
     ]
+    if is_single and args.accelerator_config.gradient_accumulation_kwargs:
+        lines.append("--accelerator_config has no effect on a single process")
     if "torch_empty_cache_steps" in given and args.device.type == "cpu":
         lines.append("--torch_empty_cache_steps has no effect on CPUs")
     return lines
