@@ -1,7 +1,7 @@
 """The picture of the study: one panel for each group of claims, bits per byte against layers."""
 
 from collections.abc import Mapping
-from itertools import cycle
+from itertools import product
 from statistics import mean, stdev
 
 from matplotlib.axes import Axes
@@ -59,9 +59,13 @@ def draw(lines: Lines) -> Figure:
 def draw_panel(
     axes: Axes, title: str, y_label: str, lines: Lines, labels: Mapping[str, str]
 ) -> None:
-    """Draw those of the labeled lines that are there, by number of layers."""
-    for (name, label), (color, line, marker) in zip(labels.items(), cycle(LOOKS)):
-        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 4}
+    """Draw those of the labeled lines that are there, by number of layers. When there are no more
+    looks, the next lines have open markers.
+    """
+    looks = product(("full", "none"), LOOKS)
+    for (name, label), (fill, (color, line, marker)) in zip(labels.items(), looks):
+        style = {"color": color, "linestyle": line, "marker": marker, "markersize": 5}
+        style |= {"fillstyle": fill, "linewidth": 1.5 if fill == "full" else 0.8}
         if name in lines:
             draw_line(axes, lines[name], label, style)
     axes.set_title(title, fontsize=10)
