@@ -46,7 +46,7 @@ def commands(tmp_path, monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
 
-    monkeypatch.setattr(students, "run", run)
+    monkeypatch.setattr(students, "run_here", run)
     return ran
 
 
@@ -80,7 +80,7 @@ def test_everything_is_made_once_and_in_order(commands, tmp_path):
 
 
 def store(folder, seed, sweep, depth, matches, bits):
-    result = Result("family", None, depth, Parameters(1, 1))
+    result = Result("family", depth - 7, depth, Parameters(1, 1))
     result.results = {task: {"exact_match,strip": matches} for task in (*TASK_NAMES, NEW_SUMS)}
     result.results[TEXT_TASK] = {"bits_per_byte,none": bits}
     result.generation_failures = {
@@ -125,6 +125,21 @@ def test_the_page_has_the_recorded_figures():
     assert recorded["distillation"] == SETTINGS and recorded["teachers"].keys() == TEACHERS.keys()
 
 
+def test_mistyped_flags_are_one_line_and_stay_nowhere(commands, tmp_path, capsys):
+    for flags, message in (
+        (["--max_stepz", "3"], "unrecognized arguments: --max_stepz 3"),
+        (["--sft_share", "x"], "sft_share"),
+        (["--seeds", "a"], "seeds=a: give different whole numbers"),
+        (["--documents", "-2"], "documents=-2: choose 1 or more"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["--folder", str(tmp_path / "new"), *flags])
+        assert ended.value.code == 2 and not commands
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_the_study_runs(tmp_path, monkeypatch):
     """A few steps of everything, on few modules."""
@@ -139,6 +154,7 @@ def test_the_study_runs(tmp_path, monkeypatch):
     write_task(data / "tasks", TEXT_TASK, documents, TASK_FILES[TEXT_TASK])
     few = ("--steps", 2, "--batch_size", 2)
     monkeypatch.setattr(students, "TEACHERS", {name: few for name in TEACHERS})
+    (tmp_path / "settings.json").write_text("{}")  # the folder is the study's
     main(["--folder", str(tmp_path), "--seeds", "0", "--documents", "2", "--max_steps", "2"])
     found = json.loads((tmp_path / "chats.json").read_text())
     assert len(found["claims"]) == 4 and found["exact_match"].keys() == SWEEPS.keys()

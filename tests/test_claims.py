@@ -39,7 +39,7 @@ def commands(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
 
-    monkeypatch.setattr(students, "run", run)
+    monkeypatch.setattr(students, "run_here", run)
     monkeypatch.setattr(students, "write_texts", lambda folder: None)
     return ran
 
@@ -98,7 +98,8 @@ def test_gains_are_those_of_sizes_between_the_ends():
 
 
 def store(folder, seed, sweep, member, series, depth, bits):
-    result = Result(series, None, depth, Parameters(1, 1))
+    k = None if series.startswith("compare") else int(member.rpartition("_k")[2])
+    result = Result(series, k, depth, Parameters(1, 1))
     result.results = {BITS[0]: {BITS[1]: bits}}
     update_result(folder / f"seed_{seed}" / "results" / sweep, member, lambda _: result)
 
@@ -120,6 +121,41 @@ def test_scores_of_all_seeds_are_read_by_number_of_layers(tmp_path):
         "all_terms laco": {7: [3.0]},
         "own": {8: [5, 6]},
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_stepz", "3"], "unrecognized arguments: --max_stepz 3"),
+        (["--max_steps", "many"], "max_steps"),
+        (["--use_cosine_loss", "False", "--sweeps", "cosine"], "every loss term is off"),
+        (["--seeds", "0;1"], "seeds=0;1: give different whole numbers"),
+        (["--documents", "0"], "documents=0: choose 1 or more"),
+    ],
+)
+def test_mistyped_flags_are_one_line_and_stay_nowhere(flags, message, commands, tmp_path, capsys):
+    folder = tmp_path / "new"
+    with pytest.raises(SystemExit) as ended:
+        main(["--folder", str(folder), *flags])
+    assert ended.value.code == 2 and not commands
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_flags_that_made_nothing_may_be_corrected(commands, tmp_path, monkeypatch):
+    """Some are only refused once the teacher is read."""
+    flags = ["--folder", str(tmp_path), "--sweeps", "ce", "--seeds", "0", "--kept_layers"]
+
+    def refuses(*_):
+        raise SystemExit(2)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(students, "run_here", refuses)
+        with pytest.raises(SystemExit):
+            main([*flags, "0,99"])
+    main([*flags, "0,9"])
+    assert [module for module, _ in commands] == ["train.train", "evaluate.evaluate"]
 
 
 def test_other_settings_in_one_folder_are_refused(commands, tmp_path, capsys):

@@ -79,6 +79,7 @@ def test_a_student_is_distilled_on_text_and_then_on_the_teachers_own_chats(tmp_p
     monkeypatch.setattr(
         distill, "run", lambda module, *words: in_this_process[module]([*map(str, words)])
     )
+    (tmp_path / "smollm2.json").write_text('{"made": {}}')  # the folder is the example's
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{i} and so on. " * 9}) + "\n" for i in range(40)))
     distill.main(

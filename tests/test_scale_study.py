@@ -256,10 +256,19 @@ def test_the_length_term_is_added_to_the_cosine_term():
     assert study.distillation_page.cosine_distance is study.cosine_distance
 
 
-def test_wrong_students_and_other_settings_are_one_line(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def nothing_made(monkeypatch):
+    """The study without its work."""
     monkeypatch.setattr("examples.studies.scale.__main__.make", lambda *_: None)
     monkeypatch.setattr("examples.studies.scale.__main__.write_findings", lambda *_: None)
-    main(["demo", "--folder", str(tmp_path), "--steps", "5"])
+
+
+def test_wrong_students_and_other_settings_are_one_line(
+    tmp_path, capsys, monkeypatch, nothing_made
+):
+    main(["demo", "--folder", str(tmp_path), "--steps", "4"])
+    main(["demo", "--folder", str(tmp_path), "--steps", "5"])  # nothing was made with 4
+    (tmp_path / "demo" / "seed_0").mkdir()
     for flags, message in (
         (["--steps", "6"], "teacher_steps was 5 and is 6"),
         (
@@ -277,6 +286,59 @@ def test_wrong_students_and_other_settings_are_one_line(tmp_path, capsys, monkey
     assert "'order_documents': 7}: choose another --folder" in capsys.readouterr().err.replace(
         ")", ""
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("5", "settings.json is damaged (it holds no JSON object): remove it"),
+        ("[1]", "settings.json is damaged (it holds no JSON object): remove it"),
+        ("{", "settings.json is damaged (Expecting property name"),
+        ("[" * 100_000, "settings.json is damaged (maximum recursion depth exceeded"),
+        ('{"editor": 4}', "settings.json has editor, so it is of something else: choose another"),
+    ],
+)
+def test_settings_of_something_else_are_refused(content, message, tmp_path, capsys, nothing_made):
+    (tmp_path / "demo").mkdir()
+    path = tmp_path / "demo" / "settings.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--folder", str(tmp_path)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--folder", "new", "--seeds", "a"), "seeds=a: give different whole numbers"),
+        (("--folder", "new", "--seeds", "1,,2"), "seeds=1,,2: give"),
+        (("--folder", "new", "--seeds", "0,1,0"), "seeds=0,1,0: give"),
+        (("--folder", "new", "--seeds", "-1"), "seeds=-1: give"),
+        (
+            ("--folder", "new", "--save_directory", "text.jsonl"),
+            "text.jsonl is not a folder, choose",
+        ),
+        (("--folder", "text.jsonl"), "text.jsonl is not a folder, choose another one"),
+        (("--folder", "."), "demo is not empty: name another folder"),
+    ],
+)
+def test_wrong_seeds_and_folders_are_one_line(
+    flags, message, tmp_path, capsys, monkeypatch, nothing_made
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text("{}")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "train.jsonl").write_text("my own")
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", *flags])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "demo" / "train.jsonl").read_text() == "my own"
 
 
 def test_the_page_has_the_recorded_tables():

@@ -31,7 +31,7 @@ from examples.smollm2.differences import leads_of
 from examples.smollm2.fetch import MEMBER, extract, fetch
 from examples.smollm2.fetch import main as fetch_main
 from examples.smollm2.tasks import TASK_CHARACTERS, beginning, write_all_tasks
-from examples.smollm2.text import Text, choose_text
+from examples.smollm2.text import Text, choose_text, own_folder
 
 ALPHABET = sorted(byte_tokenizer().get_vocab())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(c for c in ALPHABET if len(c) == 1)]
@@ -280,6 +280,49 @@ def test_tasks_are_written_for_the_text_that_is_there(data, tmp_path, monkeypatc
     monkeypatch.delenv("BOOMERANG_DATA")
     assert write_all_tasks(Text("train", None), tmp_path / "tasks") == stdlib
     assert not (tmp_path / "tasks" / "wikitext_2.yaml").exists()
+
+
+def test_tasks_of_a_users_own_are_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("BOOMERANG_DATA", raising=False)
+    own, stale = tmp_path / "tasks" / "mine.yaml", tmp_path / "tasks" / "wikitext_2.yaml"
+    own.parent.mkdir()
+    for path in (own, stale):
+        path.touch()
+    write_all_tasks(Text("train", None), tmp_path / "tasks")
+    assert own.exists() and not stale.exists()
+
+
+@pytest.mark.parametrize(
+    "main",
+    [run_everything, distilling.main, evaluating.main, fetch_main],
+    ids=lambda m: m.__module__,
+)
+def test_a_folder_of_somebody_else_is_refused(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("BOOMERANG_DATA", raising=False)
+    files = [tmp_path / name for name in ("teacher/config.json", "corpus/train.jsonl", "tasks/a")]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main(["--save_directory", str(tmp_path)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "is not empty: name another folder" in error and error.count("\n") == 1
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(files)
+    assert all(path.read_text() == "mine" for path in files)
+
+
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").write_text(fetching.CARD)
+    own_folder(tmp_path).mark()
+    (tmp_path / "anything").touch()
+    own_folder(tmp_path)  # it has its mark now
+    (tmp_path / "smollm2.json").unlink()
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        own_folder(tmp_path)
 
 
 def test_a_beginning_ends_with_a_word():

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from examples.stdlib import demo
 from examples.stdlib.corpus import Module, is_held_out, iter_modules, write_corpus
 from examples.stdlib.demo import TEACHER, complete
 from examples.stdlib.tasks import (
@@ -131,6 +132,124 @@ def test_the_shipped_teacher_knows_the_library():
     assert model(input_ids=ids, labels=ids).loss < 2.6
     model.model.layers = model.model.layers[:6]
     assert model(input_ids=ids, labels=ids).loss > 4.0
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What the demo would run. Its output folders appear, with a record that names the teacher."""
+    ran = []
+
+    def run(module, *arguments):
+        words = [*map(str, arguments)]
+        out = Path(words[words.index("--save_directory") + 1])
+        ran.append((module, out.name))
+        out.mkdir(exist_ok=True)
+        name = {"train.train": "run.json", "patching.patch": "provenance.json"}.get(module)
+        (out / (name or "family_k0.json")).write_text(f'{{"teacher": "{TEACHER}"}}')
+
+    def write(folder):
+        folder.mkdir()
+        (folder / "train.jsonl").touch()
+        (folder / "heldout.jsonl").write_text('{"module": "a", "text": "b"}\n')
+        return {}
+
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(demo, "write_corpus", write)
+    monkeypatch.setattr(demo, "iter_modules", lambda: [Module("socket", MODULE.text)])
+    monkeypatch.setattr(demo, "complete", lambda *_: "")
+    return ran
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_another_run_of_the_demo_starts_from_the_beginning(commands, tmp_path):
+    flags = ["--save_directory", str(tmp_path / "new")]
+    demo.main([*flags, "--variants"])
+    assert len(commands) == 8 and commands[-1] == ("evaluate.report", "orders")
+    everything = sorted([*demo.NAMES, *demo.OF_VARIANTS, demo.MARK])
+    assert names_in(tmp_path / "new") == everything
+    of_variants = tmp_path / "new" / "results_last" / "family_k0.json"
+    before = of_variants.stat().st_mtime_ns
+    commands.clear()
+    demo.main(flags)
+    assert [name for _, name in commands] == ["student", "results", "model_k3"]
+    assert names_in(tmp_path / "new") == everything and of_variants.stat().st_mtime_ns == before
+    demo.main([*flags, "--variants"])
+    assert of_variants.stat().st_mtime_ns > before
+
+
+def test_a_stopped_demo_starts_from_the_beginning(commands, tmp_path, monkeypatch):
+    def stopped(module, *arguments):
+        (tmp_path / "student").mkdir()
+        (tmp_path / "student" / "half").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(demo, "run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            demo.main(["--save_directory", str(tmp_path)])
+    demo.main(["--save_directory", str(tmp_path)])
+    assert names_in(tmp_path / "student") == ["run.json"] and (tmp_path / "results").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("results/scores.csv", "is not empty: name another folder"),
+        ("notes.txt", "is not empty: name another folder"),
+        ("demo.json", "is damaged ("),
+    ],
+)
+def test_a_folder_of_somebody_else_is_refused(path, message, commands, tmp_path, capsys):
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_text("5")
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--save_directory", str(tmp_path)])
+    assert ended.value.code == 2 and not commands
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert (tmp_path / path).read_text() == "5"
+    assert names_in(tmp_path) == [Path(path).parts[0]]
+
+
+def test_what_was_put_into_the_demos_folders_is_not_removed(commands, tmp_path, capsys):
+    flags = ["--save_directory", str(tmp_path)]
+    demo.main(flags)
+    for path in ("results/deep/notes.txt", "orders/order.json"):  # orders is made with --variants
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+        student = (tmp_path / "student" / "run.json").stat().st_mtime_ns
+        with pytest.raises(SystemExit) as ended:
+            demo.main([*flags, "--variants"])
+        assert ended.value.code == 2
+        other = tmp_path / (path if path.startswith("results") else "orders")
+        assert f"{other} was not made here by this example: move it" in capsys.readouterr().err
+        assert (tmp_path / path).exists() and (tmp_path / "corpus" / "train.jsonl").exists()
+        assert (tmp_path / "student" / "run.json").stat().st_mtime_ns == student
+        (tmp_path / path).unlink()
+    (tmp_path / "orders").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tasks").rename(tmp_path / "elsewhere" / "tasks")
+    (tmp_path / "tasks").symlink_to(tmp_path / "elsewhere" / "tasks")
+    with pytest.raises(SystemExit):
+        demo.main(flags)
+    assert (tmp_path / "elsewhere" / "tasks" / "stdlib_next_line.yaml").exists()
+
+
+def test_a_folder_of_an_earlier_version_is_known_by_what_it_holds(commands, tmp_path, capsys):
+    flags = ["--save_directory", str(tmp_path)]
+    demo.main(flags)
+    (tmp_path / demo.MARK).unlink()
+    demo.main(flags)
+    assert len(commands) == 6
+    (tmp_path / demo.MARK).unlink()
+    (tmp_path / "results" / "family_k0.json").write_text('{"teacher": "Qwen/Qwen3-4B-Base"}')
+    with pytest.raises(SystemExit) as ended:
+        demo.main(flags)
+    assert ended.value.code == 2 and len(commands) == 6
+    assert "is not empty: name another folder, or remove this one" in capsys.readouterr().err
 
 
 @pytest.mark.slow

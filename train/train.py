@@ -13,6 +13,7 @@ auto --calibration TEXT chooses the kept layers by running the teacher.
 """
 
 from pathlib import Path
+from typing import Any
 
 from patching.arguments import CalibrationArguments
 from patching.cli.command_line import CommandLineParser, run_command, user_errors
@@ -25,24 +26,32 @@ from train.training_args import DistillationArguments
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        groups = (
-            ModelArguments,
-            DataArguments,
-            ChatArguments,
-            DistillationArguments,
-            CalibrationArguments,
-        )
-        parser = CommandLineParser(groups, prog="train.train", description=__doc__)
-        model_args, data_args, chat_args, args, text_args = parser.parse_args_into_dataclasses(argv)
-        check_calibration(model_args, text_args)
-        if args.order_budget is not None and not data_args.measure_order:
-            raise ValueError("order_budget has no effect with --measure_order False, leave it out")
-        check_save_directory(Path(args.save_directory), args.resumes)
+        flags = parse_flags(argv)
 
     # Imported here, so that --help and wrong flags do not wait for the trainer.
     from train.run import run
 
-    run(model_args, data_args, chat_args, args, text_args)
+    run(*flags)
+
+
+def parse_flags(argv: list[str] | None) -> tuple[Any, ...]:
+    """Return all flags in the groups that declare them. Raises ValueError for those that do not go
+    together, and ends the command for those that do not exist.
+    """
+    groups = (
+        ModelArguments,
+        DataArguments,
+        ChatArguments,
+        DistillationArguments,
+        CalibrationArguments,
+    )
+    parser = CommandLineParser(groups, prog="train.train", description=__doc__)
+    model_args, data_args, chat_args, args, text_args = parser.parse_args_into_dataclasses(argv)
+    check_calibration(model_args, text_args)
+    if args.order_budget is not None and not data_args.measure_order:
+        raise ValueError("order_budget has no effect with --measure_order False, leave it out")
+    check_save_directory(Path(args.save_directory), args.resumes)
+    return model_args, data_args, chat_args, args, text_args
 
 
 def check_calibration(model_args: ModelArguments, text_args: CalibrationArguments) -> None:

@@ -38,17 +38,20 @@ from examples.engines.pairs import PAIRS
 from examples.engines.quantized import measure_sizes, quantized_table
 from examples.engines.records import Record
 from examples.engines.table import engines_table, reasons
-from patching.cli.command_line import user_errors
+from patching.cli.command_line import run_command, user_errors
 
 PAGE = ROOT / "docs" / "engines.md"
 
 
 def main() -> None:
     arguments = parse_args()
-    if arguments.chat is not None:
-        tables, problems = chat_in_llama_cpp(arguments.chat)
-    else:
-        tables, problems = compare_engines(arguments)
+    try:
+        if arguments.chat is not None:
+            tables, problems = chat_in_llama_cpp(arguments.chat)
+        else:
+            tables, problems = compare_engines(arguments)
+    except Unavailable as error:
+        sys.exit(str(error))
     print("\n\n".join(tables.values()))
     if arguments.write:
         write_tables(PAGE, tables)
@@ -60,10 +63,7 @@ def chat_in_llama_cpp(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Let sizes of a chat model answer, and return their tables and what differs."""
     with user_errors():
         family = open_family(folder)
-    try:
-        chats = chat(family)
-    except Unavailable as error:
-        sys.exit(str(error))
+    chats = chat(family)
     return {"chat": chat_tables(chats)}, chat_failures(chats)
 
 
@@ -210,4 +210,4 @@ def write_tables(page: Path, tables: Mapping[str, str]) -> None:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    main()
+    run_command(main, "the same command goes on")

@@ -85,10 +85,10 @@ def python_of(name: str) -> Path:
     print(f"making {folder} ({', '.join(environment.requirements)})", flush=True)
     if not python.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(folder)], name)
-    _run([str(python), "-m", "pip", "install", "-q", *environment.requirements], name)
+        run_in(name, [sys.executable, "-m", "venv", str(folder)])
+    run_in(name, [str(python), "-m", "pip", "install", "-q", *environment.requirements])
     if environment.removed:
-        _run([str(python), "-m", "pip", "uninstall", "-q", "-y", *environment.removed], name)
+        run_in(name, [str(python), "-m", "pip", "uninstall", "-q", "-y", *environment.removed])
     done.write_text(wanted)
     return python
 
@@ -108,7 +108,7 @@ def converter() -> Path:
     if not (folder / CONVERTER).exists():
         python, download = python_of("llama_cpp"), FOLDER / "download"
         flags = ("-q", "--no-deps", "--no-binary", package, "-d", str(download))
-        _run([str(python), "-m", "pip", "download", *flags, LLAMA_CPP], "llama_cpp")
+        run_in("llama_cpp", [str(python), "-m", "pip", "download", *flags, LLAMA_CPP])
         (archive,) = download.glob("llama_cpp_python-*.tar.gz")
         staging = folder.with_suffix(".part")
         shutil.rmtree(staging, ignore_errors=True)
@@ -127,9 +127,12 @@ def _unpack_converter(package: Path, folder: Path) -> None:
                 archive.extract(member, folder, filter="data")
 
 
-def _run(command: list[str], name: str) -> None:
+def run_in(name: str, command: list[str]) -> None:
+    """Run a command with the variables of an environment. Raises Unavailable if it fails."""
     done = subprocess.run(command, env=variables_of(name), capture_output=True, text=True)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        lines = errors or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        lines = (
+            errors or done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        )
         raise Unavailable(f"{' '.join(command[1:4])} failed: {lines[0]}")

@@ -7,8 +7,6 @@ some pairs are saved as transformers 5 writes them, others as models are publish
 
 import json
 import shutil
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from examples.engines.environments import FOLDER, ROOT, python_of, variables_of
+from examples.commands import run
+from examples.engines.environments import FOLDER, python_of, run_in
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import TEACHER as SHIPPED_TEACHER
 from examples.stdlib.demo import as_flags
@@ -243,8 +242,7 @@ def distill(pair: Pair, teacher: Path, folder: Path) -> None:
         "alternate_every_n_layers": pair.alternate_every_n_layers,
         "last_layers_to_keep": pair.last_layers_to_keep,
     }
-    words = map(str, as_flags(settings))
-    subprocess.run([sys.executable, "-m", "train.train", *words], cwd=ROOT, check=True)
+    run("train.train", *as_flags(settings))
     text.unlink()
 
 
@@ -264,11 +262,7 @@ def tokenizer_folder(sentencepiece: bool) -> Path:
         text.write_text("\n".join(module.text for module in modules))
         python = python_of("transformers4")
         script = RUNNERS / "train_sentencepiece.py"
-        subprocess.run(
-            [python, script, text, staging, str(VOCAB_SIZE)],
-            env=variables_of("transformers4"),
-            check=True,
-        )
+        run_in("transformers4", [*map(str, (python, script, text, staging, VOCAB_SIZE))])
         text.unlink()
     else:
         save_tokenizer(train_tokenizer(modules, VOCAB_SIZE), staging)

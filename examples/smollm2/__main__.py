@@ -11,7 +11,7 @@ import argparse
 from examples.smollm2.distill import distill
 from examples.smollm2.evaluate import evaluate
 from examples.smollm2.fetch import fetch
-from examples.smollm2.text import add_flags, choose_text
+from examples.smollm2.text import add_flags, choose_text, own_folder
 from patching.cli.command_line import run_command, user_errors
 
 
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, flags = parser.parse_known_args(argv)
     folder = arguments.save_directory.resolve()
     with user_errors():
+        own_folder(folder).mark()
         text = choose_text(arguments.dataset, arguments.eval_dataset, folder)
         fetch(folder)
     distill(folder, text, arguments.kept_layers, flags)

@@ -18,9 +18,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.commands import run
 from examples.smollm2.chat import NEW_TOKENS, PROMPTS, answer
-from examples.stdlib.demo import run
 from examples.stdlib.tasks import write_task
+from patching.cli.command_line import run_command
 from patching.files.outputs import write_text
 
 TASK = "smollm2_answers"
@@ -108,4 +109,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command starts again, with the size that is saved")

@@ -14,11 +14,12 @@ import argparse
 import shutil
 from pathlib import Path
 
+from examples.commands import run
 from examples.smollm2.own_chats import write_own_chats
 from examples.smollm2.tasks import write_passages
-from examples.smollm2.text import Text, add_flags, choose_text, student_folder
-from examples.stdlib.demo import as_flags, run
-from patching.cli.command_line import user_errors
+from examples.smollm2.text import Text, add_flags, choose_text, own_folder, student_folder
+from examples.stdlib.demo import as_flags
+from patching.cli.command_line import run_command, user_errors
 
 DISTILLATION = {
     "max_length": 256,
@@ -67,9 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments, flags = parser.parse_known_args(argv)
     folder = arguments.save_directory.resolve()
     with user_errors():
+        own_folder(folder).mark()
         text = choose_text(arguments.dataset, arguments.eval_dataset, folder)
         distill(folder, text, arguments.kept_layers, flags, arguments.own_chats)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command goes on")

@@ -20,13 +20,13 @@ import argparse
 import json
 from pathlib import Path
 
+from examples.commands import run
 from examples.smollm2.chat import write_answers
 from examples.smollm2.differences import write_differences
 from examples.smollm2.pruned import write_pruned
 from examples.smollm2.tasks import write_all_tasks
-from examples.smollm2.text import Text, add_flags, choose_text, student_folder
-from examples.stdlib.demo import run
-from patching.cli.command_line import user_errors
+from examples.smollm2.text import Text, add_flags, choose_text, own_folder, student_folder
+from patching.cli.command_line import run_command, user_errors
 from patching.files.outputs import write_json
 from patching.running.calibration import Calibration
 
@@ -92,9 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     folder = arguments.save_directory.resolve()
     with user_errors():
+        own_folder(folder).mark()
         text = choose_text(arguments.dataset, arguments.eval_dataset, folder)
     print(f"reports: {evaluate(folder, text, arguments.kept_layers)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command goes on")

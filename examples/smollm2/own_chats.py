@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from patching.cli.command_line import user_errors
+from patching.cli.command_line import run_command, user_errors
 from patching.files.outputs import write_text
 
 FILE_NAME = "own_chats.jsonl"
@@ -118,4 +118,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command starts again")

@@ -12,7 +12,6 @@ out without it. The numbers of documents suit a CPU: every one is read by 43 mod
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +32,8 @@ NUM_DOCUMENTS = {
     "stdlib_next_line": 12,
     "stdlib_end_of_line": 12,
 }
+TASK_NAMES = ("heldout_bits_per_byte", "wikitext_2", *MAKERS)
+"""All tasks besides those of BLiMP, whose names begin with `blimp_`."""
 ARTICLE = re.compile(r"(?=^ = [^=].*[^=] = $)", re.MULTILINE)
 BITS_PER_BYTE = TASK_FILES["stdlib_bits_per_byte"]
 BLIMP_PAIR = {
@@ -45,8 +46,10 @@ BLIMP_PAIR = {
 
 
 def write_all_tasks(text: Text, folder: Path) -> list[str]:
-    """Write the tasks to `folder`, in place of what is there, and return their names."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the tasks to `folder`, in place of those of an earlier run, and return their names."""
+    for path in folder.glob("*"):
+        if path.stem in TASK_NAMES or path.stem.startswith("blimp_"):
+            path.unlink()
     names = []
     if text.held_out is not None:
         documents = [{"text": text} for text in passages(text.held_out, TASK_CHARACTERS)]

@@ -9,7 +9,15 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.own_folder import OwnFolder, Sign
 from examples.stdlib.corpus import write_corpus
+
+SIGNS = {
+    "teacher": Sign("README.md", "examples.smollm2.fetch"),
+    "corpus": Sign("heldout.jsonl", '{"module": '),
+    "tasks": Sign("stdlib_next_line.yaml", "task: stdlib_next_line"),
+}
+"""What shows that an earlier version of the example, which left no mark, made a folder."""
 
 
 class Text(NamedTuple):
@@ -23,6 +31,11 @@ def data_folder() -> Path | None:
     """The folder that BOOMERANG_DATA names, None if it names none."""
     name = os.environ.get("BOOMERANG_DATA")
     return Path(name) if name and Path(name).is_dir() else None
+
+
+def own_folder(folder: Path) -> OwnFolder:
+    """Return the folder of the example. Raises ValueError if it is anybody else's."""
+    return OwnFolder(folder, "smollm2.json", SIGNS, needed=["teacher"])
 
 
 def choose_text(dataset: str | None, eval_dataset: str | None, folder: Path) -> Text:

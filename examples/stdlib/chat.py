@@ -24,6 +24,7 @@ from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
 from examples.stdlib.demo import TEACHER
 from examples.stdlib.tasks import write_tasks as write_text_tasks
 from examples.stdlib.training import Batch, save, train
+from patching.cli.command_line import run_command
 from train.batches import collate
 from train.chats.rows import rows_of_chats
 from train.loss import CONTEXT, IGNORED_LABEL
@@ -147,4 +148,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "the same command starts again")

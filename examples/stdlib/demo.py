@@ -7,26 +7,26 @@ measures which order of patching and which scales suit it. `evaluate.evaluate` m
 on modules that neither model has seen, next to the teacher pruned in two ways. `patching.patch`
 saves one size. Each command line is printed before it runs.
 
+Another run in the same folder starts from the beginning, and removes what the one before made. Any
+other folder must be new or empty.
+
 With --variants, a student distilled from random weights for as many steps joins the sweep, and
 `evaluate.report` compares the measured order with `last` and `first` as they are in the paper,
 without scales.
 """
 
 import argparse
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.commands import run
+from examples.own_folder import OwnFolder, Sign
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
 from examples.stdlib.tasks import TASK_NAMES, write_tasks
-from patching.cli.command_line import run_command
+from patching.cli.command_line import run_command, user_errors
 
-ROOT = Path(__file__).parents[2]
 TEACHER = Path(__file__).parent / "teacher"
 SAVED_SIZE = 3
 PROMPT = "def main(argv=None):\n    parser = argparse.ArgumentParser(description="
@@ -56,55 +56,90 @@ RECIPE = {
 ORDER = {"measure_order": True, "order_documents": 32}
 
 
-def main(folder: Path, variants: bool) -> None:
-    for name in ("corpus", "tasks", "student", "results", f"model_k{SAVED_SIZE}"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    sizes_bytes = write_corpus(folder / "corpus")
-    write_tasks((module for module in iter_modules() if is_held_out(module.name)), folder / "tasks")
+MARK = "demo.json"
+NAMES = ("corpus", "tasks", "student", "results", f"model_k{SAVED_SIZE}")
+OF_VARIANTS = ("student_random", "results_last", "results_first", "orders")
+"""The folders that the demo makes, and those that it makes with --variants."""
+STUDENT, SWEEP, MODEL = (
+    Sign(file_name, "examples/stdlib/teacher")
+    for file_name in ("run.json", "family_k0.json", "provenance.json")
+)
+SIGNS = {
+    "corpus": Sign("heldout.jsonl", '{"module": '),
+    "tasks": Sign("stdlib_next_line.yaml", "task: stdlib_next_line"),
+    **dict.fromkeys(("student", "student_random"), STUDENT),
+    **dict.fromkeys(("results", "results_last", "results_first"), SWEEP),
+    f"model_k{SAVED_SIZE}": MODEL,
+    "orders": Sign("summary.md", "results_last"),
+}
+"""What shows that an earlier version of the demo, which left no mark, made a folder."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save_directory", type=Path, default=Path("demo_output"))
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="also run the orders `last` and `first` and a student from random weights",
+    )
+    arguments = parser.parse_args(argv)
+    folder = arguments.save_directory.absolute()
+    with user_errors():
+        own = OwnFolder(folder, MARK, SIGNS, needed=("corpus", "tasks", "student"))
+        own.remove((*NAMES, *OF_VARIANTS) if arguments.variants else NAMES)
+    baselines = make_and_measure(folder, own)
+    if arguments.variants:
+        make_variants(folder, own, baselines)
+
+
+def make_and_measure(folder: Path, own: OwnFolder) -> list[object]:
+    """Distill the student, evaluate every size and save one. Return the flags of the baselines."""
+    with own.making("corpus") as corpus:
+        sizes_bytes = write_corpus(corpus)
+    with own.making("tasks") as tasks:
+        write_tasks((module for module in iter_modules() if is_held_out(module.name)), tasks)
     print({name: f"{size / 1e6:.1f} MB" for name, size in sizes_bytes.items()})
 
-    student = distill(folder, "student", *as_flags(RECIPE | ORDER))
+    with own.making("student") as student:
+        run(*distillation(folder, "student", *as_flags(RECIPE | ORDER)))
     baselines = [
         *("--baselines", "naive,block_influence"),
-        *("--calibration", folder / "corpus" / "train.jsonl"),
+        *("--calibration", corpus / "train.jsonl"),
     ]
-    results = evaluate(folder, student, "results", *baselines)
-    model_folder = folder / f"model_k{SAVED_SIZE}"
-    run(
-        *("patching.patch", "--teacher_model_name_or_path", TEACHER),
-        *("--student_model_name_or_path", student, "--num_layers_to_patch", SAVED_SIZE),
-        *("--save_directory", model_folder),
-    )
+    with own.making("results") as results:
+        run(*evaluation(folder, student, "results", *baselines))
+    with own.making(f"model_k{SAVED_SIZE}") as model_folder:
+        run(
+            *("patching.patch", "--teacher_model_name_or_path", TEACHER),
+            *("--student_model_name_or_path", student, "--num_layers_to_patch", SAVED_SIZE),
+            *("--save_directory", model_folder),
+        )
     print(f"\n{complete(model_folder, PROMPT)}\n")
     print(f"report: {results / 'summary.md'}")
     print(f"plot:   {results / 'summary.png'}")
     print(f"model:  {model_folder}")
-
-    if variants:
-        for name in ("student_random", "results_last", "results_first", "orders"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        random_student = distill(
-            folder, "student_random", "--random_initialization", *as_flags(RECIPE)
-        )
-        # Results that are already in the folder are not computed again.
-        evaluate(folder, student, "results", *baselines, "--random_student", random_student)
-        paper = [
-            evaluate(folder, student, f"results_{order}", "--order", order, "--match_scale", False)
-            for order in ("last", "first")
-        ]
-        run("evaluate.report", results, *paper, "--save_directory", folder / "orders")
+    return baselines
 
 
-def distill(folder: Path, name: str, *flags: str) -> Path:
-    """Distill a student into `folder/name` with `train.train`. Return that folder."""
-    run(*distillation(folder, name, *flags))
-    return folder / name
-
-
-def evaluate(folder: Path, student: Path, name: str, *flags: object) -> Path:
-    """Evaluate every size into `folder/name` with `evaluate.evaluate`. Return that folder."""
-    run(*evaluation(folder, student, name, *flags))
-    return folder / name
+def make_variants(folder: Path, own: OwnFolder, baselines: list[object]) -> None:
+    """Distill a student from random weights, and compare the orders."""
+    with own.making("student_random") as random_student:
+        flags = ("--random_initialization", *as_flags(RECIPE))
+        run(*distillation(folder, "student_random", *flags))
+    student = folder / "student"
+    # Results that are already in the folder are not computed again.
+    with own.making("results") as results:
+        flags = (*baselines, "--random_student", random_student)
+        run(*evaluation(folder, student, "results", *flags))
+    paper = []
+    for order in ("last", "first"):
+        with own.making(f"results_{order}") as of_order:
+            flags = ("--order", order, "--match_scale", False)
+            run(*evaluation(folder, student, of_order.name, *flags))
+        paper.append(of_order)
+    with own.making("orders") as orders:
+        run("evaluate.report", results, *paper, "--save_directory", orders)
 
 
 def distillation(folder: Path, name: str, *flags: object) -> list[object]:
@@ -136,13 +171,6 @@ def evaluation(folder: Path, student: Path, name: str, *flags: object) -> list[o
     ]
 
 
-def run(module: str, *arguments: object) -> None:
-    """Print and run `python -m module arguments`. Raises CalledProcessError if it fails."""
-    words = [str(argument) for argument in arguments]
-    print(f"\n$ python -m {module} {shlex.join(words)}", flush=True)
-    subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, check=True)
-
-
 def complete(model_folder: Path, prompt: str) -> str:
     """The prompt and the saved model's continuation, up to the end of the line."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -155,13 +183,4 @@ def complete(model_folder: Path, prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--save_directory", type=Path, default=Path("demo_output"))
-    parser.add_argument(
-        "--variants",
-        action="store_true",
-        help="also run the orders `last` and `first` and a student from random weights",
-    )
-    arguments = parser.parse_args()
-    folder, variants = arguments.save_directory.resolve(), arguments.variants
-    run_command(lambda: main(folder, variants), "the demo starts from the beginning next time")
+    run_command(main, "the demo starts from the beginning next time")

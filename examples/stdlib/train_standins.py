@@ -14,8 +14,6 @@ a head, F frequencies.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from examples.commands import run
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import as_flags
 from examples.stdlib.train_teacher import train_tokenizer
@@ -49,6 +48,7 @@ from patching.architectures.distilbert import (
     distilbert_name,
 )
 from patching.architectures.models import auto_class
+from patching.cli.command_line import run_command
 from train.batches import collate
 from train.data import load_rows
 from train.data_args import DataArguments
@@ -272,7 +272,7 @@ def train_teacher(arguments: argparse.Namespace) -> None:
     model = new_teacher(arguments.kind, tokenizer)
     if arguments.kind == "bert":
         look_at_neighbors(model)
-    run = train(
+    trained = train(
         model,
         loss_of,
         training_batches(rows, arguments.rows_per_step, masking, generator),
@@ -283,9 +283,11 @@ def train_teacher(arguments: argparse.Namespace) -> None:
         held_out=held_out,
     )
     nats = held_out_loss(model, loss_of, held_out)
-    print(f"{run.steps} steps, held-out {nats:.4f} nats per target", flush=True)
+    print(f"{trained.steps} steps, held-out {nats:.4f} nats per target", flush=True)
     settings = {name: value for name, value in vars(arguments).items() if name != "run"}
-    save(arguments.save_directory, model, tokenizer, settings, run, held_out_nats_per_target=nats)
+    save(
+        arguments.save_directory, model, tokenizer, settings, trained, held_out_nats_per_target=nats
+    )
 
 
 def train_student(arguments: argparse.Namespace) -> None:
@@ -300,13 +302,12 @@ def train_student(arguments: argparse.Namespace) -> None:
             **DISTILLATION,
             **chosen,
             **write_pieces(folder, tokenizer),
-            "teacher_model_name_or_path": arguments.teacher,
+            "teacher_model_name_or_path": arguments.teacher.resolve(),
             "save_directory": folder / "student",
             "measure_order": False,
         }
-        words = map(str, as_flags(settings))
-        subprocess.run([sys.executable, "-m", "train.train", *words], check=True)
-        run = json.loads((folder / "student" / "run.json").read_text())
+        run("train.train", *as_flags(settings))
+        of_student = json.loads((folder / "student" / "run.json").read_text())
         config = AutoConfig.from_pretrained(folder / "student")
         student = auto_class(config).from_pretrained(folder / "student")
     if isinstance(student, BertForMaskedLM):
@@ -315,10 +316,10 @@ def train_student(arguments: argparse.Namespace) -> None:
     save_tokenizer(tokenizer, arguments.save_directory)
     record = {
         "arguments": {**DISTILLATION, **chosen},
-        "held_out": run["held_out"],
+        "held_out": of_student["held_out"],
         "log": [
             {name: line[name] for name in ("step", "loss", "cross_entropy", "kl", "cosine")}
-            for line in run["log"]
+            for line in of_student["log"]
             if "loss" in line
         ],
     }
@@ -359,4 +360,4 @@ if __name__ == "__main__":
     student.add_argument("--cosine_loss_weight", type=float, default=10.0)
     student.set_defaults(run=train_student)
     parsed = parser.parse_args()
-    parsed.run(parsed)
+    run_command(lambda: parsed.run(parsed), "the same command starts again")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.training import Batch, held_out_loss, next_token_loss, save, train
+from patching.cli.command_line import run_command
 
 END_OF_TEXT = "<|endoftext|>"
 BLOCK_TOKENS = 512
@@ -151,4 +152,4 @@ if __name__ == "__main__":
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    run_command(lambda: main(parser.parse_args()), "the same command starts again")

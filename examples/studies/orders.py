@@ -15,8 +15,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +31,18 @@ from transformers import (
 )
 
 from evaluate.family import FamilyLM
+from examples.commands import run
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import DISTILLATION, TEACHER, as_flags
 from examples.stdlib.train_teacher import cut_into_rows, tokenize, train_tokenizer
 from examples.stdlib.training import Batch, next_token_loss, save, train
+from examples.studies.record import keep_settings
 from patching.blocks import as_layer_list
+from patching.cli.command_line import run_command, user_errors
 from patching.family import Family
 from patching.files.texts import BLANK_LINES
 from patching.running.prefix_tree import PrefixTree
 
-ROOT = Path(__file__).parents[2]
 ROW_TOKENS = 128
 ROWS_PER_STEP = 16
 SHAPE = {
@@ -68,6 +68,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 }
 """Each pair's text, and the distillation settings that differ from the demo's."""
 NUM_CALIBRATION, NUM_HELD_OUT = 64, 64
+TEXTS = ("train", "calibration", "heldout")
 PASSAGE_CHARACTERS = 800
 
 
@@ -87,7 +88,7 @@ def write_texts(kind: str, folder: Path) -> None:
             for name in ("test.txt", "valid.txt")
         )
     calibration, held_out = (passages(documents) for documents in (others[::2], others[1::2]))
-    parts = {"train": training, "calibration": calibration, "heldout": held_out}
+    parts = dict(zip(TEXTS, (training, calibration, held_out)))
     if len(set().union(*parts.values())) < sum(len(set(texts)) for texts in parts.values()):
         raise ValueError(f"{kind}: a document is in two parts")
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,11 +159,6 @@ def distillation(pair: str, folder: Path, student: str, **changed: object) -> li
 
 def teacher_of(pair: str, folder: Path) -> Path:
     return TEACHER if pair == "demo" else folder / "teacher"
-
-
-def run(module: str, *arguments: object) -> None:
-    words = [sys.executable, "-m", module, *map(str, arguments)]
-    subprocess.run(words, cwd=ROOT, check=True)
 
 
 def search(pair: str, folder: Path, student: str, out: str, *flags: object) -> dict[str, Any]:
@@ -298,9 +294,14 @@ def kept(pair: str, folder: Path, seed: int) -> None:
             print(f"| {order} | {' | '.join(cells)} |")
 
 
-def main(arguments: argparse.Namespace) -> None:
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
     folder = (arguments.folder / arguments.pair).resolve()
     if arguments.what == "train":
+        with user_errors():
+            settings = {"teacher_steps": arguments.steps, "seed": arguments.seed}
+            has_texts = all((folder / f"{name}.jsonl").is_file() for name in TEXTS)
+            keep_settings(folder, settings, is_earlier=has_texts)
         write_texts(PAIRS[arguments.pair]["text"], folder)
         if arguments.pair != "demo":
             train_teacher(arguments.pair, folder, arguments.steps, arguments.seed)
@@ -311,11 +312,15 @@ def main(arguments: argparse.Namespace) -> None:
         kept(arguments.pair, folder, arguments.seed)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("train", "compare", "kept"))
     parser.add_argument("pair", choices=sorted(PAIRS))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000, help="training steps of the teacher")
     parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main, "the same command starts again")

@@ -121,7 +121,9 @@ def check_writable(path: Path, *names: str) -> None:
         name = os.fsencode(path).decode(errors="backslashreplace")
         raise ValueError(f"{name}: its name is not UTF-8, name another folder") from error
     if not nearest.is_dir():
-        raise ValueError(f"{path} cannot be written to: {nearest} is not a folder")
+        raise ValueError(
+            f"{path} cannot be written to: {nearest} is not a folder, choose another one"
+        )
     try:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:

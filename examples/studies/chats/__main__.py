@@ -24,17 +24,30 @@ from examples.studies.chats.findings import (
     teacher_records,
 )
 from examples.studies.chats.picture import draw
-from examples.studies.chats.students import SETTINGS, make
-from examples.studies.record import keep_settings, study_parser, write_record
-from patching.cli.command_line import user_errors
+from examples.studies.chats.students import SETTINGS, STUDENTS, make, training
+from examples.studies.record import (
+    GOES_ON,
+    check_documents,
+    check_training,
+    keep_settings,
+    parse_seeds,
+    study_parser,
+    write_record,
+)
+from patching.cli.command_line import run_command, user_errors
+from patching.files.outputs import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, of_training = parser().parse_known_args(argv)
     folder = arguments.folder.resolve()
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     settings = {"train.train": of_training, "documents": arguments.documents}
     with user_errors():
+        seeds = parse_seeds(arguments.seeds)
+        check_documents(arguments.documents)
+        for name in STUDENTS:
+            check_training(training(folder, name, seeds[0], of_training))
+        check_writable(arguments.save_directory or folder)
         keep_settings(folder, {**settings, "distillation": SETTINGS})
     make(folder, seeds, of_training, arguments.documents)
     write_findings(folder, seeds, settings, arguments.save_directory or folder)
@@ -68,4 +81,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, GOES_ON)

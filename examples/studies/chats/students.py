@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.commands import run_here
 from examples.stdlib.chat_data import NEW_SUMS, SYSTEM, TASK_NAMES
 from examples.stdlib.demo import DISTILLATION, TEACHER, as_flags
-from examples.studies.claims.students import missing_sweeps, run
+from examples.studies.claims.students import missing_sweeps
 
 TEXT_TASK = "stdlib_bits_per_byte"
 NUM_TEXTS = 10
@@ -79,37 +80,37 @@ def make(
     evaluated, by default all, but NUM_TEXTS of text.
     """
     if not (folder / "data" / "tasks" / f"{TEXT_TASK}.yaml").is_file():
-        run("examples.stdlib.chat", "data", "--save_directory", folder / "data")
+        run_here("examples.stdlib.chat", "data", "--save_directory", folder / "data")
     for teacher, flags in TEACHERS.items():
         if not (folder / teacher / "training.json").is_file():
             words = ("teacher", "--data", folder / "data", "--save_directory", folder / teacher)
-            run("examples.stdlib.chat", *words, *flags)
+            run_here("examples.stdlib.chat", *words, *flags)
     for seed in seeds:
         of_seed = folder / f"seed_{seed}"
         for name in STUDENTS:
             if not (of_seed / name / "config.json").is_file():
-                run(*distillation(folder, of_seed / name, *flags_of_all, "--seed", seed))
+                run_here(*training(folder, name, seed, flags_of_all))
         for teacher in TEACHERS:
             student = of_seed / f"delta_to_{teacher}"
             if not student.is_dir():
-                run(*weight_delta(of_seed / "base", folder / teacher, student))
+                run_here(*weight_delta(of_seed / "base", folder / teacher, student))
         for sweep in SWEEPS:
             if missing_sweeps(folder, [seed], [sweep]):
-                run(*evaluation(folder, of_seed, sweep, num_documents))
+                run_here(*evaluation(folder, of_seed, sweep, num_documents))
 
 
-def distillation(folder: Path, student: Path, *flags: object) -> list[object]:
-    """The module and arguments that distill a student into a folder of its name."""
-    teacher, sft_share = STUDENTS[student.name]
+def training(folder: Path, name: str, seed: int, flags_of_all: Sequence[str]) -> list[object]:
+    """The module and arguments that distill a student."""
+    teacher, sft_share = STUDENTS[name]
     settings = SETTINGS | {
         "teacher_model_name_or_path": TEACHER if teacher == "base" else folder / teacher,
-        "save_directory": student,
+        "save_directory": folder / f"seed_{seed}" / name,
         "resume_from_checkpoint": "last",
         "dataset": folder / "data" / "corpus" / "train.jsonl",
     }
     if sft_share is not None:
         settings |= {"sft_dataset": folder / "data" / "chats.jsonl", "sft_share": sft_share}
-    return ["train.train", *as_flags(settings), *flags]
+    return ["train.train", *as_flags(settings), *flags_of_all, "--seed", seed]
 
 
 def weight_delta(student: Path, teacher: Path, save_directory: Path) -> list[object]:

@@ -23,19 +23,32 @@ from examples.studies.claims.findings import (
     scores_table,
 )
 from examples.studies.claims.picture import draw
-from examples.studies.claims.students import SWEEPS, make, missing_sweeps
-from examples.studies.record import keep_settings, study_parser, write_record
-from patching.cli.command_line import user_errors
+from examples.studies.claims.students import SWEEPS, make, missing_sweeps, students_of, training
+from examples.studies.record import (
+    GOES_ON,
+    check_documents,
+    check_training,
+    keep_settings,
+    parse_seeds,
+    study_parser,
+    write_record,
+)
+from patching.cli.command_line import run_command, user_errors
+from patching.files.outputs import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, of_training = parser().parse_known_args(argv)
     folder = arguments.folder.resolve()
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     sweeps = arguments.sweeps.split(",")
     with user_errors():
+        seeds = parse_seeds(arguments.seeds)
         if unknown := sorted(set(sweeps) - set(SWEEPS)):
             raise ValueError(f"sweeps={unknown[0]}: choose from {', '.join(SWEEPS)}")
+        check_documents(arguments.documents)
+        for name in sorted({name for sweep in sweeps for name in students_of(sweep)}):
+            check_training(training(folder, name, seeds[0], of_training))
+        check_writable(arguments.save_directory or folder)
         settings = {"train.train": of_training, "documents": arguments.documents}
         keep_settings(folder, {**settings, "distillation": DISTILLATION})
     make(folder, seeds, sweeps, of_training, arguments.documents)
@@ -74,4 +87,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, GOES_ON)

@@ -2,11 +2,10 @@
 `evaluate.evaluate`. What is finished is not done again.
 """
 
-import importlib
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from examples.commands import run_here
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
 from examples.stdlib.demo import distillation, evaluation
 from examples.stdlib.tasks import write_tasks
@@ -39,8 +38,17 @@ SWEEPS = (
 """Each sweep is over the family of the student of its name, or else of the one with all terms."""
 
 
-def student_of(sweep: str) -> str:
-    return sweep if sweep in STUDENTS else "all_terms"
+def students_of(sweep: str) -> tuple[str, ...]:
+    """The students that a sweep needs. The family is the first one's."""
+    if sweep == "own":
+        return ("all_terms", *OWN)
+    return (sweep if sweep in STUDENTS else "all_terms",)
+
+
+def training(folder: Path, name: str, seed: int, flags_of_all: Sequence[str]) -> list[object]:
+    """The module and arguments that distill a student."""
+    flags = (*STUDENTS[name], *flags_of_all, "--seed", seed)
+    return distillation(folder, f"seed_{seed}/{name}", *flags)
 
 
 def sweep_flags(sweep: str, of_seed: Path, with_baselines: bool) -> Iterator[object]:
@@ -90,14 +98,13 @@ def make(
             of_seed = folder / f"seed_{seed}"
             if not missing_sweeps(folder, [seed], [sweep]):
                 continue
-            student = student_of(sweep)
-            for name in (student, *OWN) if sweep == "own" else (student,):
+            student, *_ = names = students_of(sweep)
+            for name in names:
                 if not (of_seed / name / "config.json").is_file():
-                    flags = (*STUDENTS[name], *flags_of_all, "--seed", seed)
-                    run(*distillation(folder, f"{of_seed.name}/{name}", *flags))
+                    run_here(*training(folder, name, seed, flags_of_all))
             flags = sweep_flags(sweep, of_seed, with_baselines=seed == seeds[0])
             out = f"{of_seed.name}/results/{sweep}"
-            run(*evaluation(folder, of_seed / student, out, *flags, *limit))
+            run_here(*evaluation(folder, of_seed / student, out, *flags, *limit))
 
 
 def missing_sweeps(
@@ -106,10 +113,3 @@ def missing_sweeps(
     """The folders of sweeps that have no report, which is written last."""
     folders = (folder / f"seed_{seed}" / "results" / sweep for seed in seeds for sweep in sweeps)
     return [path for path in folders if not (path / "summary.json").is_file()]
-
-
-def run(module: str, *arguments: object) -> None:
-    """Print and run `python -m module arguments` in this process, which saves its imports."""
-    words = [str(argument) for argument in arguments]
-    print(f"\n$ python -m {module} {shlex.join(words)}", flush=True)
-    importlib.import_module(module).main(words)

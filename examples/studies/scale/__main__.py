@@ -13,22 +13,24 @@ from pathlib import Path
 
 from examples.stdlib.demo import DISTILLATION
 from examples.studies.orders import PAIRS
-from examples.studies.record import keep_settings, study_parser, write_record
+from examples.studies.record import GOES_ON, keep_settings, parse_seeds, study_parser, write_record
 from examples.studies.scale.findings import findings_of
 from examples.studies.scale.pairs import SETTINGS, STUDENTS, make
 from examples.studies.scale.picture import draw
 from examples.studies.scale.tables import all_tables
-from patching.cli.command_line import user_errors
+from patching.cli.command_line import run_command, user_errors
+from patching.files.outputs import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     folder = arguments.folder.resolve()
     with user_errors():
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        seeds = parse_seeds(arguments.seeds)
         students = arguments.students.split(",")
         if unknown := sorted(set(students) - set(STUDENTS)):
             raise ValueError(f"students={unknown[0]}: choose from {', '.join(STUDENTS)}")
+        check_writable(arguments.save_directory or folder)
         settings = {"teacher_steps": arguments.steps, "student_steps": arguments.student_steps}
         keep_settings(folder / arguments.pair, {**settings, "distillation": DISTILLATION})
     make(arguments.pair, folder, seeds, students, arguments.steps, arguments.student_steps)
@@ -63,4 +65,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, GOES_ON)

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from examples.studies.claims.students import run
+from examples.commands import run_here
 from examples.studies.orders import PAIRS, distillation, teacher_of, train_teacher, write_texts
 from examples.studies.scale.pruned import baseline_scores
 from examples.studies.scale.regret import regrets
@@ -87,7 +87,7 @@ def distill(pair: str, of_pair: Path, path: Path, settings: dict[str, Any]) -> N
         settings |= {"kept_layers": "auto", **calibration, "calibration_length": TOKENS}
     command = distillation(pair, of_pair, str(path.relative_to(of_pair)), **settings)
     with length_term() if path.name == "student_length" else nullcontext():
-        run(*command)
+        run_here(*command)
 
 
 def length_term() -> AbstractContextManager:

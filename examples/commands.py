@@ -1,0 +1,54 @@
+"""How the examples run the toolkit's command lines: one after the other, each printed first."""
+
+import importlib
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SECONDS_TO_STOP = 10
+"""How long a command may take to end after Ctrl-C."""
+
+
+def run(module: str, *arguments: object) -> None:
+    """Print and run `python -m module arguments` in a process of its own, which leaves no memory
+    behind.
+
+    If the command fails, the example ends with its exit code: it has said why. Ctrl-C ends both.
+    """
+    words = printed(module, arguments)
+    process = subprocess.Popen([sys.executable, "-m", module, *words], cwd=ROOT)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to the command, too
+        with suppress(subprocess.TimeoutExpired):
+            try:
+                process.wait(SECONDS_TO_STOP)
+            finally:
+                process.kill()
+        raise
+    if code == -signal.SIGINT:
+        raise KeyboardInterrupt
+    if code < 0:
+        reason = f"signal {-code} ({signal.strsignal(-code)})"
+        hint = ", as when memory runs out" if code == -signal.SIGKILL else ""
+        print(f"error: {module} was ended by {reason}{hint}", file=sys.stderr)
+        sys.exit(128 - code)  # as a shell has it
+    if code:
+        sys.exit(code)
+
+
+def run_here(module: str, *arguments: object) -> None:
+    """Print and run `python -m module arguments` in this process, which saves its imports."""
+    importlib.import_module(module).main(printed(module, arguments))
+
+
+def printed(module: str, arguments: Sequence[object]) -> list[str]:
+    """Print a command line, and return the words after the module."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ python -m {module} {shlex.join(words)}", flush=True)
+    return words
