@@ -294,7 +294,7 @@ def test_wrong_students_and_other_settings_are_one_line(
         ("5", "settings.json is damaged (it holds no JSON object): remove it"),
         ("[1]", "settings.json is damaged (it holds no JSON object): remove it"),
         ("{", "settings.json is damaged (Expecting property name"),
-        ("[" * 100_000, "settings.json is damaged (maximum recursion depth exceeded"),
+        ("[" * 100_000, "settings.json is damaged (it is nested too deeply): remove it"),
         ('{"editor": 4}', "settings.json has editor, so it is of something else: choose another"),
     ],
 )
