@@ -39,7 +39,7 @@ def commands(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
 
-    monkeypatch.setattr(students, "run_here", run)
+    monkeypatch.setattr(students, "run", run)
     monkeypatch.setattr(students, "write_texts", lambda folder: None)
     return ran
 
@@ -151,7 +151,7 @@ def test_flags_that_made_nothing_may_be_corrected(commands, tmp_path, monkeypatc
         raise SystemExit(2)
 
     with monkeypatch.context() as patches:
-        patches.setattr(students, "run_here", refuses)
+        patches.setattr(students, "run", refuses)
         with pytest.raises(SystemExit):
             main([*flags, "0,99"])
     main([*flags, "0,9"])
