@@ -20,6 +20,7 @@ from examples.studies.claims.findings import (
     scores_table,
 )
 from examples.studies.claims.students import OWN, STUDENTS, SWEEPS, missing_sweeps
+from examples.studies.recipe.__main__ import main as main_of_recipes
 from patching.blocks import LayerMap
 from patching.cli.units import parse_sizes
 from patching.recipe import intermediate_model, naively_pruned
@@ -39,7 +40,7 @@ def commands(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
 
-    monkeypatch.setattr(students, "run", run)
+    monkeypatch.setattr(students, "run_here", run)
     monkeypatch.setattr(students, "write_texts", lambda folder: None)
     return ran
 
@@ -143,6 +144,17 @@ def test_mistyped_flags_are_one_line_and_stay_nowhere(flags, message, commands, 
     assert not folder.exists()
 
 
+def test_the_recipe_study_refuses_wrong_seeds_and_folders_of_somebody_else(tmp_path, capsys):
+    own = tmp_path / "corpus" / "train.jsonl"
+    own.parent.mkdir()
+    own.write_text("mine")
+    for seeds, message in (("a", "seeds=a: give different"), ("0", "is not empty: name another")):
+        with pytest.raises(SystemExit) as ended:
+            main_of_recipes(["--folder", str(tmp_path), "--seeds", seeds])
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+        assert own.read_text() == "mine" and [*tmp_path.iterdir()] == [own.parent]
+
+
 def test_flags_that_made_nothing_may_be_corrected(commands, tmp_path, monkeypatch):
     """Some are only refused once the teacher is read."""
     flags = ["--folder", str(tmp_path), "--sweeps", "ce", "--seeds", "0", "--kept_layers"]
@@ -151,7 +163,7 @@ def test_flags_that_made_nothing_may_be_corrected(commands, tmp_path, monkeypatc
         raise SystemExit(2)
 
     with monkeypatch.context() as patches:
-        patches.setattr(students, "run", refuses)
+        patches.setattr(students, "run_here", refuses)
         with pytest.raises(SystemExit):
             main([*flags, "0,99"])
     main([*flags, "0,9"])

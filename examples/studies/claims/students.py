@@ -5,7 +5,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from examples.commands import run_here as run
+from examples.commands import run_here
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
 from examples.stdlib.demo import distillation, evaluation
 from examples.stdlib.tasks import write_tasks
@@ -101,10 +101,10 @@ def make(
             student, *_ = names = students_of(sweep)
             for name in names:
                 if not (of_seed / name / "config.json").is_file():
-                    run(*training(folder, name, seed, flags_of_all))
+                    run_here(*training(folder, name, seed, flags_of_all))
             flags = sweep_flags(sweep, of_seed, with_baselines=seed == seeds[0])
             out = f"{of_seed.name}/results/{sweep}"
-            run(*evaluation(folder, of_seed / student, out, *flags, *limit))
+            run_here(*evaluation(folder, of_seed / student, out, *flags, *limit))
 
 
 def missing_sweeps(

@@ -21,14 +21,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from evaluate.result import read_results
+from examples.commands import run_here
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import DISTILLATION, as_flags, distillation, evaluation
 from examples.stdlib.tasks import write_tasks
 from examples.studies.claims.findings import BITS, Line, Lines, scores_table
 from examples.studies.claims.picture import draw_panel
-from examples.studies.claims.students import run
-from examples.studies.record import study_parser, write_record
-from patching.cli.command_line import user_errors
+from examples.studies.record import GOES_ON, keep_settings, parse_seeds, study_parser, write_record
+from patching.cli.command_line import run_command, user_errors
+from patching.files.outputs import check_writable
 
 NUM_SET_ASIDE = 48
 BEFORE = {"learning_rate": 5e-4, "cosine_loss_weight": 10}
@@ -62,10 +63,10 @@ def make(folder: Path, recipe: str, seed: int) -> None:
     student = f"seed_{seed}/{folder_name(recipe)}"
     if not (folder / student / "config.json").is_file():
         settings = {"measure_order": True, "order_documents": 32, "seed": seed, **RECIPES[recipe]}
-        run(*distillation(folder, student, *as_flags(settings)))
+        run_here(*distillation(folder, student, *as_flags(settings)))
     if not (results := results_folder(folder, recipe, seed) / "summary.json").is_file():
         name = str(results.parent.relative_to(folder))
-        run(*evaluation(folder, folder / student, name, "--tasks", BITS[0]))
+        run_here(*evaluation(folder, folder / student, name, "--tasks", BITS[0]))
 
 
 def results_folder(folder: Path, recipe: str, seed: int) -> Path:
@@ -137,10 +138,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     folder = arguments.folder.resolve()
     recipes = arguments.recipes.split("; ")
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     with user_errors():
+        seeds = parse_seeds(arguments.seeds)
         if unknown := [recipe for recipe in recipes if recipe not in RECIPES]:
             raise ValueError(f"recipes={unknown[0]}: choose from {'; '.join(RECIPES)}")
+        check_writable(arguments.save_directory or folder)
+        has_texts = (folder / "tasks" / f"{BITS[0]}.yaml").is_file()
+        keep_settings(folder, {"distillation": DISTILLATION}, is_earlier=has_texts)
     write_texts(folder)
     for recipe in recipes:
         for seed in seeds:
@@ -155,4 +159,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, GOES_ON)
