@@ -545,6 +545,9 @@ TABLE = [
     BadInput("checkpoint: a truncated state", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", '{"global_st'), write("c/optimizer.pt", "")), ("trainer_state.json is damaged", "remove it")),
     BadInput("checkpoint: a truncated position", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/stream.json", "[")), ("stream.json is damaged", "remove it")),
     BadInput("checkpoint: a state of 2 GB", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", ""), sparse("c/trainer_state.json", 2 * 10**9)), ("trainer_state.json is damaged (it has 2,000,000,000 bytes", "remove it")),
+    BadInput("checkpoint: an empty optimizer", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", '{"global_step": 2}'), write("c/optimizer.pt", "")), ("optimizer.pt is damaged", "resume from an earlier checkpoint")),
+    BadInput("checkpoint: weights without a header", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", '{"global_step": 2}'), write("c/optimizer.pt", ""), write("c/model.safetensors", "")), ("model.safetensors is damaged", "resume from an earlier checkpoint")),
+    BadInput("checkpoint: steps in words", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", '{"global_step": "2"}'), write("c/optimizer.pt", "")), ("global_step is str, not int", "resume from an earlier checkpoint")),
     BadInput("checkpoint: only a model", TRAIN, "--resume_from_checkpoint c", write("c/trainer_state.json", "{}"), ("resume_from_checkpoint=c", "holds only the model")),
     BadInput("checkpoint: of other settings", TRAIN, "--resume_from_checkpoint c", several(write("c/trainer_state.json", "{}"), write("c/optimizer.pt", ""), write("c/made_by.json", '{"seed": 5}')), ("seed was 5 and is 0", "start over in another --output_dir")),
 

@@ -4,11 +4,13 @@ import os
 import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from patching.files.json_files import MOST_BYTES_OF_RECORDS, read_object
+from patching.checkpoints.safetensors_files import read_header
+from patching.files.json_files import MOST_BYTES_OF_RECORDS, check_types, read_object
 from train.checkpoints.identity import ANNOUNCED, differences, read_settings
 
 LAST = ("last", "true")
@@ -48,6 +50,8 @@ def check_only_its_checkpoints(checkpoint: str | None, output_dir: str) -> None:
         )
 
 
+PICKLED = (".pt", ".pth")
+"""Files of optimizer, schedule and random numbers."""
 STREAM_FILE_NAME = "stream.json"
 """A checkpoint's file with the position in the stream. Its run has read none without it."""
 
@@ -88,3 +92,24 @@ def check_resumable(
             f"resume_from_checkpoint={checkpoint}: {'; '.join(problems)}, or start over in "
             "another --output_dir"
         )
+    check_whole(folder)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ValueError for a file of a checkpoint that is missing or damaged, without reading
+    weights.
+    """
+    try:
+        state = read_object(folder / TRAINER_STATE_NAME, most_bytes=MOST_BYTES_OF_RECORDS)
+        check_types(state.get("global_step"), int, f"{folder / TRAINER_STATE_NAME}: global_step")
+        for path in sorted(folder.iterdir()):
+            if path.suffix == ".safetensors":
+                read_header(path)
+            elif path.suffix in PICKLED and not is_zipfile(path):
+                raise ValueError(
+                    f"{path} is damaged: it is not a file of PyTorch, or a part of one"
+                )
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; resume from an earlier checkpoint than {folder.name}"
+        ) from error
