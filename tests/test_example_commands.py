@@ -10,7 +10,11 @@ from conftest import ROOT
 
 from examples.commands import run, run_here
 
-SLOW_TO_STOP = """
+HEARS_CTRL_C = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+"""
+SLOW_TO_STOP = f"""{HEARS_CTRL_C}
 import time
 try:
     print("started", flush=True)
@@ -19,7 +23,7 @@ except KeyboardInterrupt:
     time.sleep(1)
     print("cleaned up", flush=True)
 """
-PARENT = """
+PARENT = f"""{HEARS_CTRL_C}
 from examples.commands import run
 from patching.cli.command_line import run_command
 
