@@ -152,13 +152,14 @@ def fsdp_problems(args: DistillationArguments) -> list[str]:
 
 def compile_problems(args: DistillationArguments) -> list[str]:
     """Return problems with backends and modes that torch.compile does not have."""
-    from torch._inductor import list_mode_options  # takes a second
-
     problems, backend, mode = [], args.torch_compile_backend, args.torch_compile_mode
     if backend is not None and backend not in (known := torch.compiler.list_backends(())):
         problems.append(f"torch_compile_backend={backend}: choose one of {', '.join(known)}")
-    if mode is not None and mode not in (known := list_mode_options()):
-        problems.append(f"torch_compile_mode={mode}: choose one of {', '.join(known)}")
+    if mode is not None:
+        from torch._inductor import list_mode_options  # takes a second
+
+        if mode not in (known := list_mode_options()):
+            problems.append(f"torch_compile_mode={mode}: choose one of {', '.join(known)}")
     return problems
 
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from evaluate.result import read_results
 from examples.commands import run_here
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
-from examples.stdlib.demo import DISTILLATION, as_flags, distillation, evaluation
+from examples.stdlib.demo import DISTILLATION, ORDER, as_flags, distillation, evaluation
 from examples.stdlib.tasks import write_tasks
 from examples.studies.claims.findings import BITS, Line, Lines, scores_table
 from examples.studies.claims.picture import draw_panel
@@ -62,7 +62,7 @@ def make(folder: Path, recipe: str, seed: int) -> None:
     """Distill and evaluate one recipe's family, unless that is done."""
     student = f"seed_{seed}/{folder_name(recipe)}"
     if not (folder / student / "config.json").is_file():
-        settings = {"measure_order": True, "order_documents": 32, "seed": seed, **RECIPES[recipe]}
+        settings = {**ORDER, "seed": seed, **RECIPES[recipe]}
         run_here(*distillation(folder, student, *as_flags(settings)))
     if not (results := results_folder(folder, recipe, seed) / "summary.json").is_file():
         name = str(results.parent.relative_to(folder))
