@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations import flash_attention
 
+from patching.running import varlen
 from patching.running.hidden_states import before_output_embeddings, hidden_states_at
 from train import packing
 from train.batches import collate
@@ -24,7 +25,7 @@ from train.data import lengths_in_rows
 from train.distillation import install_distillation_forward
 from train.loss import NO_TARGET, LossWeights, count
 from train.masking import generator_for
-from train.packing import check_separates_documents
+from train.packing import attention_within_documents, check_separates_documents
 from train.train import main
 
 LENGTHS = (7, 11, 1, 5, 9, 2, 13)
@@ -189,6 +190,82 @@ def test_flash_attention_gets_the_boundaries(model_type, monkeypatch):
     model.config._attn_implementation = "flash_attention_2"
     check_logits(model)
     check_separates_documents(model.config, "flash_attention_2", 24)
+
+
+def torch_varlen(query, key, value, starts, ends, longest, _, *, scale, window_size, enable_gqa):
+    """Compute what PyTorch's `varlen_attn` does: a window with nothing after it is causal."""
+    assert enable_gqa
+    settings = {"softmax_scale": scale, "window_size": window_size, "causal": window_size[1] == 0}
+    return varlen_attention(query, key, value, starts, ends, longest, **settings)
+
+
+@pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - {"stablelm"}))
+def test_varlen_attention_gets_the_boundaries(model_type, monkeypatch):
+    """With a formula in place of PyTorch's kernels, for what these compute."""
+    monkeypatch.setattr(varlen, "varlen_attn", torch_varlen)
+    model = tiny_model(family_config(model_type))
+    model.config._attn_implementation = varlen.VARLEN
+    if model_type == "gemma2":
+        with pytest.raises(ValueError, match="attention has more to it"):
+            check_logits(model)
+        return
+    check_logits(model)
+    check_separates_documents(model.config, varlen.VARLEN, 24)
+
+
+def test_varlen_attention_without_documents_is_that_of_whole_rows(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", torch_varlen)
+    model, batch = tiny_model(family_config("qwen3")), collate([{"input_ids": [7, 8, 9]}] * 2)
+    with torch.no_grad():
+        expected = logits_of(model, batch)
+        model.config._attn_implementation = varlen.VARLEN
+        torch.testing.assert_close(logits_of(model, batch), expected)
+        padded = collate([{"input_ids": [7, 8, 9]}, {"input_ids": [7]}])
+        with pytest.raises(ValueError, match="takes documents and no mask"):
+            logits_of(model, padded)
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "given", "expected"),
+    [
+        ("qwen3", {}, None, "varlen"),
+        ("gemma3_text", {}, None, "varlen"),
+        ("bert", {"attention_probs_dropout_prob": 0.0}, None, "varlen"),
+        ("bert", {}, None, None),
+        ("qwen3", {}, "eager", "eager"),
+        ("gemma2", {}, None, None),
+        ("qwen3", {"head_dim": 264}, None, None),
+        ("qwen3", {"attention_dropout": 0.1}, None, None),
+        ("stablelm", {}, None, None),
+    ],
+)
+def test_attention_within_documents_on_a_gpu(model_type, changes, given, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    config = family_config(model_type, **changes)
+    assert attention_within_documents(config, given, "documents", HALF, True) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "packing", "dtype", "uses_gpu", "message"),
+    [
+        ("qwen3", "cross", HALF, True, "it is for --packing documents; or leave it out"),
+        ("qwen3", "documents", HALF, False, "needs a CUDA GPU of compute capability 8.0"),
+        ("qwen3", "documents", FULL, True, "half precision, leave out --bf16 False"),
+        ("gemma2", "documents", HALF, True, "not compute all of the attention of a gemma2 model"),
+    ],
+)
+def test_varlen_is_refused_by_name_where_it_cannot_be(
+    model_type, packing, dtype, uses_gpu, message, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    settings = (packing, dtype, uses_gpu)
+    config = family_config(model_type)
+    with pytest.raises(ValueError, match=f"attn_implementation=varlen: .*{message}"):
+        attention_within_documents(config, varlen.VARLEN, *settings)
+    assert attention_within_documents(config, None, *settings) is None
 
 
 @pytest.mark.slow

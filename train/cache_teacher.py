@@ -37,7 +37,7 @@ class CacheArguments:
         default=False, metadata={"help": "run modeling code that comes with the teacher"}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "attention: sdpa, flash_attention_2, eager, ..."}
+        default=None, metadata={"help": "attention: sdpa, varlen, flash_attention_2, eager, ..."}
     )
     top_k: int = field(default=64, metadata={"help": "tokens to keep per prediction"})
     temperature: float = field(

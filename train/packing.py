@@ -1,11 +1,12 @@
-"""Check that a teacher can read several documents in one row as if each were alone.
+"""Check that a teacher can read several documents in one row as if each were alone, and choose its
+attention.
 
 An architecture with a row in the table is known to (tests/test_documents.py). Any other must show
 it on a small instance with random weights: attention, recurrence or position ids that ignore where
 documents begin change what the instance computes.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,15 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.masking_utils import flash_attention_mask
-from transformers.utils.generic import is_flash_attention_requested
 
 from patching.architectures.config import config_for
 from patching.architectures.table import ARCHITECTURES
 from patching.blocks import LayerMap
 from patching.recipe import initial_student
+from patching.running.documents import needs_boundaries
 from patching.running.hidden_states import hidden_states_at
+from patching.running.varlen import LEAST_CAPABILITY, VARLEN, fits_varlen
+from train.data_args import Packing
 from train.sharding import with_room_for_weights, without_weights
 
 MLP_WIDTHS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
@@ -51,14 +54,52 @@ def check_separates_documents(
     try:
         if config.model_type not in ARCHITECTURES and not _small_instance_separates(config):
             raise ValueError(f"{name} lets a document of a row affect the next one; {remedy}")
-        is_flash = is_flash_attention_requested(None, attn_implementation)
-        if is_flash and not _flash_is_told_of_documents(config):
+        if needs_boundaries(attn_implementation) and not _calls_of_attention(config).are_told:
             raise ValueError(
                 f"{name} does not tell {attn_implementation} where documents begin; choose "
                 f"--attn_implementation sdpa, or {remedy}"
             )
     except (AttributeError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{name} could not be checked ({error}); {remedy}") from error
+
+
+def attention_within_documents(
+    config: PreTrainedConfig,
+    attn_implementation: str | None,
+    packing: Packing,
+    dtype: torch.dtype,
+    uses_gpu: bool,
+) -> str | None:
+    """Return how attention is computed: VARLEN for documents where GPU and architecture have it,
+    unless `attn_implementation` is given.
+
+    Raises ValueError if VARLEN is given and cannot be had.
+    """
+    if attn_implementation not in (None, VARLEN):
+        return attn_implementation
+    obstacle = None
+    if packing != "documents":
+        obstacle = "it is for --packing documents"
+    elif not uses_gpu or torch.version.hip or torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        obstacle = f"needs a CUDA GPU of compute capability {least} or above"
+    elif dtype == torch.float32:
+        obstacle = "its kernels compute in half precision, leave out --bf16 False"
+    elif not _fits_varlen(config):
+        obstacle = f"its kernels do not compute all of the attention of a {config.model_type} model"
+    if obstacle is None:
+        return VARLEN
+    if attn_implementation is not None:
+        raise ValueError(f"attn_implementation={VARLEN}: {obstacle}; or leave it out")
+    return None
+
+
+def _fits_varlen(config: PreTrainedConfig) -> bool:
+    try:
+        calls = _calls_of_attention(config)
+    except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):
+        return False
+    return calls.are_told and calls.fit_varlen
 
 
 def _longest_fixed_rotary(config: PreTrainedConfig) -> int | None:
@@ -126,19 +167,30 @@ def _small_instance_separates(config: PreTrainedConfig) -> bool:
     return bool(difference <= TOLERANCE * alone_1TD.abs().max())
 
 
+class AttentionCalls(NamedTuple):
+    """What all layers of a small instance pass to attention."""
+
+    are_told: bool
+    """Whether they pass on the boundaries of documents."""
+    fit_varlen: bool
+    """Whether variable-length kernels compute all that they ask for."""
+
+
 @torch.no_grad()
-def _flash_is_told_of_documents(config: PreTrainedConfig) -> bool:
-    """Whether every layer passes the boundaries of documents on to flash attention."""
-    told = []
+def _calls_of_attention(config: PreTrainedConfig) -> AttentionCalls:
+    """Return what attention is asked for in training, where there may be dropout."""
+    told, fits = [], []
 
     def record(_, query_BHTD, _key, value_BHTD, *_rest, **arguments) -> tuple[Tensor, None]:
         told.append(arguments.get("cu_seq_lens_q") is not None)
+        fits.append(fits_varlen(query_BHTD, value_BHTD, arguments))
         num_rows, num_heads, length, _ = query_BHTD.shape
         return value_BHTD.new_zeros(num_rows, length, num_heads, value_BHTD.shape[-1]), None
 
     AttentionInterface.register(RECORDER, record)
     AttentionMaskInterface.register(RECORDER, flash_attention_mask)
-    model = _small_instance(config)
+    model = _small_instance(config).train()
     model.config._attn_implementation = RECORDER  # transformers would look for its package
     _read_both(model)
-    return bool(told) and all(told)
+    fit_varlen = all(fits) and model._supports_flash_attn  # which masks of other kinds rule out
+    return AttentionCalls(bool(told) and all(told), fit_varlen)

@@ -19,6 +19,7 @@ from train.cache_teacher import CacheArguments
 from train.data import Rows, load_rows
 from train.data_args import DataArguments
 from train.loss import IGNORED_LABEL
+from train.packing import attention_within_documents
 from train.run import read_teacher_config
 from train.speed import reuse_freed_memory
 from train.student import cast_parameters
@@ -40,11 +41,16 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
             raise ValueError(
                 "max_rows: a stream has no end, give as many rows as the run will read"
             )
-        teacher = load_model(
-            reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        attention = attention_within_documents(
+            config,
+            arguments.attn_implementation,
+            data_args.packing,
+            torch.bfloat16 if arguments.bf16 else torch.float32,
+            uses_gpu=device.type == "cuda",
         )
+        teacher = load_model(reference, "auto", arguments.trust_remote_code, attention)
         writer.begin()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type == "cpu":
         reuse_freed_memory()
     if arguments.bf16:

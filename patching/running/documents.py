@@ -2,8 +2,8 @@
 
 Position ids start over with each document of a row, and attention stops at its boundaries. For
 causal models transformers derives the mask from the position ids. Two cases are handled here: flash
-attention, which transformers splits at boundaries only where a batch has a single row, and models
-whose masks ignore position ids, such as encoders.
+attention, which is told where documents begin (transformers would only look where a batch has a
+single row), and models whose masks ignore position ids, such as encoders.
 
 Shapes: B rows, T positions.
 """
@@ -22,6 +22,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from patching.architectures.lookup import architecture_of, first_position
 from patching.architectures.models import predicts_masked_tokens
+from patching.running.varlen import VARLEN
 
 
 def separate_documents(model: PreTrainedModel, positions_BT: Tensor) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def separate_documents(model: PreTrainedModel, positions_BT: Tensor) -> dict[str
     """
     config, is_start_BT = model.config, positions_BT == 0
     arguments: dict[str, Any] = {"position_ids": positions_BT + first_position(config)}
-    if is_flash_attention_requested(config):
+    if needs_boundaries(config._attn_implementation):
         return arguments | _flash_arguments(is_start_BT)
     if not architecture_of(config).masks_by_position:
         num_rows, length = positions_BT.shape
@@ -48,6 +49,11 @@ def separate_documents(model: PreTrainedModel, positions_BT: Tensor) -> dict[str
             device=positions_BT.device,
         )
     return arguments
+
+
+def needs_boundaries(attn_implementation: str | None) -> bool:
+    """Whether attention is told where documents begin and end, and gets no mask."""
+    return attn_implementation == VARLEN or is_flash_attention_requested(None, attn_implementation)
 
 
 def _flash_arguments(is_start_BT: Tensor) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""What only a CUDA GPU can show: PyTorch's variable-length attention, FP8 products, heads whose
+gradient is summed in fp32 by cuBLAS, and training as a user starts it there.
+"""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run_module, tiny_model
+from local_tasks import CHOICE, QUESTIONS, ROLLING, TEXTS, write_task
+from patching_models import LAYER_MAP, family_config, family_pair
+from safetensors.torch import load_file
+from test_documents import packed_and_alone
+from test_evaluate import flags
+from test_fsdp import command
+from torch import nn
+
+from patching.running.hidden_states import hidden_states_at
+from patching.running.varlen import VARLEN
+from train.batches import collate
+from train.distillation import install_distillation_forward
+from train.fp8 import Fp8Linear, use_fp8
+from train.loss import LossWeights, count
+from train.packing import attention_within_documents
+from train.speed import speed_up
+from train.student import cast_parameters
+from train.vocabulary_loss import vocabulary_loss
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+WEIGHTS = LossWeights(cross_entropy=1.0, kl=0.3, cosine=2.0, temperature=2.0)
+HEADS = {
+    "qwen3": {"head_dim": 16},
+    "bert": {"attention_probs_dropout_prob": 0.0},
+    "gemma3_text": {},
+    "olmo3": {},
+}
+
+
+def on_gpu(batch: dict) -> dict:
+    return {name: values.cuda() for name, values in batch.items()}
+
+
+def share_off(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference, relative to the norm of what is expected."""
+    expected = expected.float()
+    return float((value.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("model_type", HEADS)
+def test_varlen_gives_states_and_gradients_of_documents_alone(model_type):
+    config = family_config(model_type, **HEADS[model_type])
+    assert attention_within_documents(config, None, "documents", torch.bfloat16, True) == VARLEN
+    packed, _ = packed_and_alone()
+    batch, found = on_gpu(collate(packed)), {}
+    for attention in ("sdpa", VARLEN):
+        model = tiny_model(config).cuda()
+        model.config._attn_implementation = attention
+        with torch.autocast("cuda", torch.bfloat16):
+            (states,) = hidden_states_at(
+                model, [model.config.num_hidden_layers], batch["input_ids"], None,
+                batch["position_ids"],
+            )  # fmt: skip
+        states.float().square().mean().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found[attention] = (states.detach(), torch.cat(gradients))
+    for value, expected in zip(found[VARLEN], found["sdpa"]):
+        assert share_off(value, expected) < 0.03
+
+
+@pytest.mark.parametrize("with_compile", [False, True])
+def test_a_micro_batch_in_bf16_is_near_the_one_in_fp32_on_a_cpu(with_compile):
+    teacher, student = family_pair("qwen3", head_dim=16)
+    packed, _ = packed_and_alone()
+    batch, found = collate(packed), []
+    for device in ("cpu", "cuda"):
+        pair = [copy.deepcopy(model).to(device) for model in (student, teacher)]
+        weights = WEIGHTS
+        if device == "cuda":
+            batch = on_gpu(batch)
+            for model in pair:
+                model.config._attn_implementation = VARLEN
+                if with_compile:
+                    flags = SimpleNamespace(
+                        use_liger_kernel=False, torch_compile=True,
+                        torch_compile_backend="inductor", torch_compile_mode=None,
+                    )  # fmt: skip
+                    speed_up(model, flags)
+                    weights = WEIGHTS._replace(compile_backend="inductor")
+        install_distillation_forward(*pair, LAYER_MAP, weights)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            terms = pair[0](**batch, counts=count(batch["labels"]))
+        terms.loss.backward()
+        gradients = [p.grad.flatten().cpu() for p in pair[0].parameters() if p.grad is not None]
+        found.append((terms.loss.detach().cpu(), torch.cat(gradients)))
+    (loss, gradient), (gpu_loss, gpu_gradient) = found
+    assert float(gpu_loss) == pytest.approx(float(loss), rel=0.01)
+    assert share_off(gpu_gradient, gradient) < 0.05
+
+
+def test_the_heads_gradient_is_summed_in_fp32():
+    torch.manual_seed(0)
+    hidden_ND, teacher_ND = torch.randn(2, 4096, 64, device="cuda")
+    head, teacher_head = (nn.Linear(64, 70000, bias=False, device="cuda") for _ in range(2))
+    targets_N = torch.randint(70000, (4096,), device="cuda")
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        student, teacher = (copy.deepcopy(model).to(dtype) for model in (head, teacher_head))
+        inputs = (hidden_ND.to(dtype), student, targets_N, teacher_ND.to(dtype), teacher)
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+            loss = vocabulary_loss(*inputs, cross_entropy_weight=1.0, kl_weight=0.1)
+        loss.loss.backward()
+        assert student.weight.grad.dtype == dtype
+        found.append((loss.loss.detach(), student.weight.grad))
+    assert share_off(found[1][0], found[0][0]) < 1e-3
+    assert share_off(found[1][1], found[0][1]) < 0.01
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs FP8 products with a scale per row",
+)
+def test_a_teacher_in_fp8_has_nearly_the_same_states():
+    teacher = tiny_model(family_config("qwen3", head_dim=16)).cuda()
+    cast_parameters(teacher, torch.bfloat16)
+    ids_BT, last = torch.randint(0, 250, (2, 16), device="cuda"), teacher.config.num_hidden_layers
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        (before,) = hidden_states_at(teacher, [last], ids_BT)
+        use_fp8(teacher)
+        (after,) = hidden_states_at(teacher, [last], ids_BT)
+    assert any(type(module) is Fp8Linear for module in teacher.modules())
+    assert 0.98 < torch.cosine_similarity(before.float(), after.float(), dim=-1).min() < 1
+
+
+def losses(folder) -> list[float]:
+    log = json.loads((folder / "run.json").read_text())["log"]
+    return [line["loss"] for line in log if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--attn_implementation", "sdpa", "--torch_compile", "False"],
+        ["--use_liger_kernel", "True"],
+        ["--teacher_fp8", "True"],
+        ["--activation_checkpointing", "True"],
+    ],
+    ids=" ".join,
+)
+def test_training_on_one_gpu(flags, pair_folders, text_file, tmp_path):
+    if "--use_liger_kernel" in flags:
+        pytest.importorskip("liger_kernel")
+    words = command(pair_folders[0], tmp_path / "s", text_file, "--bf16", "True", *flags)
+    done = run_module("train.train", *words)
+    assert done.returncode == 0, done.stderr
+    found = losses(tmp_path / "s")
+    assert len(found) == 4
+    assert found[-1] < found[0]
+    assert json.loads((tmp_path / "s/run.json").read_text())["device"] == (
+        torch.cuda.get_device_name()
+    )
+
+
+@pytest.mark.parametrize("flags", [[], ["--activation_checkpointing", "True"]], ids=" ".join)
+def test_one_sharded_rank_follows_one_process(flags, pair_folders, text_file, tmp_path):
+    teacher = pair_folders[0]
+    alone, sharded = tmp_path / "alone", tmp_path / "sharded"
+    done = run_module("train.train", *command(teacher, alone, text_file, "--bf16", "True", *flags))
+    assert done.returncode == 0, done.stderr
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", "--module"]
+    words = command(teacher, sharded, text_file, "--bf16", "True", *flags)
+    done = run_module(*launcher, "train.train", *words, "--fsdp_config", str(teacher))
+    assert done.returncode == 0, done.stderr
+    assert "has no effect" not in done.stderr
+    for value, expected in zip(losses(sharded), losses(alone), strict=True):
+        assert value == pytest.approx(expected, rel=0.01)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (sharded, alone))
+    assert weights.keys() == expected.keys()
+
+
+def test_sizes_are_evaluated_as_on_a_cpu(pair_folders, tmp_path):
+    write_task(tmp_path, "rolling", [{"text": text} for text in TEXTS], **ROLLING)
+    write_task(tmp_path, "choice", QUESTIONS, **CHOICE)
+    found = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        asked = {"num_layers_to_patch": "all", "include_path": tmp_path, "baselines": "naive"}
+        words = flags(pair_folders, out, **asked, device=device, tasks="rolling,choice")
+        done = run_module("evaluate.evaluate", *words)
+        assert done.returncode == 0, done.stderr
+        paths = sorted(out.glob("*_k*.json"))
+        results = [json.loads(path.read_text())["results"]["rolling"] for path in paths]
+        found.append([result["word_perplexity,none"] for result in results])
+    assert len(found[0]) > 4
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+def test_an_order_is_searched_on_the_gpu(pair_folders, text_file, tmp_path):
+    words = flags(pair_folders, tmp_path / "orders", calibration=text_file)
+    done = run_module("patching.orders", *words)
+    assert done.returncode == 0, done.stderr
