@@ -204,7 +204,9 @@ def usable_device(name: str | None) -> torch.device:
     machine does not have it.
     """
     if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # PyTorch may be built for an accelerator that this machine does not have.
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device

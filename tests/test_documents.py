@@ -25,7 +25,7 @@ from train.data import lengths_in_rows
 from train.distillation import install_distillation_forward
 from train.loss import NO_TARGET, LossWeights, count
 from train.masking import generator_for
-from train.packing import attention_within_documents, check_separates_documents
+from train.packing import check_separates_documents, check_varlen
 from train.train import main
 
 LENGTHS = (7, 11, 1, 5, 9, 2, 13)
@@ -226,46 +226,35 @@ def test_varlen_attention_without_documents_is_that_of_whole_rows(monkeypatch):
 
 
 HALF, FULL = torch.bfloat16, torch.float32
+NO_DROPOUT = {"attention_probs_dropout_prob": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "given", "expected"),
+    ("model_type", "changes", "packing", "dtype", "uses_gpu", "message"),
     [
-        ("qwen3", {}, None, "varlen"),
-        ("gemma3_text", {}, None, "varlen"),
-        ("bert", {"attention_probs_dropout_prob": 0.0}, None, "varlen"),
-        ("bert", {}, None, None),
-        ("qwen3", {}, "eager", "eager"),
-        ("gemma2", {}, None, None),
-        ("qwen3", {"head_dim": 264}, None, None),
-        ("qwen3", {"attention_dropout": 0.1}, None, None),
-        ("stablelm", {}, None, None),
-    ],
-)
-def test_attention_within_documents_on_a_gpu(model_type, changes, given, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    config = family_config(model_type, **changes)
-    assert attention_within_documents(config, given, "documents", HALF, True) == expected
-
-
-@pytest.mark.parametrize(
-    ("model_type", "packing", "dtype", "uses_gpu", "message"),
-    [
-        ("qwen3", "cross", HALF, True, "it is for --packing documents; or leave it out"),
-        ("qwen3", "documents", HALF, False, "needs a CUDA GPU of compute capability 8.0"),
-        ("qwen3", "documents", FULL, True, "half precision, leave out --bf16 False"),
-        ("gemma2", "documents", HALF, True, "not compute all of the attention of a gemma2 model"),
+        ("qwen3", {}, "documents", HALF, True, None),
+        ("gemma3_text", {}, "documents", HALF, True, None),
+        ("bert", NO_DROPOUT, "documents", HALF, True, None),
+        ("bert", {}, "documents", HALF, True, "all of the attention of a bert model"),
+        ("qwen3", {"attention_dropout": 0.1}, "documents", HALF, True, "of a qwen3 model"),
+        ("qwen3", {"head_dim": 264}, "documents", HALF, True, "of a qwen3 model"),
+        ("gemma2", {}, "documents", HALF, True, "of a gemma2 model; choose sdpa"),
+        ("stablelm", {}, "documents", HALF, True, "of a stablelm model"),
+        ("qwen3", {}, "cross", HALF, True, "it is for --packing documents; choose sdpa, or leave"),
+        ("qwen3", {}, "documents", HALF, False, "it needs a CUDA GPU of compute capability 8.0"),
+        ("qwen3", {}, "documents", FULL, True, "half precision, leave out --bf16 False"),
     ],
 )
 def test_varlen_is_refused_by_name_where_it_cannot_be(
-    model_type, packing, dtype, uses_gpu, message, monkeypatch
+    model_type, changes, packing, dtype, uses_gpu, message, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    settings = (packing, dtype, uses_gpu)
-    config = family_config(model_type)
+    arguments = (family_config(model_type, **changes), packing, dtype, uses_gpu)
+    if message is None:
+        check_varlen(*arguments)
+        return
     with pytest.raises(ValueError, match=f"attn_implementation=varlen: .*{message}"):
-        attention_within_documents(config, varlen.VARLEN, *settings)
-    assert attention_within_documents(config, None, *settings) is None
+        check_varlen(*arguments)
 
 
 @pytest.mark.slow

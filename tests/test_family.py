@@ -10,6 +10,7 @@ from patching.architectures.models import load_model
 from patching.assemble import assemble
 from patching.checkpoints.layout import layout_of
 from patching.family import Family
+from patching.parents import usable_device
 from patching.patch import build_intermediate_model, iter_family
 from patching.recipe import intermediate_model, patched_model
 from patching.running.placement import device_map_of, dispatch
@@ -104,6 +105,15 @@ def test_a_parent_by_name_follows_the_other_ones_device(folders):
         Family.from_pretrained(teacher, student)
     family.parents.release()
     assert family.parents.models.keys() == {"teacher"}  # what the caller gave stays
+
+
+def test_a_build_for_an_accelerator_that_is_not_there_runs_on_the_cpu(monkeypatch):
+    """PyTorch from pip is built for CUDA on Linux, also where there is no GPU."""
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+    assert usable_device(None) == torch.device("cpu")
 
 
 def test_weights_go_to_their_device_as_they_are_read(folders, monkeypatch):

@@ -23,7 +23,7 @@ from train.batches import collate
 from train.distillation import install_distillation_forward
 from train.fp8 import Fp8Linear, use_fp8
 from train.loss import LossWeights, count
-from train.packing import attention_within_documents
+from train.packing import check_varlen
 from train.speed import speed_up
 from train.student import cast_parameters
 from train.vocabulary_loss import vocabulary_loss
@@ -52,7 +52,7 @@ def share_off(value: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("model_type", HEADS)
 def test_varlen_gives_states_and_gradients_of_documents_alone(model_type):
     config = family_config(model_type, **HEADS[model_type])
-    assert attention_within_documents(config, None, "documents", torch.bfloat16, True) == VARLEN
+    check_varlen(config, "documents", torch.bfloat16, True)
     packed, _ = packed_and_alone()
     batch, found = on_gpu(collate(packed)), {}
     for attention in ("sdpa", VARLEN):
@@ -143,7 +143,8 @@ def losses(folder) -> list[float]:
     "flags",
     [
         [],
-        ["--attn_implementation", "sdpa", "--torch_compile", "False"],
+        ["--torch_compile", "False"],
+        ["--attn_implementation", "varlen"],
         ["--use_liger_kernel", "True"],
         ["--teacher_fp8", "True"],
         ["--activation_checkpointing", "True"],

@@ -16,6 +16,7 @@ from patching.cli.units import count_text, parse_count
 from patching.orders.kept_layers import mean_similarity, most_similar_layers
 from patching.recipe import Reference, initial_student
 from patching.running.calibration import Calibration
+from patching.running.documents import attention_of_whole_texts
 from patching.running.similarity import similarity_by_depth
 from train.model_args import ModelArguments
 from train.training_args import DistillationArguments
@@ -41,7 +42,8 @@ def choose_layers(
         reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
         trust = model_args.trust_remote_code
         tokenizer = read_tokenizer(reference, config, trust)
-        teacher = load_model(reference, "auto", trust, model_args.attn_implementation)
+        attention = attention_of_whole_texts(model_args.attn_implementation)
+        teacher = load_model(reference, "auto", trust, attention)
         batches = text.batches(tokenizer, config)
         similarity_JJ = similarity_by_depth(teacher.to(args.device), batches)
         chosen = fitting_map(model_args, similarity_JJ, config, len(default.kept))

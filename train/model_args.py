@@ -92,9 +92,9 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "how both models compute attention: sdpa, varlen, flash_attention_2, ... "
-            "(default: varlen, PyTorch's flash attention within documents, where a CUDA GPU and "
-            "the architecture have it, otherwise what transformers chooses)"
+            "help": "how both models compute attention: sdpa, varlen (PyTorch's flash attention "
+            "within documents, on CUDA GPUs), flash_attention_2, eager, ... (default: what "
+            "transformers chooses)"
         },
     )
 

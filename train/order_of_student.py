@@ -36,6 +36,7 @@ from patching.orders.scales import BudgetSpent
 from patching.orders.search import next_sets
 from patching.patch_order import NAMED_ORDERS
 from patching.running.calibration import Calibration
+from patching.running.documents import attention_of_whole_texts
 from patching.running.rescaled import check_rescaling
 from patching.student_config import StudentConfig
 from train.data import documents_set_aside
@@ -158,7 +159,7 @@ def measure_order(
             match_scale=False,
             revision=model_args.revision,
             device=args.device,
-            attn_implementation=model_args.attn_implementation,
+            attn_implementation=attention_of_whole_texts(model_args.attn_implementation),
             trust_remote_code=model_args.trust_remote_code,
         )
         reason = why_not(family.configs["teacher"], family.layer_map)

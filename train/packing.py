@@ -1,5 +1,4 @@
-"""Check that a teacher can read several documents in one row as if each were alone, and choose its
-attention.
+"""Check that a teacher can read several documents in one row as if each were alone.
 
 An architecture with a row in the table is known to (tests/test_documents.py). Any other must show
 it on a small instance with random weights: attention, recurrence or position ids that ignore where
@@ -63,35 +62,22 @@ def check_separates_documents(
         raise ValueError(f"{name} could not be checked ({error}); {remedy}") from error
 
 
-def attention_within_documents(
-    config: PreTrainedConfig,
-    attn_implementation: str | None,
-    packing: Packing,
-    dtype: torch.dtype,
-    uses_gpu: bool,
-) -> str | None:
-    """Return how attention is computed: VARLEN for documents where GPU and architecture have it,
-    unless `attn_implementation` is given.
-
-    Raises ValueError if VARLEN is given and cannot be had.
-    """
-    if attn_implementation not in (None, VARLEN):
-        return attn_implementation
-    obstacle = None
+def check_varlen(
+    config: PreTrainedConfig, packing: Packing, dtype: torch.dtype, uses_gpu: bool
+) -> None:
+    """Raise ValueError unless PyTorch's variable-length attention can be had."""
     if packing != "documents":
         obstacle = "it is for --packing documents"
     elif not uses_gpu or torch.version.hip or torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
-        obstacle = f"needs a CUDA GPU of compute capability {least} or above"
+        obstacle = f"it needs a CUDA GPU of compute capability {least} or above"
     elif dtype == torch.float32:
         obstacle = "its kernels compute in half precision, leave out --bf16 False"
     elif not _fits_varlen(config):
         obstacle = f"its kernels do not compute all of the attention of a {config.model_type} model"
-    if obstacle is None:
-        return VARLEN
-    if attn_implementation is not None:
-        raise ValueError(f"attn_implementation={VARLEN}: {obstacle}; or leave it out")
-    return None
+    else:
+        return
+    raise ValueError(f"attn_implementation={VARLEN}: {obstacle}; choose sdpa, or leave it out")
 
 
 def _fits_varlen(config: PreTrainedConfig) -> bool:

@@ -30,6 +30,7 @@ from patching.cli.command_line import user_errors
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import LogitChange, logit_change
+from patching.running.varlen import VARLEN
 from patching.student_config import StudentConfig
 from train.chats.arguments import ChatArguments
 from train.checkpoints.find import (
@@ -60,7 +61,7 @@ from train.local_batches import check_enough_rows, rows_per_step
 from train.masking import Masking
 from train.model_args import ModelArguments
 from train.order_of_student import measure_order
-from train.packing import attention_within_documents, check_separates_documents
+from train.packing import check_separates_documents, check_varlen
 from train.ranks import first_rank_first
 from train.refused_flags import ignored_flags
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
@@ -117,13 +118,9 @@ def run(
         choose_reduction(args, teacher_config, layer_map, data_args.max_length)
         if model_args.teacher_fp8:
             check_fp8(args)
-        attention = attention_within_documents(
-            teacher_config,
-            model_args.attn_implementation,
-            data_args.packing,
-            args.compute_dtype,
-            uses_gpu=args.device.type == "cuda",
-        )
+        if model_args.attn_implementation == VARLEN:
+            on_gpu = args.device.type == "cuda"
+            check_varlen(teacher_config, data_args.packing, args.compute_dtype, on_gpu)
         tokenizer = read_tokenizer(reference, teacher_config, model_args.trust_remote_code)
         check_chats(chat_args, model_args, teacher_config)
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
@@ -155,7 +152,7 @@ def run(
 
     set_seed(args.seed)
     with user_errors():
-        teacher = load_teacher(model_args, teacher_config, args, attention)
+        teacher = load_teacher(model_args, teacher_config, args)
     student = new_student(teacher, layer_map, model_args.random_initialization)
     if reads_weights(args):
         try:
@@ -425,16 +422,13 @@ def open_cache(
 
 
 def load_teacher(
-    model_args: ModelArguments,
-    config: PreTrainedConfig,
-    args: DistillationArguments,
-    attention: str | None,
+    model_args: ModelArguments, config: PreTrainedConfig, args: DistillationArguments
 ) -> PreTrainedModel:
     """Return the teacher in its own dtype. Of sharded ranks only the first reads its weights.
 
     Raises ValueError if its weights are damaged or incomplete.
     """
-    trust = model_args.trust_remote_code
+    trust, attention = model_args.trust_remote_code, model_args.attn_implementation
     if not reads_weights(args):
         settings = {"trust_remote_code": trust, "attn_implementation": attention}
         return without_weights(config, dtype=args.compute_dtype, **settings)

@@ -11,15 +11,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
+from patching.parents import usable_device
 from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
 from patching.running.logits import LogitChange
+from patching.running.varlen import VARLEN
 from train.batches import collate
 from train.cache_teacher import CacheArguments
 from train.data import Rows, load_rows
 from train.data_args import DataArguments
 from train.loss import IGNORED_LABEL
-from train.packing import attention_within_documents
+from train.packing import check_varlen
 from train.run import read_teacher_config
 from train.speed import reuse_freed_memory
 from train.student import cast_parameters
@@ -41,15 +43,13 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
             raise ValueError(
                 "max_rows: a stream has no end, give as many rows as the run will read"
             )
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        attention = attention_within_documents(
-            config,
-            arguments.attn_implementation,
-            data_args.packing,
-            torch.bfloat16 if arguments.bf16 else torch.float32,
-            uses_gpu=device.type == "cuda",
+        device = usable_device(None)
+        if arguments.attn_implementation == VARLEN:
+            dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+            check_varlen(config, data_args.packing, dtype, device.type == "cuda")
+        teacher = load_model(
+            reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
         )
-        teacher = load_model(reference, "auto", arguments.trust_remote_code, attention)
         writer.begin()
     if device.type == "cpu":
         reuse_freed_memory()

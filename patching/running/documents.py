@@ -56,6 +56,13 @@ def needs_boundaries(attn_implementation: str | None) -> bool:
     return attn_implementation == VARLEN or is_flash_attention_requested(None, attn_implementation)
 
 
+def attention_of_whole_texts(attn_implementation: str | None) -> str | None:
+    """Return the attention for texts that have rows, and maybe padding, of their own: what was
+    asked for, or transformers' choice in place of kernels that compute in half precision alone.
+    """
+    return None if needs_boundaries(attn_implementation) else attn_implementation
+
+
 def _flash_arguments(is_start_BT: Tensor) -> dict[str, Any]:
     """Return where documents begin and end in the flattened rows, for variable-length kernels."""
     starts = is_start_BT.flatten().nonzero().flatten().int()
