@@ -6,6 +6,7 @@ one row per document.
 """
 
 import io
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from patching.files.outputs import write_bytes
 
 Documents = dict[str, NDArray[numpy.float64]]
 FOLDER = "documents"
+LARGEST_BYTES = 2**30
+"""Of a model's arrays: some 100 million scores. A small damaged archive may hold far more."""
 
 
 def documents_of(samples: Mapping[str, Iterable[Mapping[str, Any]]]) -> Documents:
@@ -53,6 +56,10 @@ def read_documents(folder: Path, name: str) -> Documents:
     if not path.is_file():
         return {}
     try:
+        with zipfile.ZipFile(path) as packed:
+            num_bytes = sum(entry.file_size for entry in packed.infolist())
+        if num_bytes > LARGEST_BYTES:
+            raise ValueError(f"its arrays take {num_bytes:,} bytes")
         with numpy.load(path, allow_pickle=False) as archive:
             found = dict(archive)
         for key, array in found.items():

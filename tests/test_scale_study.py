@@ -9,6 +9,7 @@ from patching_models import LAYER_MAP, family_pair, save_models
 
 from examples.stdlib.demo import DISTILLATION
 from examples.studies.orders import PAIRS
+from examples.studies.orders import main as orders_main
 from examples.studies.scale import pairs as study
 from examples.studies.scale.__main__ import main
 from examples.studies.scale.findings import Scores, findings_of, gain
@@ -286,6 +287,15 @@ def test_wrong_students_and_other_settings_are_one_line(
     assert "'order_documents': 7}: choose another --folder" in capsys.readouterr().err.replace(
         ")", ""
     )
+
+
+@pytest.mark.parametrize("run", [main, lambda words: orders_main(["train", *words])])
+def test_a_pair_whose_text_is_elsewhere_is_one_line(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("BOOMERANG_DATA", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run(["gpt_neox", "--folder", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "BOOMERANG_DATA names no folder, which must hold wiki" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

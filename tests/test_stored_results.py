@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy
 import pytest
 from conftest import save_pair
 from lm_eval import evaluator
@@ -18,7 +19,8 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks import TaskManager
 from local_tasks import CHOICE, GENERATION, QUESTIONS, flags, write_task
 
-from evaluate import sources
+from evaluate import documents, sources
+from evaluate.documents import add_documents, read_documents
 from evaluate.evaluate import main
 from evaluate.result import Parameters, Result, Run, read_results, update_result
 from evaluate.seeds import DEFAULT_SEEDS, Seeds
@@ -279,3 +281,11 @@ def test_only_the_files_of_a_series_are_read_again(tmp_path):
     (tmp_path / "family_k0.json").unlink()
     store.read([SimpleNamespace(name="family_k0")])
     assert store.results == {"family_k1": other}
+
+
+def test_an_archive_that_unpacks_to_more_than_scores_take_is_refused(tmp_path, monkeypatch):
+    add_documents(tmp_path, "family_k0", {"choice/acc,none": numpy.zeros(100)})
+    assert read_documents(tmp_path, "family_k0")["choice/acc,none"].shape == (100,)
+    monkeypatch.setattr(documents, "LARGEST_BYTES", 800)
+    with pytest.raises(ValueError, match="damaged .its arrays take 928 bytes.: remove it"):
+        read_documents(tmp_path, "family_k0")

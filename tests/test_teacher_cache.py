@@ -99,6 +99,10 @@ def test_predictions_come_back_at_their_positions(tmp_path, monkeypatch):
     assert torch.equal(log_rest[1], top.log_rest[:3])
     with pytest.raises(ValueError, match="a row of the text is not in it"):
         TeacherCache(tmp_path).add_to(collate([{"input_ids": [1, 2]}]))
+    smaller = TeacherCache(tmp_path)
+    smaller.made_by["vocab_size"] = int(top.ids[:8].max())
+    with pytest.raises(ValueError, match="is damaged .a token that the vocabulary lacks"):
+        smaller.add_to(collate(rows))
     TeacherCache(tmp_path).check_holds(Dataset.from_list(rows))
     with pytest.raises(ValueError, match="1 of 2 rows are not in it"):
         TeacherCache(tmp_path).check_holds(Dataset.from_list([rows[0], {"input_ids": [1, 2]}]))

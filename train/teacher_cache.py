@@ -200,7 +200,7 @@ class TeacherCache:
     def add_to(self, batch: Batch) -> Batch:
         """Return the batch with `teacher_top`, the packed predictions at each of its positions.
 
-        Raises ValueError for a row that is not in the cache.
+        Raises ValueError for a row that is not in the cache, or has tokens that do not exist.
         """
         (num_rows, num_positions), top_k = batch["input_ids"].shape, self.made_by["top_k"]
         ids_BTK = torch.zeros(num_rows, num_positions, top_k, dtype=torch.int32)
@@ -214,6 +214,11 @@ class TeacherCache:
             path, start, stop = self.rows[key]
             file = self._file(path)
             ids_BTK[i, :length] = file.get_slice("ids")[start:stop].to(torch.int32)
+            if not 0 <= ids_BTK[i].min() <= ids_BTK[i].max() < self.made_by["vocab_size"]:
+                raise ValueError(
+                    f"{path} is damaged (a token that the vocabulary lacks): remove it and run "
+                    "train.cache_teacher again"
+                )
             log_q_BTK[i, :length] = file.get_slice("log_q")[start:stop]
             log_rest_BT[i, :length] = file.get_slice("log_rest")[start:stop]
         return batch | {"teacher_top": TopTokens(ids_BTK, log_q_BTK, log_rest_BT).packed()}

@@ -17,7 +17,7 @@ from typing import Any
 
 from patching.arguments import CalibrationArguments
 from patching.cli.command_line import CommandLineParser, run_command, user_errors
-from patching.files.outputs import check_writable
+from patching.files.outputs import check_writable, num_ranks
 from train.chats.arguments import ChatArguments
 from train.data_args import DataArguments
 from train.model_args import ModelArguments
@@ -45,6 +45,7 @@ def parse_flags(argv: list[str] | None) -> tuple[Any, ...]:
         DistillationArguments,
         CalibrationArguments,
     )
+    num_ranks()  # raises for a launch that transformers could not read
     parser = CommandLineParser(groups, prog="train.train", description=__doc__)
     model_args, data_args, chat_args, args, text_args = parser.parse_args_into_dataclasses(argv)
     check_calibration(model_args, text_args)

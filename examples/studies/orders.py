@@ -32,6 +32,7 @@ from transformers import (
 
 from evaluate.family import FamilyLM
 from examples.commands import run
+from examples.smollm2.text import data_folder
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import DISTILLATION, TEACHER, as_flags
 from examples.stdlib.train_teacher import cut_into_rows, tokenize, train_tokenizer
@@ -72,6 +73,13 @@ TEXTS = ("train", "calibration", "heldout")
 PASSAGE_CHARACTERS = 800
 
 
+def check_text(kind: str, folder: Path) -> None:
+    """Raise ValueError if the text of a pair is not in its folder and cannot be written either."""
+    is_there = (folder / "heldout.jsonl").is_file()
+    if kind == "wikitext" and not is_there and data_folder() is None:
+        raise ValueError("BOOMERANG_DATA names no folder, which must hold wikitext-2/test.txt")
+
+
 def write_texts(kind: str, folder: Path) -> None:
     """Write `train.jsonl`, `calibration.jsonl` (two samples) and `heldout.jsonl`.
 
@@ -82,9 +90,9 @@ def write_texts(kind: str, folder: Path) -> None:
         training = [module.text for module in modules if not is_held_out(module.name)]
         others = [module.text for module in modules if is_held_out(module.name)]
     else:
-        data = Path(os.environ["BOOMERANG_DATA"], "wikitext-2")
+        files = Path(os.environ["BOOMERANG_DATA"], "wikitext-2")
         training, others = (
-            [text for text in BLANK_LINES.split((data / name).read_text()) if len(text) > 200]
+            [text for text in BLANK_LINES.split((files / name).read_text()) if len(text) > 200]
             for name in ("test.txt", "valid.txt")
         )
     calibration, held_out = (passages(documents) for documents in (others[::2], others[1::2]))
@@ -302,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
             settings = {"teacher_steps": arguments.steps, "seed": arguments.seed}
             has_texts = all((folder / f"{name}.jsonl").is_file() for name in TEXTS)
             keep_settings(folder, settings, is_earlier=has_texts)
+            check_text(PAIRS[arguments.pair]["text"], folder)
         write_texts(PAIRS[arguments.pair]["text"], folder)
         if arguments.pair != "demo":
             train_teacher(arguments.pair, folder, arguments.steps, arguments.seed)

@@ -249,16 +249,13 @@ def check_space(path: Path, num_bytes: int) -> None:
 
 
 def num_ranks() -> int:
-    """Number of processes that torchrun started, 1 without torchrun. Raises ValueError if the
-    variable that says so holds no number.
+    """Number of processes that torchrun started, 1 without torchrun. Raises ValueError if a
+    variable that tells of them holds no number.
     """
-    text = os.environ.get("WORLD_SIZE", "1")
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ValueError(
-            f"WORLD_SIZE={text}: torchrun sets this to a number of processes, unset it"
-        ) from error
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not (text := os.environ.get(name, "1")).isdecimal():
+            raise ValueError(f"{name}={text}: torchrun sets this to a number, unset it")
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def environment() -> dict[str, Any]:

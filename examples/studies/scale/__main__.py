@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from examples.stdlib.demo import DISTILLATION
-from examples.studies.orders import PAIRS
+from examples.studies.orders import PAIRS, check_text
 from examples.studies.record import GOES_ON, keep_settings, parse_seeds, study_parser, write_record
 from examples.studies.scale.findings import findings_of
 from examples.studies.scale.pairs import SETTINGS, STUDENTS, make
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         students = arguments.students.split(",")
         if unknown := sorted(set(students) - set(STUDENTS)):
             raise ValueError(f"students={unknown[0]}: choose from {', '.join(STUDENTS)}")
+        check_text(PAIRS[arguments.pair]["text"], folder / arguments.pair)
         check_writable(arguments.save_directory or folder)
         settings = {"teacher_steps": arguments.steps, "student_steps": arguments.student_steps}
         keep_settings(folder / arguments.pair, {**settings, "distillation": DISTILLATION})
