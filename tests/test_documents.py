@@ -238,6 +238,7 @@ NO_DROPOUT = {"attention_probs_dropout_prob": 0.0}
         ("bert", {}, "documents", HALF, True, "all of the attention of a bert model"),
         ("qwen3", {"attention_dropout": 0.1}, "documents", HALF, True, "of a qwen3 model"),
         ("qwen3", {"head_dim": 264}, "documents", HALF, True, "of a qwen3 model"),
+        ("qwen3", {"head_dim": 12}, "documents", HALF, True, "of a qwen3 model"),
         ("gemma2", {}, "documents", HALF, True, "of a gemma2 model; choose sdpa"),
         ("stablelm", {}, "documents", HALF, True, "of a stablelm model"),
         ("qwen3", {}, "cross", HALF, True, "it is for --packing documents; choose sdpa, or leave"),

@@ -62,14 +62,15 @@ def varlen_attention(
 
 
 def fits_varlen(query_BHTD: Tensor, value_BHTD: Tensor, arguments: dict[str, Any]) -> bool:
-    """Whether the kernels compute all that a layer asks for: heads of one size that is not too
-    large, and no dropout, soft cap, attention sinks or bias by position.
+    """Whether the kernels compute all that a layer asks for: heads of one size, in steps of 8 up to
+    LARGEST_HEAD, and no dropout, soft cap, attention sinks or bias by position.
     """
     size = query_BHTD.shape[-1]
     has_more = any(arguments.get(name) for name in ("dropout", "softcap")) or any(
         arguments.get(name) is not None for name in ("s_aux", "position_bias")
     )
-    return size == value_BHTD.shape[-1] <= LARGEST_HEAD and not has_more
+    fits = size == value_BHTD.shape[-1] <= LARGEST_HEAD and size % 8 == 0
+    return fits and not has_more
 
 
 AttentionInterface.register(VARLEN, varlen_attention)
