@@ -1,5 +1,5 @@
-"""Useful tokens per second with packed rows, whose documents see each other or not, against one
-padded document per row.
+"""Useful tokens per second with packed rows, whose documents see each other, or do not by a mask or
+by attention document after document, against one padded document per row.
 
 All sides take turns training the demo's student on the demo's corpus, the source of Python's
 standard library, for the same number of micro-batches.
@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.ratios import ratio_of_pairs
 from examples.stdlib.corpus import write_corpus
 from patching.blocks import LayerMap, default_kept_layers
+from patching.running.varlen import VARLEN
 from train.batches import collate
 from train.data import load_rows
 from train.data_args import DataArguments
@@ -27,8 +29,13 @@ from train.loss import LossWeights, count
 from train.student import new_student
 
 TEACHER = Path(__file__).parents[1] / "examples" / "stdlib" / "teacher"
-SIDES = {"documents": "documents", "cross": "cross", "padded": "False"}
-"""Values of `--packing`, by the names of the sides."""
+SIDES = {
+    "documents": ("documents", "sdpa"),
+    "varlen": ("documents", VARLEN),
+    "cross": ("cross", "sdpa"),
+    "padded": ("False", "sdpa"),
+}
+"""Values of `--packing` and `--attn_implementation`, by the names of the sides."""
 WEIGHTS = LossWeights(cross_entropy=1.0, kl=0.1, cosine=2.0, temperature=1.0)
 
 
@@ -54,12 +61,14 @@ def main(max_length: int, batch_size: int, num_batches: int, repeats: int) -> No
                 tokenizer,
                 seed=0,
             ).train.shuffle(seed=0)
-            for name, packing in SIDES.items()
+            for name, (packing, _) in SIDES.items()
         }
         rates: dict[str, list[float]] = {name: [] for name in rows}
         padding = {}
         for repeat in range(repeats + 1):
             for name, side in rows.items():
+                for model in (student, teacher):
+                    model.config._attn_implementation = SIDES[name][1]
                 useful, slots, start = 0, 0, time.perf_counter()
                 for first in range(0, batch_size * num_batches, batch_size):
                     indices = [i % len(side) for i in range(first, first + batch_size)]
@@ -81,9 +90,9 @@ def main(max_length: int, batch_size: int, num_batches: int, repeats: int) -> No
             f"{name}: {statistics.median(values):,.0f} useful tokens/s, padding "
             f"{padding[name]:.1%}, {tokens[name] / tokens['cross']:.0%} of the text in rows"
         )
-    for other in ("cross", "padded"):
-        ratios = [ours / theirs for ours, theirs in zip(rates["documents"], rates[other])]
-        print(f"documents against {other}: {ratio_of_pairs(ratios)}")
+    for one, other in product(("documents", "varlen"), ("cross", "padded")):
+        ratios = [ours / theirs for ours, theirs in zip(rates[one], rates[other])]
+        print(f"{one} against {other}: {ratio_of_pairs(ratios)}")
 
 
 if __name__ == "__main__":

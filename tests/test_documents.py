@@ -2,7 +2,9 @@
 alone, in every architecture and with every attention implementation that transformers offers.
 """
 
+import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import tiny_model
 from masked_models import encoder_config
 from patching_models import ENCODERS, LAYER_MAP, NUM_LAYERS, SETTINGS, family_config, family_pair
 from test_architectures import DECLARED
+from test_fsdp import command
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import MASKING
@@ -199,10 +202,12 @@ def torch_varlen(query, key, value, starts, ends, longest, _, *, scale, window_s
     return varlen_attention(query, key, value, starts, ends, longest, **settings)
 
 
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["one by one", "kernels"])
 @pytest.mark.parametrize("model_type", sorted(SETTINGS.keys() - {"stablelm"}))
-def test_varlen_attention_gets_the_boundaries(model_type, monkeypatch):
-    """With a formula in place of PyTorch's kernels, for what these compute."""
+def test_varlen_attention_gets_the_boundaries(model_type, has_kernels, monkeypatch):
+    """With a formula in place of the kernels for GPUs."""
     monkeypatch.setattr(varlen, "varlen_attn", torch_varlen)
+    monkeypatch.setattr(varlen, "has_kernels", lambda *_: has_kernels)
     model = tiny_model(family_config(model_type))
     model.config._attn_implementation = varlen.VARLEN
     if model_type == "gemma2":
@@ -213,8 +218,7 @@ def test_varlen_attention_gets_the_boundaries(model_type, monkeypatch):
     check_separates_documents(model.config, varlen.VARLEN, 24)
 
 
-def test_varlen_attention_without_documents_is_that_of_whole_rows(monkeypatch):
-    monkeypatch.setattr(varlen, "varlen_attn", torch_varlen)
+def test_varlen_attention_without_documents_is_that_of_whole_rows():
     model, batch = tiny_model(family_config("qwen3")), collate([{"input_ids": [7, 8, 9]}] * 2)
     with torch.no_grad():
         expected = logits_of(model, batch)
@@ -225,37 +229,55 @@ def test_varlen_attention_without_documents_is_that_of_whole_rows(monkeypatch):
             logits_of(model, padded)
 
 
-HALF, FULL = torch.bfloat16, torch.float32
-NO_DROPOUT = {"attention_probs_dropout_prob": 0.0}
+@pytest.mark.parametrize(
+    ("device", "dtype", "size", "expected"),
+    [
+        ("cuda", torch.bfloat16, 256, True),
+        ("cuda", torch.float16, 8, True),
+        ("cuda", torch.float32, 64, False),
+        ("cuda", torch.bfloat16, 264, False),
+        ("cuda", torch.bfloat16, 12, False),
+        ("cpu", torch.bfloat16, 64, False),
+    ],
+)
+def test_kernels_are_used_for_what_they_take(device, dtype, size, expected, monkeypatch):
+    states = [
+        SimpleNamespace(is_cuda=device == "cuda", device=device, dtype=dtype, shape=(5, 2, size))
+    ] * 3
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert varlen.has_kernels(*states) == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not varlen.has_kernels(*states)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "packing", "dtype", "uses_gpu", "message"),
+    ("model_type", "changes", "packing", "message"),
     [
-        ("qwen3", {}, "documents", HALF, True, None),
-        ("gemma3_text", {}, "documents", HALF, True, None),
-        ("bert", NO_DROPOUT, "documents", HALF, True, None),
-        ("bert", {}, "documents", HALF, True, "all of the attention of a bert model"),
-        ("qwen3", {"attention_dropout": 0.1}, "documents", HALF, True, "of a qwen3 model"),
-        ("qwen3", {"head_dim": 264}, "documents", HALF, True, "of a qwen3 model"),
-        ("qwen3", {"head_dim": 12}, "documents", HALF, True, "of a qwen3 model"),
-        ("gemma2", {}, "documents", HALF, True, "of a gemma2 model; choose sdpa"),
-        ("stablelm", {}, "documents", HALF, True, "of a stablelm model"),
-        ("qwen3", {}, "cross", HALF, True, "it is for --packing documents; choose sdpa, or leave"),
-        ("qwen3", {}, "documents", HALF, False, "it needs a CUDA GPU of compute capability 8.0"),
-        ("qwen3", {}, "documents", FULL, True, "half precision, leave out --bf16 False"),
+        ("qwen3", {}, "documents", None),
+        ("gemma3_text", {}, "documents", None),
+        ("bert", {"attention_probs_dropout_prob": 0.0}, "documents", None),
+        ("bert", {}, "documents", "all of the attention of a bert model"),
+        ("qwen3", {"attention_dropout": 0.1}, "documents", "of a qwen3 model"),
+        ("gemma2", {}, "documents", "of a gemma2 model; choose sdpa"),
+        ("stablelm", {}, "documents", "of a stablelm model"),
+        ("qwen3", {}, "cross", "it is for --packing documents; choose sdpa, or leave"),
     ],
 )
-def test_varlen_is_refused_by_name_where_it_cannot_be(
-    model_type, changes, packing, dtype, uses_gpu, message, monkeypatch
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    arguments = (family_config(model_type, **changes), packing, dtype, uses_gpu)
+def test_varlen_is_refused_by_name_where_it_cannot_be(model_type, changes, packing, message):
+    arguments = (family_config(model_type, **changes), packing)
     if message is None:
         check_varlen(*arguments)
         return
     with pytest.raises(ValueError, match=f"attn_implementation=varlen: .*{message}"):
         check_varlen(*arguments)
+
+
+def test_compiled_layers_call_it_document_by_document():
+    model = tiny_model(family_config("qwen3"))
+    model.config._attn_implementation = varlen.VARLEN
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    check_logits(model)
 
 
 @pytest.mark.slow
@@ -333,3 +355,14 @@ def test_a_roberta_counts_positions_from_after_its_padding_token():
     (ours,) = hidden_states_at(model, [2], packed["input_ids"], None, packed["position_ids"])
     (theirs,) = hidden_states_at(model, [2], alone["input_ids"])
     torch.testing.assert_close(ours, theirs)
+
+
+def test_training_with_varlen_gives_the_losses_of_the_mask(pair_folders, text_file, tmp_path):
+    found = []
+    for attention in ("sdpa", varlen.VARLEN):
+        folder = tmp_path / attention
+        main(command(pair_folders[0], folder, text_file, "--attn_implementation", attention))
+        log = json.loads((folder / "run.json").read_text())["log"]
+        found.append([line["loss"] for line in log if "loss" in line])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -52,7 +52,7 @@ def share_off(value: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("model_type", HEADS)
 def test_varlen_gives_states_and_gradients_of_documents_alone(model_type):
     config = family_config(model_type, **HEADS[model_type])
-    check_varlen(config, "documents", torch.bfloat16, True)
+    check_varlen(config, "documents")
     packed, _ = packed_and_alone()
     batch, found = on_gpu(collate(packed)), {}
     for attention in ("sdpa", VARLEN):

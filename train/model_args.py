@@ -92,9 +92,9 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "how both models compute attention: sdpa, varlen (PyTorch's flash attention "
-            "within documents, on CUDA GPUs), flash_attention_2, eager, ... (default: what "
-            "transformers chooses)"
+            "help": "how both models compute attention: sdpa, varlen (one document after another, "
+            "faster in long rows), flash_attention_2, eager, ... (default: what transformers "
+            "chooses)"
         },
     )
 

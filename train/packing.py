@@ -23,7 +23,7 @@ from patching.blocks import LayerMap
 from patching.recipe import initial_student
 from patching.running.documents import needs_boundaries
 from patching.running.hidden_states import hidden_states_at
-from patching.running.varlen import LEAST_CAPABILITY, VARLEN, fits_varlen
+from patching.running.varlen import VARLEN, is_plain
 from train.data_args import Packing
 from train.sharding import with_room_for_weights, without_weights
 
@@ -62,30 +62,23 @@ def check_separates_documents(
         raise ValueError(f"{name} could not be checked ({error}); {remedy}") from error
 
 
-def check_varlen(
-    config: PreTrainedConfig, packing: Packing, dtype: torch.dtype, uses_gpu: bool
-) -> None:
-    """Raise ValueError unless PyTorch's variable-length attention can be had."""
+def check_varlen(config: PreTrainedConfig, packing: Packing) -> None:
+    """Raise ValueError unless attention can be computed one document after another."""
     if packing != "documents":
         obstacle = "it is for --packing documents"
-    elif not uses_gpu or torch.version.hip or torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        least = ".".join(map(str, LEAST_CAPABILITY))
-        obstacle = f"it needs a CUDA GPU of compute capability {least} or above"
-    elif dtype == torch.float32:
-        obstacle = "its kernels compute in half precision, leave out --bf16 False"
-    elif not _fits_varlen(config):
-        obstacle = f"its kernels do not compute all of the attention of a {config.model_type} model"
+    elif not _is_plain(config):
+        obstacle = f"it does not compute all of the attention of a {config.model_type} model"
     else:
         return
     raise ValueError(f"attn_implementation={VARLEN}: {obstacle}; choose sdpa, or leave it out")
 
 
-def _fits_varlen(config: PreTrainedConfig) -> bool:
+def _is_plain(config: PreTrainedConfig) -> bool:
     try:
         calls = _calls_of_attention(config)
     except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):
         return False
-    return calls.are_told and calls.fit_varlen
+    return calls.are_told and calls.are_plain
 
 
 def _longest_fixed_rotary(config: PreTrainedConfig) -> int | None:
@@ -158,18 +151,18 @@ class AttentionCalls(NamedTuple):
 
     are_told: bool
     """Whether they pass on the boundaries of documents."""
-    fit_varlen: bool
-    """Whether variable-length kernels compute all that they ask for."""
+    are_plain: bool
+    """Whether they ask for nothing that VARLEN does not compute."""
 
 
 @torch.no_grad()
 def _calls_of_attention(config: PreTrainedConfig) -> AttentionCalls:
     """Return what attention is asked for in training, where there may be dropout."""
-    told, fits = [], []
+    told, plain = [], []
 
     def record(_, query_BHTD, _key, value_BHTD, *_rest, **arguments) -> tuple[Tensor, None]:
         told.append(arguments.get("cu_seq_lens_q") is not None)
-        fits.append(fits_varlen(query_BHTD, value_BHTD, arguments))
+        plain.append(is_plain(arguments))
         num_rows, num_heads, length, _ = query_BHTD.shape
         return value_BHTD.new_zeros(num_rows, length, num_heads, value_BHTD.shape[-1]), None
 
@@ -178,5 +171,5 @@ def _calls_of_attention(config: PreTrainedConfig) -> AttentionCalls:
     model = _small_instance(config).train()
     model.config._attn_implementation = RECORDER  # transformers would look for its package
     _read_both(model)
-    fit_varlen = all(fits) and model._supports_flash_attn  # which masks of other kinds rule out
-    return AttentionCalls(bool(told) and all(told), fit_varlen)
+    are_plain = all(plain) and model._supports_flash_attn  # which masks of other kinds rule out
+    return AttentionCalls(bool(told) and all(told), are_plain)

@@ -119,8 +119,7 @@ def run(
         if model_args.teacher_fp8:
             check_fp8(args)
         if model_args.attn_implementation == VARLEN:
-            on_gpu = args.device.type == "cuda"
-            check_varlen(teacher_config, data_args.packing, args.compute_dtype, on_gpu)
+            check_varlen(teacher_config, data_args.packing)
         tokenizer = read_tokenizer(reference, teacher_config, model_args.trust_remote_code)
         check_chats(chat_args, model_args, teacher_config)
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None

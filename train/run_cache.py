@@ -43,14 +43,13 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
             raise ValueError(
                 "max_rows: a stream has no end, give as many rows as the run will read"
             )
-        device = usable_device(None)
         if arguments.attn_implementation == VARLEN:
-            dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-            check_varlen(config, data_args.packing, dtype, device.type == "cuda")
+            check_varlen(config, data_args.packing)
         teacher = load_model(
             reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
         )
         writer.begin()
+    device = usable_device(None)
     if device.type == "cpu":
         reuse_freed_memory()
     if arguments.bf16:
