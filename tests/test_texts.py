@@ -2,6 +2,9 @@
 
 import os
 
+import datasets
+import pytest
+
 from patching.files.texts import load_documents, num_found_in
 
 
@@ -30,3 +33,15 @@ def test_other_text_with_the_name_size_and_time_of_the_first_is_read(tmp_path):
     path.write_text('{"text": "two"}\n')
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert load_documents(str(path))["text"] == ["two"]
+
+
+def test_a_cache_where_nothing_can_be_written_is_not_a_damaged_file(tmp_path, monkeypatch):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one"}\n')
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "text.jsonl" / "cache")
+    with pytest.raises(ValueError, match="cannot be kept in .*cache .Not a dir.*set HF_DATASETS"):
+        load_documents(str(path))
+    path.write_text('{"text": "one"\n')
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="cannot be read as json.*download or save it again"):
+        load_documents(str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Iterable
@@ -110,7 +111,7 @@ def open_dataset(
     Raises ValueError, which names the `flag`, for files that are empty, of no known kind or of
     several, or damaged, and for a hub dataset that cannot be read.
     """
-    from datasets import load_dataset  # takes a second, and most command lines need no text
+    from datasets import config, load_dataset  # takes a second, and most commands need no text
 
     path = Path(name)
     is_here = path.exists()
@@ -132,7 +133,13 @@ def open_dataset(
             documents = load_dataset(name, dataset_config, split=dataset_split, streaming=True)
         first = next(iter(documents), {})
     except Exception as error:  # parsers and decompressors raise errors of their own
-        cause = str(error.__cause__ or error) or type(error).__name__
+        root = error.__cause__ or error
+        cause = str(root) or type(error).__name__
+        if is_here and not streaming and _is_of_cache(root, files):
+            raise ValueError(
+                f"{flag}={name} cannot be kept in {config.HF_DATASETS_CACHE} ({root.strerror}): "
+                "set HF_DATASETS_CACHE to a folder that has room and can be written"
+            ) from error
         raise ValueError(
             f"{flag}={name} cannot be read as {builder}: {cause}; download or save it again"
             if is_here
@@ -145,6 +152,14 @@ def open_dataset(
     if not columns:
         raise ValueError(f"{flag}={name}: there is no text in it")
     return OpenDataset(documents, builder, columns, first)
+
+
+def _is_of_cache(error: BaseException, files: list[str]) -> bool:
+    """Whether `datasets` failed to write what it keeps, and not to read the files."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return False
+    is_elsewhere = error.filename is not None and str(error.filename) not in files
+    return is_elsewhere or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _local_files(path: Path, flag: str) -> tuple[str, list[str]]:
