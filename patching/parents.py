@@ -24,6 +24,7 @@ from patching.checkpoints.stored_dtype import stored_dtype
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.files.model_files import read_json
 from patching.recipe import Parent, Reference
+from patching.running.varlen import VARLEN
 
 Found = TypeVar("Found")
 
@@ -60,6 +61,11 @@ class Parents:
         trust_remote_code: bool,
     ) -> "Parents":
         """Read both configs; arguments and errors are those of `Family.from_pretrained`."""
+        if attn_implementation == VARLEN:
+            raise ValueError(
+                f"attn_implementation={VARLEN}: it is for training on packed rows, choose sdpa or "
+                "leave it out"
+            )
         models = {
             parent: as_bert(plain_model(parent, model))
             for parent, model in parents.items()

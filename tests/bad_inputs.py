@@ -487,6 +487,7 @@ TABLE = [
     BadInput("public without an upload", TRAIN, "--public True", None, ("public only applies with --push_to_hub",)),
     BadInput("a metric that is none", TRAIN, "--metric_for_best_model bleu", None, ("metric_for_best_model=bleu", "choose one of")),
     BadInput("an attention that is none", TRAIN, "--attn_implementation wishful", None, ("wishful",)),
+    BadInput("attention within documents that see each other", TRAIN, "--attn_implementation varlen --packing cross", None, ("attn_implementation=varlen", "it is for --packing documents", "choose sdpa")),
     BadInput("a rank in words", TRAIN, "", None, ("RANK=first", "sets this to a number", "unset it"), {"RANK": "first"}),
     BadInput("a local rank in words", TRAIN, "", None, ("LOCAL_RANK=-", "unset it"), {"LOCAL_RANK": "-"}),
     BadInput("accelerator_config: not JSON", TRAIN, "--accelerator_config '{'", None, ("accelerator_config={", "is not JSON")),
@@ -698,6 +699,7 @@ TABLE = [
     BadInput("stored result: of another teacher", EVALUATE, "--save_directory results", None, ("family_k0.json was made with", "choose another --save_directory")),
 
     BadInput("stored result: of a newer version", EVALUATE, "--save_directory results", edit(RESULT, similarity={"to_teacher": 0.5, "text": "a", "sha256": "b", "tokens": 9}), ("family_k0.json was written by a newer version", "'tokens' of Similarity", "update")),
+    BadInput("attention for packed rows alone", EVALUATE, "--attn_implementation varlen", None, ("attn_implementation=varlen", "it is for training", "choose sdpa")),
     BadInput("stored scores of documents: damaged", EVALUATE, "--save_directory results", write(DOCUMENTS, BINARY), ("family_k0.npz is damaged", "remove it")),
     BadInput("merged layers: a list", EVALUATE, f"{MERGED} --save_directory found", write("found/laco.json", "[]"), ("laco.json is damaged", "remove it")),
     BadInput("merged layers: 2 GB", EVALUATE, f"{MERGED} --save_directory found", several(folders("found"), sparse("found/laco.json", 2**31)), ("laco.json is", "2,147,483,648 bytes", "remove it")),

@@ -225,8 +225,11 @@ def test_varlen_attention_without_documents_is_that_of_whole_rows():
         model.config._attn_implementation = varlen.VARLEN
         torch.testing.assert_close(logits_of(model, batch), expected)
         padded = collate([{"input_ids": [7, 8, 9]}, {"input_ids": [7]}])
-        with pytest.raises(ValueError, match="takes documents and no mask"):
+        with pytest.raises(ValueError, match="takes documents, no mask and no cache"):
             logits_of(model, padded)
+        cache = model(batch["input_ids"], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="takes documents, no mask and no cache"):
+            model(batch["input_ids"][:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ def varlen_attention(
     """Return the attention's output (B, T, H, D), with the arguments of transformers.
 
     `cu_seq_lens_q` is where documents begin and end in the flattened rows. Without it, each row is
-    a document. Raises ValueError for a mask, and for what `is_plain` rejects.
+    a document. Raises ValueError for a mask, for cached keys, and for what `is_plain` rejects.
     """
-    if attention_mask is not None:
-        raise ValueError(f"attn_implementation={VARLEN}: it takes documents and no mask")
+    if attention_mask is not None or key_BHTD.shape[2] != query_BHTD.shape[2]:
+        raise ValueError(f"attn_implementation={VARLEN}: it takes documents, no mask and no cache")
     if not is_plain(others):
         raise ValueError(f"attn_implementation={VARLEN}: this model's attention has more to it")
     num_rows, _, length, _ = query_BHTD.shape
