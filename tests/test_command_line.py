@@ -64,8 +64,12 @@ def test_similarity_refuses_flags_about_sizes(flags, tmp_path, capsys):
     assert error.count("\n") == 1 and f"{flags[0]} is about sizes" in error
 
 
-STOPPED = """
+LISTENS = """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+"""
+
+STOPPED = f"""{LISTENS}
 from patching.cli.command_line import run_command
 
 def main():
@@ -93,8 +97,8 @@ def test_ctrl_c_ends_with_one_line_and_as_a_signal_does(again):
     assert done.stderr == "stopped by Ctrl-C: the same command goes on\n"
 
 
-IGNORED = """
-import signal, time, weakref
+IGNORED = f"""{LISTENS}
+import time, weakref
 from patching.cli.command_line import run_command
 
 class Model: pass

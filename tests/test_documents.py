@@ -275,6 +275,7 @@ def test_varlen_is_refused_by_name_where_it_cannot_be(model_type, changes, packi
         check_varlen(*arguments)
 
 
+@pytest.mark.slow
 def test_compiled_layers_call_it_document_by_document():
     model = tiny_model(family_config("qwen3"))
     model.config._attn_implementation = varlen.VARLEN
@@ -360,6 +361,7 @@ def test_a_roberta_counts_positions_from_after_its_padding_token():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_training_with_varlen_gives_the_losses_of_the_mask(pair_folders, text_file, tmp_path):
     found = []
     for attention in ("sdpa", varlen.VARLEN):
