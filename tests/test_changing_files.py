@@ -103,6 +103,7 @@ def test_a_stream_that_changes_ends_the_run_and_what_was_saved_is_good(
     assert same_weights(changed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["one.jsonl", "other.jsonl", "chats.jsonl"])
 def test_no_run_resumes_with_another_file_of_a_mixture_or_other_chats(
     changed, text, tmp_path, capsys

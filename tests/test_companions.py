@@ -356,6 +356,7 @@ GENERATION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "order"), [("copied", "last"), ("loaded", "first")])
 def test_generation_settings_are_the_teachers(way, order, published, tmp_path, monkeypatch):
     if way == "loaded":

@@ -223,7 +223,11 @@ def test_a_second_sweep_gives_the_same_numbers(pair_folders, tasks, tmp_path):
             {"num_layers_to_patch": "1-9"},
             "num_layers_to_patch=1-9: this student has 2 patchable layers",
         ),
-        ({"tasks": "rollin"}, "tasks=rollin: lm-eval has no such task, did you mean"),
+        pytest.param(
+            {"tasks": "rollin"},
+            "tasks=rollin: lm-eval has no such task, did you mean",
+            marks=pytest.mark.slow,  # looks through all tasks
+        ),
         ({"tasks": ","}, "no tasks"),
         (
             {"include_path": "/no/such/folder"},

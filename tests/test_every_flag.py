@@ -455,6 +455,7 @@ def test_fsdp_is_a_switch(tmp_path):
     assert words.fsdp is True and words.fsdp_config["reshard_after_forward"] is False
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_by_loss_unless_a_metric_is_named(tmp_path):
     trainer = trained(tmp_path, save_strategy="best", eval_strategy="steps", eval_steps=1)
     assert trainer.args.metric_for_best_model == "loss"

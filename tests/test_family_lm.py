@@ -166,6 +166,7 @@ def test_batches_change_nothing(batch_size):
     assert_same_scores(lm.loglikelihood(requests, True), reference.loglikelihood(requests, True))
 
 
+@pytest.mark.slow
 def test_batches_are_halved_when_memory_runs_out(monkeypatch):
     lm = family_model("qwen3", "auto")
     expected = lm.loglikelihood(instances("loglikelihood", PAIRS), True)

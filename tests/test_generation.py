@@ -173,6 +173,7 @@ def test_a_single_model_of_any_architecture():
     assert lm.generate_until(requests, True) == stock_answers(model, requests)
 
 
+@pytest.mark.slow
 def test_batches_are_halved_when_memory_runs_out(monkeypatch):
     tree = tree_of("llama")
     requests = instances(LONG)

@@ -159,6 +159,7 @@ def test_answers_without_metrics(pair_folders, tasks, tmp_path):
     assert "999" not in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_lm_evals_own_files(pair_folders, tasks, tmp_path, monkeypatch, caplog):
     """Its table maker reads them, and only models with new scores get further ones."""
     logged = []

@@ -46,6 +46,7 @@ def hybrid_pair(model_type: str):
     return teacher, trained_student(teacher, LAYER_MAP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", SETTINGS)
 @torch.no_grad()
 def test_members_of_hybrids(model_type, tmp_path):

@@ -99,6 +99,7 @@ def listed(capsys, names: tuple[str, str], *more: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_families_are_listed_from_configs_alone(name, tmp_path, capsys):
     names = published_pair(name, tmp_path)

@@ -115,6 +115,7 @@ def test_a_killed_sweep_continues_where_it_stopped(pair_folders, tasks, tmp_path
     assert finished(killed) == after
 
 
+@pytest.mark.slow
 def test_failing_tasks_do_not_lose_the_others(pair_folders, tasks, tmp_path, capsys):
     folder = tmp_path / "tasks"
     shutil.copytree(tasks, folder)

@@ -20,6 +20,7 @@ from train.student import cast_parameters, new_student
 from train.trainer import DistillationTrainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3-tied", "bert"])
 def test_accumulation_does_not_change_the_trajectory(tmp_path, kind):
     runs = []
