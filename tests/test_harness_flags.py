@@ -66,6 +66,7 @@ def numbers_of(results: dict) -> dict[tuple[str, str], float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "settings"),
     [

@@ -30,7 +30,8 @@ def command(teacher, folder, dataset, *more: str) -> list[str]:
     return [*(str(x) for name, value in settings.items() for x in (f"--{name}", value)), *more]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_training_says_what_takes_less_and_the_remedy_gives_the_same_student(
     device, text_file, tmp_path, monkeypatch, capsys
 ):
