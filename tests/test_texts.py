@@ -1,11 +1,12 @@
 """Reading texts, and finding those that also appear in others."""
 
+import errno
 import os
 
 import datasets
 import pytest
 
-from patching.files.texts import load_documents, num_found_in
+from patching.files.texts import _is_of_cache, load_documents, num_found_in
 
 
 def test_texts_are_found_however_they_are_cut():
@@ -45,3 +46,17 @@ def test_a_cache_where_nothing_can_be_written_is_not_a_damaged_file(tmp_path, mo
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cannot be read as json.*download or save it again"):
         load_documents(str(path))
+
+
+def test_a_text_that_cannot_be_read_is_not_the_caches_fault(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("")
+    files = [os.path.relpath(path)]
+    for error, is_of_cache in (
+        (PermissionError(errno.EACCES, "Permission denied", str(path)), False),
+        (PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "cache")), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError("Not a gzipped file"), False),
+        (ValueError("not JSON"), False),
+    ):
+        assert _is_of_cache(error, files) == is_of_cache

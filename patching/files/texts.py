@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -158,8 +159,10 @@ def _is_of_cache(error: BaseException, files: list[str]) -> bool:
     """Whether `datasets` failed to write what it keeps, and not to read the files."""
     if not isinstance(error, OSError) or error.errno is None:
         return False
-    is_elsewhere = error.filename is not None and str(error.filename) not in files
-    return is_elsewhere or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    read = {Path(file).resolve() for file in files}
+    return error.filename is not None and Path(os.fsdecode(error.filename)).resolve() not in read
 
 
 def _local_files(path: Path, flag: str) -> tuple[str, list[str]]:
