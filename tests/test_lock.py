@@ -50,6 +50,8 @@ def test_packages_that_are_asked_for_with_an_extra_are_listed_with_and_without()
     """pip with --require-hashes takes `typepy[datetime]` and `typepy` for two packages."""
     packages, extras = locked(), set()
     for package in packages:
+        if package == "torch":  # a build for GPUs needs CUDA packages, which are not listed
+            continue
         try:
             needed = [Requirement(line) for line in requires(package) or []]
         except PackageNotFoundError:  # of another platform
