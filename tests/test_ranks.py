@@ -7,6 +7,7 @@ from local_tasks import flags
 
 from evaluate.evaluate import main
 from evaluate.ranks import Ranks, deal
+from patching.files.outputs import num_ranks
 
 
 def test_a_world_size_without_torchrun_is_one_line(pair_folders, tmp_path, monkeypatch, capsys):
@@ -37,3 +38,9 @@ def test_a_single_process_needs_no_group():
         ranks.together(Path("/no/such/file").read_text)
     ranks.release()
     ranks.end()
+
+
+def test_a_local_rank_of_minus_one_is_a_single_process(monkeypatch):
+    """transformers and other launchers say so."""
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    assert num_ranks() == 1

@@ -253,8 +253,11 @@ def num_ranks() -> int:
     variable that tells of them holds no number.
     """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        if not (text := os.environ.get(name, "1")).isdecimal():
-            raise ValueError(f"{name}={text}: torchrun sets this to a number, unset it")
+        text = os.environ.get(name, "1")
+        try:
+            int(text)
+        except ValueError as error:
+            raise ValueError(f"{name}={text}: torchrun sets this to a number, unset it") from error
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
