@@ -14,17 +14,22 @@ import argparse
 import gc
 import random
 import statistics
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import Qwen3Config
 
-from benchmarks.distill_step import COMPILED, MIB, WEIGHTS, straightforward_loss
-from patching.blocks import LayerMap, default_kept_layers
+from benchmarks.distill_step import (
+    COMPILED,
+    MIB,
+    WEIGHTS,
+    models,
+    seconds,
+    straightforward_loss,
+)
 from patching.running.varlen import VARLEN
 from train.batches import Batch, collate
 from train.distillation import install_distillation_forward
@@ -32,9 +37,7 @@ from train.estimate import flops_per_token
 from train.fp8 import use_fp8
 from train.hardware_peak import measured_flops_per_second, peak_flops_per_second
 from train.loss import count
-from train.model_args import PAPER_LAYERS_OTHERWISE
 from train.speed import speed_up
-from train.student import new_student
 
 SHAPES = {
     "qwen3-4b": (2560, 9728, 36, 32, 8),
@@ -72,10 +75,9 @@ class Measured(NamedTuple):
     loss: float
 
 
-def teacher_of(shape: str, vocab_size: int, attention: str) -> PreTrainedModel:
-    """Return a Qwen3 teacher with random weights in bf16, on the GPU."""
+def config_of(shape: str, vocab_size: int, attention: str) -> Qwen3Config:
     hidden, intermediate, layers, heads, key_value_heads = SHAPES[shape]
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -84,13 +86,8 @@ def teacher_of(shape: str, vocab_size: int, attention: str) -> PreTrainedModel:
         num_key_value_heads=key_value_heads,
         head_dim=128,
         tie_word_embeddings=True,
+        attn_implementation=attention,
     )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        teacher = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention
-        )
-    return teacher.eval().requires_grad_(False)
 
 
 def make_batch(settings: argparse.Namespace, has_documents: bool) -> Batch:
@@ -116,14 +113,8 @@ def prepare(settings: argparse.Namespace, variant: str) -> tuple[Callable[[], to
     """Return what computes the loss of a variant's micro-batch, and its FLOPs."""
     parts = set(variant.split("+"))
     (attention,) = parts & {*ATTENTION} or {"sdpa"}
-    teacher = teacher_of(settings.shape, settings.vocab_size, attention)
-    num_layers = teacher.config.num_hidden_layers
-    first, every, last = PAPER_LAYERS_OTHERWISE
-    layer_map = LayerMap(default_kept_layers(num_layers, every, first, last), num_layers)
-    student = new_student(teacher, layer_map).train()
-    with torch.no_grad():  # a little noise, otherwise teacher and student would agree
-        for parameter in student.parameters():
-            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    config = config_of(settings.shape, settings.vocab_size, attention)
+    student, teacher, layer_map = models(config, "cuda")
     batch = make_batch(settings, "documents" in parts)
     flops = flops_per_token(student.config, teacher.config, WEIGHTS).of_batch(batch)
     if "straightforward" in parts:
@@ -150,22 +141,14 @@ def backward(loss: Callable[[], torch.Tensor]) -> torch.Tensor:
     return value.detach()
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(settings: argparse.Namespace, variant: str) -> Measured:
     loss, flops = prepare(settings, variant)
-    first = seconds_of(lambda: backward(loss))
+    first = seconds(lambda: backward(loss), "cuda")
     value = float(backward(loss))
     for _ in range(WARM_UP - 2):
         backward(loss)
     torch.cuda.reset_peak_memory_stats()
-    seconds = [seconds_of(lambda: backward(loss)) for _ in range(settings.repeats)]
+    times = [seconds(lambda: backward(loss), "cuda") for _ in range(settings.repeats)]
     peak = torch.cuda.max_memory_allocated() / MIB
     if variant == settings.profile:
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -176,7 +159,7 @@ def measure(settings: argparse.Namespace, variant: str) -> Measured:
             sort_by="self_device_time_total", row_limit=40, max_name_column_width=90
         )
         print(table, flush=True)
-    return Measured(first, seconds, peak, flops, value)
+    return Measured(first, times, peak, flops, value)
 
 
 def report(settings: argparse.Namespace) -> None:

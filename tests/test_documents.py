@@ -2,7 +2,6 @@
 alone, in every architecture and with every attention implementation that transformers offers.
 """
 
-import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from conftest import tiny_model
 from masked_models import encoder_config
 from patching_models import ENCODERS, LAYER_MAP, NUM_LAYERS, SETTINGS, family_config, family_pair
 from test_architectures import DECLARED
-from test_fsdp import command
+from test_fsdp import command, read
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import MASKING
@@ -367,7 +366,6 @@ def test_training_with_varlen_gives_the_losses_of_the_mask(pair_folders, text_fi
     for attention in ("sdpa", varlen.VARLEN):
         folder = tmp_path / attention
         main(command(pair_folders[0], folder, text_file, "--attn_implementation", attention))
-        log = json.loads((folder / "run.json").read_text())["log"]
-        found.append([line["loss"] for line in log if "loss" in line])
+        found.append([line["loss"] for line in read(folder)[0]])
     assert len(found[0]) == 4
     assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -1,4 +1,4 @@
-"""A teacher in FP8, with the products of a CPU."""
+"""A teacher in FP8, with the products of a CPU, and of a GPU if it has them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import tiny_config, tiny_model
 from torch import nn
 
 from patching.running.hidden_states import hidden_states_at
-from train.fp8 import Fp8Linear, use_fp8
+from train.fp8 import LEAST_CAPABILITY, Fp8Linear, use_fp8
 from train.student import cast_parameters
 from train.train import main
 
@@ -24,12 +24,17 @@ def test_a_product_in_fp8_is_a_few_percent_off(bias):
     assert error.max() < 0.08
 
 
+HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= LEAST_CAPABILITY
+ON_GPU = pytest.mark.skipif(not HAS_FP8, reason="needs a GPU with FP8 products")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("kind", ["llama-untied", "gpt_neox-untied"])
-def test_a_teacher_in_fp8_has_nearly_the_same_states(kind):
-    teacher = tiny_model(tiny_config(kind, 4))
+def test_a_teacher_in_fp8_has_nearly_the_same_states(kind, device):
+    teacher = tiny_model(tiny_config(kind, 4)).to(device)
     cast_parameters(teacher, torch.bfloat16)
-    ids_BT = torch.randint(0, 256, (2, 16))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    ids_BT = torch.randint(0, 256, (2, 16), device=device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         (before,) = hidden_states_at(teacher, [4], ids_BT)
         use_fp8(teacher)
         (after,) = hidden_states_at(teacher, [4], ids_BT)

@@ -1,5 +1,5 @@
-"""What only a CUDA GPU can show: PyTorch's variable-length attention, FP8 products, heads whose
-gradient is summed in fp32 by cuBLAS, and training as a user starts it there.
+"""What only a CUDA GPU can show: PyTorch's variable-length attention, heads whose gradient is
+summed in fp32 by cuBLAS, and training as a user starts it there.
 """
 
 import copy
@@ -14,18 +14,16 @@ from patching_models import LAYER_MAP, family_config, family_pair
 from safetensors.torch import load_file
 from test_documents import packed_and_alone
 from test_evaluate import flags
-from test_fsdp import command
+from test_fsdp import command, read
 from torch import nn
 
 from patching.running.hidden_states import hidden_states_at
 from patching.running.varlen import VARLEN
 from train.batches import collate
 from train.distillation import install_distillation_forward
-from train.fp8 import Fp8Linear, use_fp8
 from train.loss import LossWeights, count
 from train.packing import check_varlen
 from train.speed import speed_up
-from train.student import cast_parameters
 from train.vocabulary_loss import vocabulary_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -118,25 +116,8 @@ def test_the_heads_gradient_is_summed_in_fp32():
     assert share_off(found[1][1], found[0][1]) < 0.01
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
-    reason="needs FP8 products with a scale per row",
-)
-def test_a_teacher_in_fp8_has_nearly_the_same_states():
-    teacher = tiny_model(family_config("qwen3", head_dim=16)).cuda()
-    cast_parameters(teacher, torch.bfloat16)
-    ids_BT, last = torch.randint(0, 250, (2, 16), device="cuda"), teacher.config.num_hidden_layers
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        (before,) = hidden_states_at(teacher, [last], ids_BT)
-        use_fp8(teacher)
-        (after,) = hidden_states_at(teacher, [last], ids_BT)
-    assert any(type(module) is Fp8Linear for module in teacher.modules())
-    assert 0.98 < torch.cosine_similarity(before.float(), after.float(), dim=-1).min() < 1
-
-
 def losses(folder) -> list[float]:
-    log = json.loads((folder / "run.json").read_text())["log"]
-    return [line["loss"] for line in log if "loss" in line]
+    return [line["loss"] for line in read(folder)[0]]
 
 
 @pytest.mark.parametrize(

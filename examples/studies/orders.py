@@ -13,7 +13,6 @@ different documents.
 import argparse
 import json
 import math
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -90,7 +89,7 @@ def write_texts(kind: str, folder: Path) -> None:
         training = [module.text for module in modules if not is_held_out(module.name)]
         others = [module.text for module in modules if is_held_out(module.name)]
     else:
-        files = Path(os.environ["BOOMERANG_DATA"], "wikitext-2")
+        files = data_folder() / "wikitext-2"
         training, others = (
             [text for text in BLANK_LINES.split((files / name).read_text()) if len(text) > 200]
             for name in ("test.txt", "valid.txt")
