@@ -31,7 +31,7 @@ from benchmarks.distill_step import (
     straightforward_loss,
 )
 from patching.running.varlen import VARLEN
-from train.batches import Batch, collate
+from train.batches import Batch, collate, to_device
 from train.distillation import install_distillation_forward
 from train.estimate import flops_per_token
 from train.fp8 import use_fp8
@@ -103,10 +103,7 @@ def make_batch(settings: argparse.Namespace, has_documents: bool) -> Batch:
                 left -= lengths[-1]
             row["document_lengths"] = lengths
         rows.append(row)
-    return {
-        name: value.cuda() if isinstance(value, torch.Tensor) else value
-        for name, value in collate(rows).items()
-    }
+    return to_device(collate(rows), torch.device("cuda"))
 
 
 def prepare(settings: argparse.Namespace, variant: str) -> tuple[Callable[[], torch.Tensor], float]:

@@ -20,9 +20,10 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations import flash_attention
 
 from patching.running import varlen
+from patching.running.documents import separate_documents
 from patching.running.hidden_states import before_output_embeddings, hidden_states_at
 from train import packing
-from train.batches import collate
+from train.batches import collate, to_device
 from train.data import lengths_in_rows
 from train.distillation import install_distillation_forward
 from train.loss import NO_TARGET, LossWeights, count
@@ -32,6 +33,7 @@ from train.train import main
 
 LENGTHS = (7, 11, 1, 5, 9, 2, 13)
 ROW_LENGTH = 24  # the third row is padded, and the fifth document is cut
+CPU = torch.device("cpu")
 WEIGHTS = LossWeights(cross_entropy=1.0, kl=0.3, cosine=2.0, temperature=2.0)
 
 
@@ -49,8 +51,9 @@ def packed_and_alone() -> tuple[list[dict], list[dict]]:
 
 
 def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-    (states_BTD,) = hidden_states_at(model, [NUM_LAYERS], *inputs)
+    batch = to_device(batch, CPU)
+    names = ("input_ids", "attention_mask", "position_ids", "num_documents")
+    (states_BTD,) = hidden_states_at(model, [NUM_LAYERS], *map(batch.get, names))
     return model.get_output_embeddings()(before_output_embeddings(model, states_BTD))
 
 
@@ -120,20 +123,32 @@ class HostWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])  # the second has windows
 @pytest.mark.parametrize("lengths", [{}, {"document_lengths": [1, 3]}], ids=["cross", "documents"])
-def test_a_micro_batch_of_full_rows_never_waits_for_the_device(lengths):
-    """The only waits are those of transformers, which asks once in each of the two models whether
-    rows hold several documents.
-    """
-    teacher, student = family_pair("qwen3")
+def test_a_micro_batch_of_full_rows_never_waits_for_the_device(lengths, model_type):
+    teacher, student = family_pair(model_type)
     install_distillation_forward(student, teacher, LAYER_MAP, WEIGHTS)
-    batch = collate([{"input_ids": [7, 8, 9, 7]} | lengths] * 2)
+    batch = to_device(collate([{"input_ids": [7, 8, 9, 7]} | lengths] * 2), CPU)
     counts, found = count(batch["labels"]), []
     for few_targets in (False, True):
         with HostWaits() as waits:
             student(**batch, counts=counts, few_targets=few_targets).loss.backward()
         found.append(waits.count)
-    assert found[0] == 2 < found[1]
+    assert found[0] == 0 < found[1]
+
+
+@pytest.mark.parametrize("lengths", [[4], [1, 3]])
+def test_kernels_are_told_the_boundaries_without_waiting_for_the_device(lengths):
+    model = family_pair("qwen3")[0]
+    model.config._attn_implementation = varlen.VARLEN
+    rows = [{"input_ids": [7, 8, 9, 7], "document_lengths": lengths}] * 2
+    batch = to_device(collate(rows), CPU)
+    with HostWaits() as waits:
+        told = separate_documents(model, batch["position_ids"], batch["num_documents"])
+    assert waits.count == 0
+    ends = torch.tensor([0, *lengths, *lengths]).cumsum(0)
+    for found in (told, separate_documents(model, batch["position_ids"])):
+        torch.testing.assert_close(found["cu_seq_lens_q"], ends.int(), rtol=0, atol=0)
 
 
 def test_masked_models_predict_hidden_first_tokens_too():

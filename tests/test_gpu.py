@@ -19,7 +19,7 @@ from torch import nn
 
 from patching.running.hidden_states import hidden_states_at
 from patching.running.varlen import VARLEN
-from train.batches import collate
+from train.batches import collate, to_device
 from train.distillation import install_distillation_forward
 from train.loss import LossWeights, count
 from train.packing import check_varlen
@@ -38,7 +38,7 @@ HEADS = {
 
 
 def on_gpu(batch: dict) -> dict:
-    return {name: values.cuda() for name, values in batch.items()}
+    return to_device(batch, torch.device("cuda"))
 
 
 def share_off(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -96,6 +96,24 @@ def test_a_micro_batch_in_bf16_is_near_the_one_in_fp32_on_a_cpu(with_compile):
     (loss, gradient), (gpu_loss, gpu_gradient) = found
     assert float(gpu_loss) == pytest.approx(float(loss), rel=0.01)
     assert share_off(gpu_gradient, gradient) < 0.05
+
+
+@pytest.mark.parametrize("attention", ["sdpa", VARLEN])
+def test_a_micro_batch_never_waits_for_the_gpu(attention):
+    pair = [model.cuda() for model in family_pair("qwen3", head_dim=16)]
+    for model in pair:
+        model.config._attn_implementation = attention
+    teacher, student = pair
+    install_distillation_forward(student, teacher, LAYER_MAP, WEIGHTS)
+    batch = collate([{"input_ids": [7, 8, 9, 7], "document_lengths": [1, 3]}] * 2)
+    counts = count(on_gpu(batch)["labels"])
+    for mode in ("default", "error"):  # the first time, PyTorch sets things up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                student(**on_gpu(batch), counts=counts).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_heads_gradient_is_summed_in_fp32():

@@ -22,7 +22,9 @@ from train.loss import IGNORED_LABEL, NO_TARGET, count
 from train.stream import Position, Row, Stream
 
 Batch = dict[str, Any]
-"""Tensors by name, of shape (B, T), and `teacher_top`, a list of them, if there is a cache."""
+"""Tensors by name, of shape (B, T), and `teacher_top`, a list of them, if there is a cache. What
+is no tensor may tell more, for models that must not wait for an accelerator.
+"""
 
 
 def collate(rows: list[dict[str, list[int]]]) -> Batch:
@@ -73,6 +75,26 @@ def positions(document_lengths: list[int], row_length: int) -> Tensor:
     """Return the position of each token in its document, of shape (T,). Padding is a document."""
     lengths = [*document_lengths, row_length - sum(document_lengths)]
     return torch.cat([torch.arange(length) for length in lengths])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a micro-batch of this host on a device, without waiting for what the device computes,
+    and with the number of documents, which to count there would mean to wait.
+    """
+
+    def move(values: Any) -> Any:
+        if isinstance(values, list):
+            return [move(value) for value in values]
+        if not isinstance(values, Tensor):
+            return values
+        if device.type == "cuda":  # from ordinary memory, copies wait
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
+
+    moved = {name: move(values) for name, values in batch.items()}
+    if (positions_BT := batch.get("position_ids")) is not None:
+        moved["num_documents"] = int((positions_BT == 0).sum())
+    return moved
 
 
 class StreamBatches:
@@ -199,13 +221,13 @@ def count_positions(batches: list[Batch], is_masked_model: bool, device: torch.d
     """Count the target positions, the compared positions, the real positions, and all positions
     including padding.
     """
-    totals = torch.zeros(4, dtype=torch.long, device=device)
+    totals = torch.zeros(4, dtype=torch.long)
     for batch in batches:
         labels_BT = batch["labels"]
         num_real = (labels_BT != IGNORED_LABEL).sum()
-        num_all = torch.tensor(labels_BT.numel(), device=labels_BT.device)
-        totals += torch.stack([*count(labels_BT, is_masked_model), num_real, num_all]).to(device)
-    return totals
+        num_all = torch.tensor(labels_BT.numel())
+        totals += torch.stack([*count(labels_BT, is_masked_model), num_real, num_all])
+    return to_device({"totals": totals}, device)["totals"]
 
 
 def in_turns(batches: list[Batch], num_turns: int) -> list[list[Batch]]:

@@ -54,6 +54,7 @@ def distillation_forward(
     change: LogitChange = UNCHANGED,
     teacher_top: TopTokens | None = None,
     few_targets: bool = False,
+    num_documents: int | None = None,
 ) -> LossTerms:
     """Return a micro-batch's share of the loss of an optimizer step that has `counts` positions.
 
@@ -61,11 +62,11 @@ def distillation_forward(
     returns its states in the same order. Labels are those of `train.loss.targets_at`, and the
     negative ones of `train.loss` elsewhere. `teacher_top` are the teacher's predictions from a
     cache, in place of `teacher`. With `positions_BT`, which start over at each document of a row,
-    documents do not see each other. `change` is what both models do to the output of their heads.
-    With `few_targets`, heads only run where there is one.
+    documents do not see each other; `num_documents` is how many there are. `change` is what both
+    models do to the output of their heads. With `few_targets`, heads only run where there is one.
     """
     # 1. The teacher's hidden states.
-    inputs = (input_ids_BT, attention_mask_BT, positions_BT)
+    inputs = (input_ids_BT, attention_mask_BT, positions_BT, num_documents)
     teacher_states = {}
     if teacher is not None:
         with torch.no_grad():
@@ -153,7 +154,7 @@ def install_distillation_forward(
     if not weights.needs_logits and not student.config.tie_word_embeddings:
         student.get_output_embeddings().requires_grad_(False)
 
-    def teacher_forward(self: PreTrainedModel, *inputs: Tensor | None) -> list[Tensor]:
+    def teacher_forward(self: PreTrainedModel, *inputs: Tensor | int | None) -> list[Tensor]:
         return hidden_states_at(self, teacher_indices, *inputs)
 
     def student_forward(
@@ -165,11 +166,14 @@ def install_distillation_forward(
         position_ids: Tensor | None = None,
         teacher_top: list[Tensor] | None = None,
         few_targets: bool = False,
+        num_documents: int | None = None,
     ) -> LossTerms:
         active = weights if self.training else weights.for_evaluation()
         top = None if teacher_top is None else TopTokens.unpacked(teacher_top)
-        inputs = (input_ids, labels, attention_mask, position_ids, change, top, few_targets)
-        return distillation_forward(self, teacher, student_indices, active, counts, *inputs)
+        inputs = (input_ids, labels, attention_mask, position_ids, change, top)
+        return distillation_forward(
+            self, teacher, student_indices, active, counts, *inputs, few_targets, num_documents
+        )
 
     # Bound methods, which accelerate knows how to wrap.
     if teacher is not None:

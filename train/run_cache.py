@@ -16,7 +16,7 @@ from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
 from patching.running.logits import LogitChange
 from patching.running.varlen import VARLEN
-from train.batches import collate
+from train.batches import collate, to_device
 from train.cache_teacher import CacheArguments
 from train.data import Rows, load_rows
 from train.data_args import DataArguments
@@ -94,7 +94,7 @@ def add_rows(
     arguments: CacheArguments,
 ) -> None:
     """Run the teacher on some rows and add its predictions."""
-    batch = {name: tensor.to(teacher.device) for name, tensor in collate(rows).items()}
+    batch = to_device(collate(rows), teacher.device)
     autocast = torch.autocast(teacher.device.type, torch.bfloat16) if arguments.bf16 else None
     with torch.no_grad(), autocast or nullcontext():
         (hidden_BTD,) = hidden_states_at(
@@ -103,6 +103,7 @@ def add_rows(
             batch["input_ids"],
             batch.get("attention_mask"),
             batch.get("position_ids"),
+            batch.get("num_documents"),
         )
         head = teacher.get_output_embeddings()
         for row, labels_T, hidden_TD in zip(rows, batch["labels"], hidden_BTD):

@@ -7,7 +7,15 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from train.batches import StepPrefetcher, StreamBatches, collate, count_positions, in_turns
+from train.batches import (
+    Batch,
+    StepPrefetcher,
+    StreamBatches,
+    collate,
+    count_positions,
+    in_turns,
+    to_device,
+)
 from train.chats.phases import Phases
 from train.checkpoints.trainer import CheckpointedTrainer
 from train.data import Share
@@ -71,6 +79,9 @@ class StepTrainer(CheckpointedTrainer):
         counts = StepCounts(targets.clamp_min(1), compared.clamp_min(1))
         is_of_chats = isinstance(self.train_dataset, Phases)
         return in_turns(batches, num_batches if is_of_chats else len(batches)), counts
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return to_device(inputs, self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Return the loss of one turn, whose micro-batches are computed one by one."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patching.architectures.lookup import architecture_of
-from patching.running.documents import separate_documents
+from patching.running.documents import boundaries_known, separate_documents
 
 
 def visit_hidden_states(
@@ -22,12 +22,14 @@ def visit_hidden_states(
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor | None = None,
     positions_BT: Tensor | None = None,
+    num_documents: int | None = None,
 ) -> None:
     """Run the model without its head and call `visit(j, state_BTD)` for each j in `indices` as soon
     as hidden state j is computed.
 
     With `positions_BT`, which start over at 0 with each document of a row, documents do not see
-    each other. They take the place of the attention mask.
+    each other. They take the place of the attention mask. `num_documents` is how many there are,
+    for accelerators (see patching.running.documents).
     """
     layers = model.get_submodule(architecture_of(model.config).layers)
 
@@ -40,11 +42,12 @@ def visit_hidden_states(
     handles = [visit_input(index) for index in indices if index < len(layers)]
     arguments = {"attention_mask": attention_mask_BT}
     if positions_BT is not None:
-        arguments |= separate_documents(model, positions_BT)
+        arguments |= separate_documents(model, positions_BT, num_documents)
     try:
-        last_BTD = model.base_model(
-            input_ids=input_ids_BT, use_cache=False, **arguments
-        ).last_hidden_state
+        with boundaries_known(positions_BT, num_documents):
+            last_BTD = model.base_model(
+                input_ids=input_ids_BT, use_cache=False, **arguments
+            ).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()
@@ -77,9 +80,10 @@ def hidden_states_at(
     input_ids_BT: Tensor,
     attention_mask_BT: Tensor | None = None,
     positions_BT: Tensor | None = None,
+    num_documents: int | None = None,
 ) -> list[Tensor]:
     """Return the hidden states `indices`, each of shape (B, T, D), in that sequence."""
     states: dict[int, Tensor] = {}
-    inputs = (input_ids_BT, attention_mask_BT, positions_BT)
+    inputs = (input_ids_BT, attention_mask_BT, positions_BT, num_documents)
     visit_hidden_states(model, indices, states.__setitem__, *inputs)
     return [states[index] for index in indices]
