@@ -52,20 +52,20 @@ def test_varlen_gives_states_and_gradients_of_documents_alone(model_type):
     config = family_config(model_type, **HEADS[model_type])
     check_varlen(config, "documents")
     packed, _ = packed_and_alone()
-    batch, found = on_gpu(collate(packed)), {}
-    for attention in ("sdpa", VARLEN):
+    batch, found = on_gpu(collate(packed)), []
+    for attention, has_bf16 in (("sdpa", False), ("sdpa", True), (VARLEN, True)):
         model = tiny_model(config).cuda()
         model.config._attn_implementation = attention
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=has_bf16):
             (states,) = hidden_states_at(
                 model, [model.config.num_hidden_layers], batch["input_ids"], None,
                 batch["position_ids"],
             )  # fmt: skip
         states.float().square().mean().backward()
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        found[attention] = (states.detach(), torch.cat(gradients))
-    for value, expected in zip(found[VARLEN], found["sdpa"]):
-        assert share_off(value, expected) < 0.03
+        found.append((states.detach(), torch.cat(gradients)))
+    for expected, of_mask, value in zip(*found):  # some models' gradients are 10 % off in bf16
+        assert share_off(value, expected) < 2 * share_off(of_mask, expected) + 0.005
 
 
 @pytest.mark.parametrize("with_compile", [False, True])
@@ -159,7 +159,7 @@ def test_training_on_one_gpu(flags, pair_folders, text_file, tmp_path):
     found = losses(tmp_path / "s")
     assert len(found) == 4
     assert found[-1] < found[0]
-    assert json.loads((tmp_path / "s/run.json").read_text())["device"] == (
+    assert json.loads((tmp_path / "s/run.json").read_text())["environment"]["device"] == (
         torch.cuda.get_device_name()
     )
 
@@ -193,12 +193,17 @@ def test_sizes_are_evaluated_as_on_a_cpu(pair_folders, tmp_path):
         assert done.returncode == 0, done.stderr
         paths = sorted(out.glob("*_k*.json"))
         results = [json.loads(path.read_text())["results"]["rolling"] for path in paths]
-        found.append([result["word_perplexity,none"] for result in results])
+        found.append([result["bits_per_byte,none"] for result in results])
     assert len(found[0]) > 4
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
 def test_an_order_is_searched_on_the_gpu(pair_folders, text_file, tmp_path):
-    words = flags(pair_folders, tmp_path / "orders", calibration=text_file)
-    done = run_module("patching.orders", *words)
+    teacher, student = map(str, pair_folders)
+    done = run_module(
+        "patching.orders", "--teacher_model_name_or_path", teacher,
+        "--student_model_name_or_path", student, "--calibration", str(text_file),
+        "--calibration_texts", "6", "--calibration_length", "12",
+        "--save_directory", str(tmp_path / "orders"),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
