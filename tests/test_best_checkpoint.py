@@ -63,6 +63,24 @@ def test_an_evaluation_whose_weights_are_not_saved_is_never_the_best(
     assert run["held_out"]["eval_loss"] == losses[run["student_step"]]
 
 
+def test_a_resumed_run_saves_and_evaluates_as_its_flags_say(pair_folders, text_file, tmp_path):
+    """Also with another metric: the best checkpoint is one of all that are there."""
+    first = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "4"]
+    main(command(pair_folders[0], tmp_path, text_file, *first))
+    (tmp_path / "config.json").unlink()  # as if it had not finished
+    then = ["--save_steps", "1", "--eval_steps", "1", "--logging_steps", "1"]
+    then += ["--max_steps", "8", "--resume_from_checkpoint", "last"]
+    then += ["--metric_for_best_model", "kl"]
+    main(command(pair_folders[0], tmp_path, text_file, *then))
+    log = json.loads((tmp_path / "run.json").read_text())["log"]
+    evaluated = {line["step"] for line in log if "eval_loss" in line}
+    assert evaluated == {0, 2, 4, 5, 6, 7, 8}
+    assert {line["step"] for line in log if "loss" in line} == {4, 5, 6, 7, 8}
+    saved = {int(path.name[11:]) for path in (tmp_path / "checkpoints").iterdir()}
+    assert saved == evaluated - {0}
+    check_best(tmp_path, "eval_kl")
+
+
 def test_lower_is_better_and_metrics_are_known(tmp_path):
     def arguments(**flags):
         return DistillationArguments(save_directory=str(tmp_path), **flags)

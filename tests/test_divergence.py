@@ -1,12 +1,15 @@
 """A run whose numbers are no longer finite stops, keeps what was good, and never looks finished."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT, run_module, save_pair
+from safetensors.torch import load_file, save_file
 from training_runs import trainer_for
 
+from train.checkpoints.find import find_checkpoint
 from train.divergence import Diverged
 from train.train import main
 
@@ -44,6 +47,54 @@ def test_a_run_that_diverges_fails_and_keeps_the_last_good_checkpoint(
     assert not (tmp_path / "config.json").exists()
     state = json.loads((last_good / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+def test_what_led_to_a_divergence_is_set_aside(pair_folders, text_file, tmp_path, capsys):
+    """The loss that is named is the step's own, not the sum since the last line of the log."""
+    with pytest.raises(SystemExit) as ended:
+        flags = ["--learning_rate", "1e20", "--logging_steps", "9"]
+        main(command(pair_folders[0], tmp_path, text_file, *flags))
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    aside = tmp_path / "checkpoints" / "checkpoint-1.diverged"
+    assert f"there is no good checkpoint, {aside} led to this step. Try a lower" in error
+    assert [path.name for path in aside.parent.iterdir()] == [aside.name]
+    assert find_checkpoint("last", str(aside.parent)) is None
+
+
+def test_the_loss_of_a_step_is_its_own(tmp_path):
+    trainer, losses = trainer_for(tmp_path, logging_steps=9), []
+    trainer.model.lm_head.weight.register_hook(
+        lambda gradient: gradient * (float("inf") if trainer.state.global_step == 2 else 1)
+    )
+    compute_loss = trainer.compute_loss
+
+    def record(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        losses.append((trainer.state.global_step, float(loss.detach())))
+        return loss
+
+    trainer.compute_loss = record
+    with pytest.raises(Diverged) as stopped:
+        trainer.train()
+    own = sum(loss for step, loss in losses if step == 2)
+    assert len({step for step, _ in losses}) == 3
+    assert (
+        f"step 3: the loss or its gradients are not finite (on this rank the loss is {own:g}"
+        in (str(stopped.value))
+    )
+
+
+def test_a_teacher_that_is_not_finite_is_to_blame(pair_folders, text_file, tmp_path, capsys):
+    shutil.copytree(pair_folders[0], tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        main(command(tmp_path / "teacher", tmp_path / "s", text_file))
+    error = capsys.readouterr().err
+    assert "no step had been taken, so check the weights of the teacher" in error
+    assert "learning_rate" not in error
 
 
 def test_gradients_that_are_not_finite_change_no_weights(tmp_path):

@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from patching.blocks import LayerMap
 from train.checkpoints.identity import FILE_NAME, differences, run_settings, text_settings
 from train.data import Rows
+from train.data_args import DataArguments
 from train.train import main
 
 SAVED = ("config.json", "model.safetensors")
@@ -118,6 +119,8 @@ def test_a_finished_run_that_is_requeued_succeeds_and_says_so(
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in SAVED} == before
     longer = command(pair_folders[0], tmp_path, text_file, "--max_steps", "5")
     assert "another run (max_steps was 2 and is 5)" in error_of(capsys, longer)
+    other = command(pair_folders[0], tmp_path, text_file, "--save_dtype", "bfloat16")
+    assert "another run (save_dtype was float32 and is bfloat16)" in error_of(capsys, other)
     afresh = command(pair_folders[0], tmp_path, text_file, "--resume_from_checkpoint", "false")
     assert "already holds a model: name another" in error_of(capsys, afresh)
 
@@ -155,9 +158,17 @@ def test_settings_are_compared_by_name():
     assert differences({"seed": 4}, settings) == ["seed was 4 and is 3"]
 
 
+def test_a_stream_that_holds_out_other_documents_is_another_text():
+    """With --eval_dataset none are held out, so they are trained on."""
+    stream = Rows(iter(()), None)
+    alone = text_settings(stream, [], DataArguments("text", streaming=True))
+    other = text_settings(stream, [], DataArguments("text", streaming=True, eval_dataset="held"))
+    assert differences(alone, other) == ["held_out_of_stream was 64 and is 0"]
+
+
 def test_every_row_of_local_text_counts():
     def settings(*parts: Dataset) -> dict:
-        return text_settings(Rows(concatenate_datasets(parts), None), ["a.jsonl"], "a.jsonl")
+        return text_settings(Rows(concatenate_datasets(parts), None), ["a.jsonl"], None)
 
     rows = [{"input_ids": [i, 7, i % 5], "document_lengths": [2, 1]} for i in range(1000)]
     whole = settings(Dataset.from_list(rows))

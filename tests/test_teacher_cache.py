@@ -16,7 +16,14 @@ import train.run
 import train.train
 from train import cache_teacher, teacher_cache
 from train.batches import collate
-from train.teacher_cache import CacheWriter, TeacherCache, key_of_row, keys_of_batch, top_tokens
+from train.teacher_cache import (
+    TOP_K,
+    CacheWriter,
+    TeacherCache,
+    key_of_row,
+    keys_of_batch,
+    top_tokens,
+)
 from train.trainer import DistillationTrainer
 from train.vocabulary_loss import UNCHANGED, vocabulary_loss
 
@@ -225,6 +232,42 @@ def test_a_stopped_command_continues(pair_folders, text_file, tmp_path, monkeypa
     assert cache.made_by["complete"]
     cache_teacher.main(flags)
     assert " 0 of them new" in capsys.readouterr().out
+
+
+def test_a_lost_file_is_written_again_and_no_other(pair_folders, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "TOKENS_PER_FILE", 128)
+    flags = cache_flags(pair_folders[0], text_file, tmp_path / "c", "--top_k", "3")
+    cache_teacher.main(flags)
+    whole = TeacherCache(tmp_path / "c").rows.keys()
+    files = {path: path.read_bytes() for path in (tmp_path / "c").glob("*.safetensors")}
+    assert len(files) > 2
+    lost = tmp_path / "c" / "rows-00000.safetensors"
+    lost.unlink()
+    cache_teacher.main(flags)
+    assert TeacherCache(tmp_path / "c").rows.keys() == whole
+    del files[lost]
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_predictions_that_are_not_finite_are_not_kept(pair_folders, text_file, tmp_path, capsys):
+    shutil.copytree(pair_folders[0], tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        cache_teacher.main(cache_flags(tmp_path / "teacher", text_file, tmp_path / "c"))
+    assert ended.value.code == 2
+    assert "the teacher's predictions are not finite" in capsys.readouterr().err
+    assert not [*(tmp_path / "c").glob("*.safetensors")]
+
+
+def test_a_card_says_what_its_kl_is_between(pair_folders, text_file, whole_cache, tmp_path):
+    cache = ["--teacher_cache", str(whole_cache)]
+    train.train.main(train_flags(pair_folders[0], text_file, tmp_path / "s", *cache))
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "| predictions of the teacher | its 257 most probable tokens and all others" in card
+    assert str(whole_cache) not in card
+    assert json.loads((tmp_path / "s" / "run.json").read_text())["settings"][TOP_K] == 257
 
 
 @pytest.mark.parametrize(

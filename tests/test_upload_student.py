@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 
+from patching.checkpoints.hub import push
 from train import student_card
 from train.train import main
 from train.training_args import DistillationArguments
@@ -63,7 +66,7 @@ def test_only_the_student_is_uploaded_and_privately(hub, pair_folders, text_file
     words = command(pair_folders[0], folder, text_file, "--push_to_hub", "True")
     main(words)
     created, uploaded = hub
-    assert created[:2] == ("create_repo", "my-student")
+    assert created[:2] == ("create_repo", "me/my-student")
     assert created[2]["private"] is True
     assert uploaded[:2] == ("create_commit", "me/my-student")
     assert uploaded[2] == {
@@ -92,6 +95,31 @@ def test_a_public_student_with_a_name(hub, pair_folders, text_file, tmp_path):
     assert hub[0][1] == "us/small"
     assert hub[0][2]["private"] is False
     assert 'from_pretrained("us/small")' in (tmp_path / "README.md").read_text()
+
+
+def test_a_name_without_owner_is_that_of_the_user(
+    hub, pair_folders, text_file, tmp_path, capsys, monkeypatch
+):
+    """The hub finds public models of its first days under such names, and not the user's."""
+    monkeypatch.setattr(HfApi, "repo_exists", lambda self, name: name in ("gpt2", "me/student"))
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, name: SimpleNamespace(private=False))
+    words = ["--push_to_hub", "True", "--max_steps", "1"]
+    with pytest.raises(SystemExit) as ended:
+        main(command(pair_folders[0], tmp_path / "student", text_file, *words))
+    assert ended.value.code == 2
+    assert "me/student: this repository is public; add --public" in capsys.readouterr().err
+    assert not hub and not (tmp_path / "student").exists()
+    main(command(pair_folders[0], tmp_path / "gpt2", text_file, *words))
+    assert hub[0][1] == "me/gpt2"
+
+
+def test_what_becomes_public_during_a_run_gets_no_student(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(HfApi, "repo_exists", lambda self, name: True)
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, name: SimpleNamespace(private=False))
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(OSError, match="me/student has become public, and --public was not given"):
+        push(tmp_path, "student", public=False)
+    assert not hub
 
 
 def test_what_cannot_be_pushed_ends_before_weights_load(
@@ -128,5 +156,15 @@ def test_the_card_says_what_the_student_is_and_hides_the_machine(pair_folders, t
         "it makes 3 sizes from", "python -m patching.patch", "--num_layers_to_patch 1",
     ):  # fmt: skip
         assert expected in card, expected
+    assert "epoch" not in card
     assert str(tmp_path) not in card
     assert str(text_file.parent) not in card
+
+
+def test_the_card_hides_the_machine_of_a_mixture(text_file, tmp_path):
+    other = shutil.copy(text_file, tmp_path / "other.jsonl")
+    mixture = f"{text_file}=0.7,{other}=0.3,org/texts=2"
+    fact = student_card.text_fact(mixture)
+    assert fact == "local files (0.7), local files (0.3), org/texts (2)"
+    assert student_card.text_fact(str(text_file)) == "local files"
+    assert student_card.text_fact("org/texts") == "org/texts"

@@ -75,7 +75,6 @@ def split_texts(arguments: DataArguments, seed: int, num_set_aside: int) -> Text
     """
     sources = arguments.sources
     total = sum(source.weight for source in sources)
-    num_held_out = 0 if arguments.eval_dataset is not None else arguments.heldout_documents
     parts = Texts([], [], [])
     for source in sources:
 
@@ -83,7 +82,7 @@ def split_texts(arguments: DataArguments, seed: int, num_set_aside: int) -> Text
             return -int(-num_documents * weight // total)
 
         text = documents_of(arguments, source.name, len(sources) > 1)
-        text, held_out = split_held_out(text, share(num_held_out), seed)
+        text, held_out = split_held_out(text, share(arguments.num_held_out), seed)
         parts.held_out.append(held_out)
         num_here = share(num_set_aside)
         if num_here and isinstance(text, IterableDataset):

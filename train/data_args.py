@@ -142,6 +142,11 @@ class DataArguments:
         return self.order_documents if self.measure_order else 0
 
     @property
+    def num_held_out(self) -> int:
+        """Documents that are held out of the training text."""
+        return 0 if self.eval_dataset is not None else self.heldout_documents
+
+    @property
     def sources(self) -> list["Source"]:
         return parse_sources(self.dataset)
 

@@ -249,6 +249,6 @@ def _save(
         origin_of(family.parents.references["teacher"]),
         family.configs["teacher"],
         student_config,
-        training_facts(run["arguments"] | {"steps": run["student_step"]}),
+        training_facts(run),
         run["held_out"],
     )

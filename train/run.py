@@ -69,7 +69,7 @@ from train.sharding import check_replicas, reads_weights, without_weights
 from train.speed import check_liger_knows, compile_if_long, reuse_freed_memory
 from train.stream import TextChanged
 from train.student import cast_parameters, check_range, new_student, student_companions
-from train.teacher_cache import TeacherCache, settings_of
+from train.teacher_cache import TOP_K, TeacherCache, settings_of
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
 
@@ -135,12 +135,14 @@ def run(
         rows = read_rows(data_args, chat_args, args, tokenizer, num_set_aside)
         names = [source.name for source in data_args.sources] + [chat_args.sft_dataset]
         sources = [name for name in names if name is not None]
-        settings |= text_settings(rows, sources, data_args.dataset)
+        settings |= text_settings(rows, sources, data_args)
         if chat_args.sft_dataset is not None:
             settings["chat_template"] = template_key(tokenizer)
+        cache = open_cache(model_args, args, teacher_config, tokenizer, rows)
+        if cache is not None:
+            settings[TOP_K] = cache.made_by["top_k"]
         if checkpoint is not None:
             check_checkpoint(checkpoint, args, rows, settings)
-        cache = open_cache(model_args, args, teacher_config, tokenizer, rows)
     choose_compilation(args, teacher_config, layer_map, rows, data_args.max_length, cache)
     flags |= {name: getattr(args, name) for name in ("torch_compile", "torch_compile_backend")}
     print_on_main_process(

@@ -109,4 +109,10 @@ def add_rows(
         for row, labels_T, hidden_TD in zip(rows, batch["labels"], hidden_BTD):
             hidden_ND = hidden_TD[labels_T != IGNORED_LABEL]
             top = top_tokens(hidden_ND, head, change, arguments.top_k, arguments.temperature)
+            if top.log_q.isnan().any():
+                with user_errors():
+                    raise ValueError(
+                        "the teacher's predictions are not finite: check its weights, or try "
+                        "--bf16 False"
+                    )
             writer.add(key_of_row(row), top)

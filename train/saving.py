@@ -69,7 +69,7 @@ def save_run(made: Made, trainer: DistillationTrainer, companions: Companions) -
                 made.origin,
                 made.teacher,
                 made.student_config,
-                training_facts(made.arguments | {"steps": trainer.student_step}),
+                training_facts(values),
                 held_out,
             )
             names = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
@@ -86,10 +86,10 @@ def held_out_metrics(trainer: DistillationTrainer) -> dict[str, float]:
     """
     if trainer.eval_dataset is None:
         return {}
-    for line in reversed(trainer.state.log_history):
-        if "eval_loss" in line and line["step"] == trainer.student_step:
-            return {name: value for name, value in line.items() if name.startswith("eval_")}
-    return trainer.evaluate()
+    lines = reversed(trainer.state.log_history)
+    of_step = (line for line in lines if line["step"] == trainer.student_step)
+    metrics = next((line for line in of_step if "eval_loss" in line), None) or trainer.evaluate()
+    return {name: value for name, value in metrics.items() if name.startswith("eval_")}
 
 
 def recorded_settings(args: DistillationArguments, checkpoint: str | None) -> dict[str, Any] | None:
@@ -111,8 +111,12 @@ def is_finished(args: DistillationArguments, settings: dict[str, Any]) -> bool:
     folder = Path(args.save_directory)
     if not (folder / "config.json").exists():
         return False
-    before = recorded_settings(args, checkpoint=None)
-    found = ["no run.json says what made it"] if before is None else differences(before, settings)
+    path, found = folder / RUN_FILE_NAME, ["no run.json says what made it"]
+    run = read_object(path, most_bytes=MOST_BYTES_OF_RECORDS) if path.is_file() else {}
+    if has_type(run.get("settings"), dict) and has_type(run.get("arguments"), dict):
+        stored = run["arguments"].get("save_dtype", args.save_dtype)
+        before = run["settings"] | {"save_dtype": stored}
+        found = differences(before, settings | {"save_dtype": args.save_dtype})
     if found:
         raise ValueError(
             f"{folder} already holds a model of another run ({'; '.join(found)}): name another "

@@ -14,7 +14,9 @@ from patching.checkpoints.origin import CARD_FILE_NAME, Origin
 from patching.cli.units import count_text
 from patching.files.outputs import write_text
 from patching.student_config import StudentConfig
+from train.data_args import parse_sources
 from train.estimate import sizes
+from train.teacher_cache import TOP_K
 
 
 def write_student_card(
@@ -109,27 +111,46 @@ def chat_facts(arguments: Mapping[str, Any]) -> dict[str, str]:
     chats = arguments.get("sft_dataset")
     if chats is None:
         return {}
-    name = "local files" if Path(chats).exists() else chats
-    return {"chats": f"{name}, the last {arguments['sft_share']:.0%} of the steps"}
+    return {"chats": f"{public_name(chats)}, the last {arguments['sft_share']:.0%} of the steps"}
 
 
-def training_facts(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Return how a student was trained, without anything that names the machine."""
-    dataset = arguments["dataset"]
-    is_local = Path(dataset).exists()
+def public_name(text: str) -> str:
+    """Return the name of a text, without what names the machine."""
+    return "local files" if Path(text).exists() else text
+
+
+def text_fact(dataset: str) -> str:
+    """Return the names of the texts, and their weights if there are several."""
+    (first, *others) = sources = parse_sources(dataset)
+    if not others:
+        return public_name(first.name)
+    return ", ".join(f"{public_name(source.name)} ({source.weight:g})" for source in sources)
+
+
+def training_facts(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return how a student was trained, of what its run.json says, without anything that names the
+    machine.
+    """
+    arguments = run["arguments"]
     start = "random weights" if arguments["random_initialization"] else "the kept teacher layers"
     loss = {
         "cross entropy": 1.0 * arguments["use_cross_entropy"],
         "KL": arguments["kl_loss_weight"] * arguments["use_kl_loss"],
         "cosine": arguments["cosine_loss_weight"] * arguments["use_cosine_loss"],
     }
-    return {
+    facts = {
         "initialized from": start,
-        "text": "local files" if is_local else dataset,
+        "text": text_fact(arguments["dataset"]),
         **chat_facts(arguments),
         "loss": ", ".join(f"{weight:g} {name}" for name, weight in loss.items() if weight),
         "temperature": f"{arguments['temperature']:g}",
         "learning rate": f"{arguments['learning_rate']:g}",
-        "optimizer steps": f"{arguments['steps']:,}",
+        "optimizer steps": f"{run['student_step']:,}",
         "tokens per row": f"{arguments['max_length']:,}",
     }
+    if (top_k := run["settings"].get(TOP_K)) is not None:
+        facts["predictions of the teacher"] = (
+            f"its {top_k} most probable tokens and all others together, from a cache; KL is "
+            "between these, and at most the whole one"
+        )
+    return facts

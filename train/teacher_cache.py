@@ -35,6 +35,8 @@ from train.vocabulary_loss import TopTokens
 CACHE_FILE_NAME = "cache.json"
 ROWS_READ = "rows_read"
 """Entry of that file: how many rows to train on were read, from the beginning of the text."""
+TOP_K = "teacher_top_k"
+"""Setting of a run that reads a cache: the tokens per prediction."""
 TOKENS_PER_FILE = 2**18
 KEY_BYTES = 16
 LEAST_LOG = -80.0
@@ -182,7 +184,8 @@ class TeacherCache:
         if num_missing:
             raise ValueError(
                 f"teacher_cache={self.folder}: {num_missing} of {num_rows} rows are not in it; run "
-                "train.cache_teacher with the same --dataset, --max_length, --packing and --seed"
+                "train.cache_teacher with the same flags for the text, such as --max_length, "
+                "--packing, --seed, --heldout_documents and --measure_order"
             )
 
     def check_has_rows(self, num_rows: int) -> None:
@@ -244,7 +247,7 @@ class CacheWriter:
             begun = TeacherCache(folder)
             begun.check(made_by)
             self.rows = set(begun.rows)
-        self._num_files = len(list(folder.glob("*.safetensors")))
+        self._num_files = 0
         self._keys: list[bytes] = []
         self._parts: list[TopTokens] = []
 
@@ -285,9 +288,9 @@ class CacheWriter:
             "log_q": log_q.to(torch.float16),
             "log_rest": log_rest,
         }
-        path = self.folder / f"rows-{self._num_files:05}.safetensors"
+        while (path := self.folder / f"rows-{self._num_files:05}.safetensors").exists():
+            self._num_files += 1  # a damaged file may have been removed, so they are not counted
         incomplete = path.with_suffix(".incomplete")
         save_file(tensors, incomplete)
         incomplete.rename(path)
-        self._num_files += 1
         self._keys, self._parts = [], []

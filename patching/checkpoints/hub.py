@@ -15,11 +15,23 @@ def check_can_push(repository: str, public: bool) -> None:
     be private. This creates nothing on the hub.
     """
     api = HfApi()
-    api.whoami()
-    if api.repo_exists(repository) and not public and not api.repo_info(repository).private:
+    repository = whole_name(api, repository)
+    if not public and is_public(api, repository):
         raise ValueError(
             f"--push_to_hub {repository}: this repository is public; add --public or choose another"
         )
+
+
+def whole_name(api: HfApi, repository: str) -> str:
+    """Return the name with its owner, who is the user if it has none. The hub would look for such
+    a name among the oldest models, which have no owner.
+    """
+    user = api.whoami()["name"]
+    return repository if "/" in repository else f"{user}/{repository}"
+
+
+def is_public(api: HfApi, repository: str) -> bool:
+    return api.repo_exists(repository) and not api.repo_info(repository).private
 
 
 def push(
@@ -39,7 +51,10 @@ def push(
     there = "nothing was created on the hub"
     try:
         ModelCard.load(folder / CARD_FILE_NAME).validate(repo_type="model")
+        repository = whole_name(api, repository)
         existed = api.repo_exists(repository)
+        if not public and is_public(api, repository):
+            raise ValueError(f"{repository} has become public, and --public was not given")
         address = api.create_repo(repository, private=not public, exist_ok=True)
         there = f"{repository} on the hub is " + ("as it was" if existed else "new and still empty")
         api.create_commit(address.repo_id, uploads(folder, names), commit_message=message)

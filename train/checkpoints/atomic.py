@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import TrainerState
@@ -56,6 +57,30 @@ def newest_checkpoint(output_dir: str, besides: Path | None) -> str | None:
     names = sort_checkpoints(output_dir)
     others = [name for name in names if besides is None or Path(name).name != besides.name]
     return others[-1] if others else None
+
+
+def best_checkpoint(
+    output_dir: str, log: list[dict[str, Any]], metric: str
+) -> tuple[float, int, str] | None:
+    """Return the lowest value of a held-out metric in a run's log among the checkpoints that are
+    still there, with its step and the checkpoint; None if none is.
+    """
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    found = []
+    for line in log:
+        checkpoint = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{line['step']}")
+        if name in line and checkpoint.is_dir():
+            found.append((line[name], line["step"], str(checkpoint)))
+    return min(found, default=None)
+
+
+def set_aside(checkpoint: Path, should_rename: bool) -> Path:
+    """Rename a checkpoint so that no run resumes from it, on one rank, and return its new name."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.diverged")
+    if should_rename:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+    return aside
 
 
 def remove_old(output_dir: Path, save_total_limit: int | None, best: str | None) -> None:

@@ -16,6 +16,7 @@ from patching.blocks import LayerMap
 from patching.files.json_files import read_object
 from patching.files.texts import state_of_files
 from train.data import Rows
+from train.data_args import DataArguments
 
 FILE_NAME = "made_by.json"
 
@@ -74,14 +75,19 @@ def run_settings(
     return json.loads(json.dumps(settings, default=str))
 
 
-def text_settings(rows: Rows, sources: Sequence[str], dataset: str) -> dict[str, Any]:
+def text_settings(rows: Rows, sources: Sequence[str], data_args: DataArguments) -> dict[str, Any]:
     """Return what identifies the text: the training rows of local text, or the name of a stream and
-    the bytes of its `sources`. Older checkpoints know a sample of the rows alone.
+    the bytes of its `sources`, and how many of its documents are held out. Older checkpoints know
+    less.
     """
     if isinstance(rows.train, Dataset):
         return {"text": sample_fingerprint(rows.train), "all_rows": rows_fingerprint(rows.train)}
-    name = os.path.abspath(dataset) if os.path.exists(dataset) else dataset
-    return {"text": name, "stream_bytes": [bytes_of_text(source) for source in sources]}
+    dataset = data_args.dataset
+    return {
+        "text": os.path.abspath(dataset) if os.path.exists(dataset) else dataset,
+        "stream_bytes": [bytes_of_text(source) for source in sources],
+        "held_out_of_stream": data_args.num_held_out,
+    }
 
 
 def sample_fingerprint(rows: Dataset) -> str:

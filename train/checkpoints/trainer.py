@@ -8,7 +8,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from train.checkpoints.atomic import newest_checkpoint, remove_old, staged_checkpoint
+from train.checkpoints.atomic import (
+    best_checkpoint,
+    newest_checkpoint,
+    remove_old,
+    set_aside,
+    staged_checkpoint,
+)
 from train.divergence import Diverged, check_step, check_weights
 from train.sharding import release
 from train.student import save_student
@@ -26,17 +32,43 @@ class CheckpointedTrainer(Trainer):
         self._unproven: Path | None = None
         """The checkpoint whose weights no step has used yet."""
         self._loaded_step: int | None = None
+        self._step_loss = torch.zeros((), device=self.args.device)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
-        self._unproven = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._unproven = resumed
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except Diverged as error:
+            if self.state.global_step == 0:
+                raise Diverged(
+                    f"{error}; no step had been taken, so check the weights of the teacher"
+                ) from None
             good = newest_checkpoint(self.args.output_dir, besides=self._unproven)
             known = f"the last good checkpoint is {good}" if good else "there is no good checkpoint"
+            if self._unproven not in (None, resumed):
+                known += f", {set_aside(self._unproven, self.args.should_save)} led to this step"
             raise Diverged(f"{error}; {known}. Try a lower --learning_rate") from None
         self._checkpoint_is_good()
         return output
+
+    def _init_training_state(self, max_steps: int, *others: Any) -> tuple[int, int]:
+        """Start, or go on with the state of a checkpoint and what this run's flags say of when to
+        log, evaluate and save, and of which checkpoint is the best.
+        """
+        values = super()._init_training_state(max_steps, *others)
+        self.state.compute_steps(self.args, max_steps)
+        if (metric := self.args.metric_for_best_model) is not None:
+            best = best_checkpoint(self.args.output_dir, self.state.log_history, metric)
+            names = ("best_metric", "best_global_step", "best_model_checkpoint")
+            for name, value in zip(names, best or (None, None, None)):
+                setattr(self.state, name, value)
+        return values
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss += loss
+        return loss
 
     @property
     def student_step(self) -> int:
@@ -77,11 +109,12 @@ class CheckpointedTrainer(Trainer):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         check_step(
             self.state.global_step + 1,
-            self._tr_loss,
+            self._step_loss,
             grad_norm,
             self.accelerator.scaler is not None,
             lambda values: self.accelerator.reduce(values, "sum"),
         )
+        self._step_loss.zero_()
         self._checkpoint_is_good()
         return grad_norm
 
