@@ -24,7 +24,7 @@ class Picked:
 
     def __init__(self, rows_N: Tensor, num_rows: int) -> None:
         self.num_rows, self.rows_N, self.count = num_rows, rows_N, len(rows_N)
-        first, last = rows_N[[0, -1]].tolist() if self.count else (0, -1)
+        first, last = torch.stack((rows_N[0], rows_N[-1])).tolist() if self.count else (0, -1)
         self.slice = slice(first, last + 1) if last - first + 1 == self.count else None
 
     def __len__(self) -> int:
