@@ -2,9 +2,10 @@
 
 import gzip
 import json
+import operator
 import threading
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import zstandard
 from conftest import byte_tokenizer, run_module
 from safetensors.torch import load_file
 
+from train import batches as batches_module
 from train import dealing
 from train import stream as stream_module
-from train.batches import StepPrefetcher, StreamBatches, collate
+from train.batches import StepPrefetcher, StreamBatches, collate, to_device
 from train.data import Share, load_rows
 from train.data_args import DataArguments
 from train.stream import Mixture, Stream
@@ -213,9 +215,35 @@ def test_a_tokenizer_that_adds_a_first_token_adds_it_to_every_document():
 
 def test_micro_batches_survive_being_sent(texts):
     batches = [[row] * (1 + i % 2) for i, row in enumerate(take(stream_of(texts["a"]), 9))]
-    assert dealing.decode(dealing.encode(batches)) == batches
-    crossed = [[{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]]
-    assert dealing.decode(dealing.encode(crossed)) == crossed
+    crossed = [[{"input_ids": [1, 2, 3], "labels": [-1, 2, 3]}, {"input_ids": [4], "labels": [4]}]]
+    for sent in (batches, crossed):
+        for num_ranks in (1, 2, 4):
+            parts = dealing.encode(sent, num_ranks)
+            assert parts.ends[-1] == len(parts.numbers)
+            starts = [0, *parts.ends]
+            for rank, (start, stop) in enumerate(pairwise(starts)):
+                received = dealing.decode(parts.numbers[start:stop].numpy())
+                as_lists = [
+                    [{name: of_name.tolist() for name, of_name in row.items()} for row in rows]
+                    for rows in received
+                ]
+                expected = sent[rank::num_ranks]
+                assert as_lists == expected + [[]] * (-(-len(sent) // num_ranks) - len(expected))
+
+
+def test_micro_batches_of_sent_rows_are_those_of_rows_that_were_read():
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "document_lengths": [3, 1], "labels": [-1, 2, -1, 4]},
+        {"input_ids": [5, 6], "document_lengths": [2], "labels": [-1, 6]},
+    ]
+    for names in (["input_ids"], ["input_ids", "document_lengths"], list(rows[0])):
+        read = [{name: row[name] for name in names} for row in rows]
+        (received,) = dealing.decode(dealing.encode([read], 1).numbers.numpy())
+        found, expected = collate(received), collate(read)
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            same = torch.equal if isinstance(values, torch.Tensor) else operator.eq
+            assert same(found[name], values), name
 
 
 def test_an_empty_stream_says_so(tmp_path):
@@ -269,11 +297,14 @@ def test_all_ranks_get_the_micro_batches_that_the_first_reads(texts, monkeypatch
             sent["read"][1] += 1
 
     monkeypatch.setattr(dealing, "broadcast", broadcast)
-    found = {}
+    encoded_in, decoded = threads_that_call(monkeypatch, "encode"), []
+    decode = dealing.decode
+    monkeypatch.setattr(dealing, "decode", lambda part: decoded.append(len(part)) or decode(part))
+    cache, found = PretendedCache(), {}
 
     def run(rank: int) -> None:
         share = Share(rank, 2)
-        prefetcher = StepPrefetcher(share, torch.device("cpu"))
+        prefetcher = StepPrefetcher(share, torch.device("cpu"), cache)
         batches = StreamBatches(stream_of(texts["a"]), 3, 4, share)
         prefetcher.read(batches, None)
         iterator = iter(batches)
@@ -289,15 +320,81 @@ def test_all_ranks_get_the_micro_batches_that_the_first_reads(texts, monkeypatch
         for i in range(2):
             for rank in range(2):
                 expected = whole[(step * 2 + i) * 2 + rank]
-                assert torch.equal(found[rank][step][i]["input_ids"], expected["input_ids"])
-                assert torch.equal(found[rank][step][i]["position_ids"], expected["position_ids"])
+                batch = to_device(found[rank][step][i], torch.device("cpu"))
+                assert torch.equal(batch["input_ids"], expected["input_ids"])
+                assert torch.equal(batch["position_ids"], expected["position_ids"])
+                assert torch.equal(batch["teacher_top"], expected["input_ids"] + 1)
+    # What takes long is not done while a rank waits for its rows.
+    assert is_in_the_background(encoded_in)
+    assert is_in_the_background(cache.threads)
+    num_sent = sum(len(numbers) for numbers in sent["numbers"][1::2])
+    assert sum(decoded) == num_sent  # each rank decodes its own rows alone
+
+
+def test_one_rank_makes_its_micro_batches_in_the_background(texts, monkeypatch):
+    collated_in, cache = threads_that_call(monkeypatch, "collate"), PretendedCache()
+    prefetcher = StepPrefetcher(Share(), torch.device("cpu"), cache)
+    stream = StreamBatches(stream_of(texts["a"]), 3, 2, Share())
+    prefetcher.read(stream, None)
+    iterator = iter(stream)
+    batches = [batch for step in range(3) for batch in prefetcher.batches(step, iterator, 2)]
+    rows = take(stream_of(texts["a"]), 3 * 2 * 3)
+    assert len(batches) == 6
+    for batch, first in zip(batches, range(0, len(rows), 3)):
+        expected = collate(rows[first : first + 3])
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        assert torch.equal(batch["teacher_top"], expected["input_ids"] + 1)
+    assert is_in_the_background(collated_in)
+    assert is_in_the_background(cache.threads)
+
+
+class PretendedCache:
+    """Predicts, as it were, the next number after each token."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def add_to(self, batch: dict) -> dict:
+        self.threads.append(threading.current_thread().name)
+        return batch | {"teacher_top": batch["input_ids"] + 1}
+
+
+def threads_that_call(monkeypatch, name: str) -> list[str]:
+    """Return a list that the threads come into in which train.batches calls a function."""
+    function, threads = getattr(batches_module, name), []
+
+    def noted(*arguments):
+        threads.append(threading.current_thread().name)
+        return function(*arguments)
+
+    monkeypatch.setattr(batches_module, name, noted)
+    return threads
+
+
+def is_in_the_background(threads: list[str]) -> bool:
+    return bool(threads) and all(thread.startswith("micro-batches") for thread in threads)
 
 
 def test_ranks_hear_that_the_first_cannot_read_on(texts, monkeypatch):
     monkeypatch.setattr(dealing, "broadcast", lambda tensor, src: tensor.fill_(dealing.FAILED))
     with pytest.raises(RuntimeError, match="the first rank cannot read the stream any further"):
-        dealing.deal([], Share(1, 2), torch.device("cpu"))
+        dealing.deal(None, Share(1, 2), torch.device("cpu"))
     assert dealing.deal(None, Share(0, 2), torch.device("cpu")) == []
+
+
+def test_the_first_rank_tells_the_others_that_it_cannot_read_on(texts, monkeypatch):
+    sent = []
+    monkeypatch.setattr(dealing, "broadcast", lambda tensor, src: sent.append(tensor))
+    prefetcher = StepPrefetcher(Share(0, 2), torch.device("cpu"))
+    prefetcher.read(StreamBatches(stream_of(texts["a"]), 3, 4, Share(0, 2)), None)
+
+    def fails():
+        raise OSError("the text is gone")
+        yield
+
+    with pytest.raises(OSError, match="the text is gone"):
+        prefetcher.batches(0, fails(), 2)
+    assert [tensor.tolist() for tensor in sent] == [[dealing.FAILED] * 2]
 
 
 @pytest.mark.slow

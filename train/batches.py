@@ -10,6 +10,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -17,17 +18,17 @@ from patching.files.outputs import write_json
 from train.chats.phases import Phases
 from train.checkpoints.find import STREAM_FILE_NAME
 from train.data import Share
-from train.dealing import deal
+from train.dealing import DealtRow, Parts, deal, encode
 from train.loss import IGNORED_LABEL, NO_TARGET, count
 from train.stream import Position, Row, Stream
 
 Batch = dict[str, Any]
-"""Tensors by name, of shape (B, T), and `teacher_top`, a list of them, if there is a cache. What
-is no tensor may tell more, for models that must not wait for an accelerator.
+"""Tensors by name, of shape (B, T), and `teacher_top`, a list of them, if there is a cache, or the
+future of one. What is no tensor may tell more, for models that must not wait for an accelerator.
 """
 
 
-def collate(rows: list[dict[str, list[int]]]) -> Batch:
+def collate(rows: list[Row] | list[DealtRow]) -> Batch:
     """Return rows as tensors of shape (B, T), padded on the right to the longest row.
 
     `labels` are the rows' own or else the tokens, with IGNORED_LABEL at padding. Padding is known
@@ -58,8 +59,11 @@ def collate(rows: list[dict[str, list[int]]]) -> Batch:
     return batch
 
 
-def _padded(values: list[list[int]], length: int) -> Tensor:
-    return torch.tensor([of_row + [0] * (length - len(of_row)) for of_row in values])
+def _padded(values: list[list[int]] | list[numpy.ndarray], length: int) -> Tensor:
+    padded_BT = numpy.zeros((len(values), length), dtype=numpy.int64)
+    for padded_T, of_row in zip(padded_BT, values):
+        padded_T[: len(of_row)] = of_row
+    return torch.from_numpy(padded_BT)
 
 
 def placeholder() -> Batch:
@@ -71,10 +75,11 @@ def placeholder() -> Batch:
     return batch
 
 
-def positions(document_lengths: list[int], row_length: int) -> Tensor:
+def positions(document_lengths: list[int] | numpy.ndarray, row_length: int) -> Tensor:
     """Return the position of each token in its document, of shape (T,). Padding is a document."""
-    lengths = [*document_lengths, row_length - sum(document_lengths)]
-    return torch.cat([torch.arange(length) for length in lengths])
+    lengths = numpy.append(document_lengths, row_length - sum(document_lengths))
+    starts = lengths.cumsum() - lengths
+    return torch.from_numpy(numpy.arange(row_length) - starts.repeat(lengths))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -83,6 +88,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """
 
     def move(values: Any) -> Any:
+        if isinstance(values, Future):
+            values = values.result()
         if isinstance(values, list):
             return [move(value) for value in values]
         if not isinstance(values, Tensor):
@@ -150,16 +157,18 @@ class StepPrefetcher:
     A thread fetches, and for a stream tokenizes, one step ahead of training. A checkpoint must
     record where the next step begins in the stream, and not how far the thread has read. With a
     cache, the teacher's predictions are added to the micro-batches.
+
+    The rows of a stream are dealt to several ranks at the start of their step, by the main thread,
+    because all ranks must take part in the same order in whatever they do together. The thread then
+    adds the predictions while the first micro-batches are computed.
     """
 
     def __init__(self, share: Share, device: torch.device, cache: Cache | None = None) -> None:
-        self._share, self._device = share, device
-        self.complete = (lambda batch: batch) if cache is None else cache.add_to
-        """Adds the teacher's predictions to a micro-batch."""
+        self._share, self._device, self._cache = share, device, cache
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="micro-batches")
         self._stream: StreamBatches | None = None
         self._iterator: Iterator | None = None
-        self._next: Future[tuple[list, Position | None]]
+        self._next: Future[tuple[Any, Position | None]]
         self._positions: dict[int, Position | None] = {}
         """Where the current step and the next one begin in the stream."""
 
@@ -179,12 +188,23 @@ class StepPrefetcher:
             self._iterator, self._positions = iterator, {step: self._stream_position()}
             self._next = self._thread.submit(self._fetch, iterator, num_batches)
         fetched, next_position = self._result()
+        if self._deals:
+            mine = deal(fetched, self._share, self._device)
+            batches = [collate(rows) if rows else placeholder() for rows in mine]
+            fetched = [self._complete_later(batch) for batch in batches]
         self._next = self._thread.submit(self._fetch, iterator, num_batches)
         self._positions = {step: self._positions[step], step + 1: next_position}
-        if self._stream is None:
-            return fetched
-        mine = deal(fetched, self._share, self._device)
-        return [self.complete(collate(rows)) if rows else placeholder() for rows in mine]
+        return fetched
+
+    def complete(self, batch: Batch) -> Batch:
+        """Add the teacher's predictions to a micro-batch."""
+        return batch if self._cache is None else self._cache.add_to(batch)
+
+    def _complete_later(self, batch: Batch) -> Batch:
+        if self._cache is None:
+            return batch
+        complete = self._thread.submit(lambda: self.complete(batch)["teacher_top"])
+        return batch | {"teacher_top": complete}
 
     def save_position(self, checkpoint: Path, step: int) -> None:
         """Write where the micro-batches of `step` begin, which is the last step or the next one.
@@ -200,18 +220,30 @@ class StepPrefetcher:
         # A run resumed after its last step has fetched nothing: it is where it was loaded.
         return self._positions.get(step, self._stream_position())
 
-    def _result(self) -> tuple[list, Position | None]:
+    @property
+    def _deals(self) -> bool:
+        return self._stream is not None and self._share.world_size > 1
+
+    def _result(self) -> tuple[Any, Position | None]:
         try:
             return self._next.result()
         except Exception:
-            if self._stream is not None:
+            if self._deals:
                 deal(None, self._share, self._device)  # the other ranks wait for rows
             raise
 
-    def _fetch(self, iterator: Iterator, num_batches: int) -> tuple[list, Position | None]:
+    def _fetch(
+        self, iterator: Iterator, num_batches: int
+    ) -> tuple[list[Batch] | Parts | None, Position | None]:
+        """Return the micro-batches of a step, or on the first of several ranks what is dealt."""
         if self._stream is None:
             return [self.complete(batch) for batch in islice(iterator, num_batches)], None
-        return next(iterator, []), self._stream_position()
+        step = next(iterator, [])
+        if not self._deals:
+            fetched = [self.complete(collate(rows)) for rows in step]
+        else:
+            fetched = encode(step, self._share.world_size) if step else None
+        return fetched, self._stream_position()
 
     def _stream_position(self) -> Position | None:
         return None if self._stream is None else self._stream.position
