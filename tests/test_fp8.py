@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from patching_models import GATED
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from patching.running.hidden_states import hidden_states_at
 from train.fp8 import LEAST_CAPABILITY, Fp8Linear, use_fp8
@@ -42,6 +44,21 @@ def test_a_teacher_in_fp8_has_nearly_the_same_states(kind, device):
     assert type(teacher.get_output_embeddings()) is nn.Linear
     cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
     assert 0.98 < cosine.min() < 1
+
+
+@pytest.mark.parametrize("model_type", ["afmoe", "jetmoe"])
+def test_what_chooses_experts_stays_as_it_is(model_type):
+    experts = {"num_experts": 16, "num_local_experts": 16, "num_experts_per_tok": 2}
+    widths = {"head_dim": 8, "moe_intermediate_size": 16}
+    config = CONFIG_MAPPING[model_type](num_hidden_layers=2, **GATED | experts | widths)
+    teacher = tiny_model(config)
+    before = {name for name, module in teacher.named_modules() if type(module) is nn.Linear}
+    use_fp8(teacher)
+    kept = {name for name, module in teacher.named_modules() if type(module) is nn.Linear}
+    routers = {name for name in before if "router" in name}
+    assert routers
+    assert kept == routers | {"lm_head"}
+    assert len(kept) < len(before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there may be FP8 here")

@@ -1,8 +1,9 @@
 """FP8 products for the frozen teacher, on GPUs that have them.
 
 Each row of a weight, and each token's input, is scaled to the range of float8_e4m3fn. The layers'
-linear modules are replaced. Norms, attention, embeddings and the head stay as they are. The
-teacher's states are then those of a slightly different teacher: a product is off by a few percent.
+linear modules are replaced. Norms, attention, embeddings and the head stay as they are, and so do
+routers, which would choose other experts. The teacher's states are then those of a slightly
+different teacher: a product is off by a few percent.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from patching.architectures.experts import is_in_router
 from patching.architectures.lookup import architecture_of
 from train.training_args import DistillationArguments
 
@@ -68,12 +70,11 @@ def scaled(values_RI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def use_fp8(teacher: PreTrainedModel) -> None:
-    """Replace the linear modules of a frozen model's layers in place. Those with sides that are no
-    multiples of 16 are left alone, because the kernels need that.
+    """Replace the linear modules of a frozen model's layers in place. Routers are left alone, and
+    modules with sides that are no multiples of 16, because the kernels need that.
     """
     for layer in teacher.get_submodule(architecture_of(teacher.config).layers):
-        for parent in [*layer.modules()]:
-            for name, child in [*parent.named_children()]:
-                sides = child.weight.shape if type(child) is nn.Linear else (1,)
-                if not any(side % 16 for side in sides):
-                    setattr(parent, name, Fp8Linear(child))
+        for name, module in [*layer.named_modules()]:
+            sides = module.weight.shape if type(module) is nn.Linear else (1,)
+            if not any(side % 16 for side in sides) and not is_in_router(name):
+                layer.set_submodule(name, Fp8Linear(module))

@@ -1,6 +1,7 @@
 """Which parameters are experts, and how many of them a token uses, as transformers declares it.
+What chooses them is known by its name.
 
-Its decorator `use_experts_implementation` marks the modules that hold all experts of a layer. The
+The decorator `use_experts_implementation` marks the modules that hold all experts of a layer. The
 number of dimensions says nothing: convolutions have three too.
 """
 
@@ -15,11 +16,20 @@ NUM_CHOSEN = ("num_experts_per_tok", "moe_topk")
 """Config fields for the number of experts that a token uses."""
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Config fields for the number of experts in a layer."""
+ROUTER_NAMES = frozenset({"gate", "router", "router_gate"})
+"""What the modules that choose experts are called. No architecture has a field for them, and some
+have several layers.
+"""
 
 
 def expert_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over the modules that hold experts, with their names."""
     return ((name, module) for name, module in model.named_modules() if MARK in vars(module))
+
+
+def is_in_router(module_name: str) -> bool:
+    """Whether a module, given by its dotted name, chooses experts or is part of what does."""
+    return not ROUTER_NAMES.isdisjoint(module_name.split("."))
 
 
 def expert_shares(model: PreTrainedModel) -> dict[str, float] | None:
