@@ -99,6 +99,35 @@ def test_the_peak_of_known_gpus_is_the_vendors(monkeypatch):
     assert peak(gpu, torch.bfloat16) == 7.0
 
 
+@pytest.mark.parametrize(
+    "name, teraflops",
+    [
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
+    ],
+)
+def test_a_gpu_is_known_by_whole_words_of_its_name(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(hardware_peak, "measured_flops_per_second", lambda *_: 7.0)
+    peak = peak_flops_per_second.__wrapped__(SimpleNamespace(type="cuda"), torch.bfloat16)
+    assert peak == (7.0 if teraflops is None else teraflops * 1e12)
+
+
 def test_the_measured_peak_is_a_rate_of_this_machine():
     assert 1e9 < measured_flops_per_second(CPU, torch.float32) < 1e14
 
