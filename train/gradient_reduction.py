@@ -3,6 +3,7 @@ gradients fit in memory.
 """
 
 import torch
+from accelerate.utils import gather
 from transformers import PreTrainedConfig
 
 from patching.architectures.models import empty_model
@@ -21,15 +22,17 @@ def choose_reduction(
     max_length: int,
 ) -> None:
     """Let sharded ranks reduce gradients once per step if memory allows, in place, unless
-    `--accelerator_config` says when.
+    `--accelerator_config` says when. All ranks have to decide the same, so they go by the GPU with
+    least memory.
     """
     given = args.accelerator_config.gradient_accumulation_kwargs or {}
     if not args.fsdp or "sync_each_batch" in given:
         return
     fits = False
     if torch.cuda.is_available():
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-        fits = whole_gradients_fit(args, teacher, layer_map, max_length, gpu_bytes)
+        own_bytes = torch.cuda.get_device_properties(args.device).total_memory
+        gpu_bytes = gather(torch.tensor([own_bytes], device=args.device)).min()
+        fits = whole_gradients_fit(args, teacher, layer_map, max_length, int(gpu_bytes))
     args.accelerator_config.gradient_accumulation_kwargs = given | {"sync_each_batch": not fits}
 
 
