@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_module, tiny_model
 from datasets import Dataset
 from masked_models import encoder_config, word_tokenizer
 from safetensors.torch import load_file, save_file
@@ -308,6 +308,23 @@ def test_a_stream_may_be_read_several_times(pair_folders, text_file, tmp_path, c
     cache_teacher.main([*flags, "--max_rows", "10"])  # which it has already
     train.train.main(words)
     assert (tmp_path / "s" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_ranks_read_the_cache_of_a_stream_as_one_process_does(pair_folders, text_file, tmp_path):
+    stream = ["--streaming", "True", "--measure_order", "False"]
+    flags = cache_flags(pair_folders[0], text_file, tmp_path / "c", *stream, "--top_k", "3")
+    cache_teacher.main([*flags, "--max_rows", "48"])
+    of_run = [*stream, "--teacher_cache", str(tmp_path / "c"), "--per_device_train_batch_size", "4"]
+    two = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
+    for name, launcher, accumulation in (("one", [], "4"), ("two", two, "2")):
+        words = train_flags(pair_folders[0], text_file, tmp_path / name, *of_run)
+        words += ["--gradient_accumulation_steps", accumulation]
+        done = run_module(*launcher, "train.train", *words, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_another_teacher_is_refused(pair_folders, text_file, whole_cache, tmp_path, capsys):
