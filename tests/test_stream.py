@@ -176,7 +176,7 @@ def test_token_ids_are_used_as_they_are(tmp_path):
     ):
         load_rows(arguments, TOKENIZER, seed=0)
     path.write_text(json.dumps({"ids": "text"}) + "\n")
-    with pytest.raises(ValueError, match="tokens_column=ids: it holds str values"):
+    with pytest.raises(ValueError, match="tokens_column=ids: it holds string values"):
         load_rows(arguments, TOKENIZER, seed=0)
 
 

@@ -198,7 +198,7 @@ def test_two_ranks_under_torchrun_save_what_one_process_saves(pair_folders, text
         (["--report_to", "notes"], "report_to=notes: notes is not supported"),
         (["--optim", "lion_32bit"], "optim=lion_32bit: "),
         (["--optim", "stable_adamw"], "optim=stable_adamw: "),
-        (["--text_column", "lists"], "text_column=lists: it holds list values"),
+        (["--text_column", "lists"], "text_column=lists: it holds lists of"),
         (["--gradient_accumulation_steps", "64"], "rows of up to 32 tokens, a step takes 128: "),
         (
             ["--streaming", "True", "--heldout_documents", "40"],

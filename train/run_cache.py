@@ -43,6 +43,8 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
             raise ValueError(
                 "max_rows: a stream has no end, give as many rows as the run will read"
             )
+        if rows.is_stream:
+            rows.train.check(1)
         if arguments.attn_implementation == VARLEN:
             check_varlen(config, data_args.packing)
         teacher = load_model(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from patching.files.columns import Column
 from patching.files.hashes import file_hash
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def load_documents(
     `name` is a file, a folder of files or a hub dataset. Plain text is split into documents at
     blank lines. A hub dataset is always streamed, local files only if `streaming` is set.
 
-    Raises ValueError if there is no text, no such column, or no file of a known kind.
+    Raises ValueError if there is no text, no such column, no file of a known kind, or something
+    else in the column. A stream may raise UnusableText only when it is read.
     """
     column = text_column
     documents, builder, columns, first = open_dataset(
@@ -74,18 +76,17 @@ def load_documents(
         raise ValueError(
             f"{flag}={column}: {name} has the columns {', '.join(columns)}, choose one of them"
         )
-    value = first.get(column)
-    wanted, expected = (list, "lists of token ids") if holds_tokens else (str, "text")
-    if value is not None and not isinstance(value, wanted):
-        raise ValueError(
-            f"{flag}={column}: it holds {type(value).__name__} values in {name} and no {expected}, "
-            f"choose one of {', '.join(columns)}"
-        )
+    to_check, types = Column(flag, column, name, holds_tokens), documents.features
+    if types is not None:
+        to_check.check_type(types[column], columns)
+    to_check.check_document(first.get(column), 0)
     documents = documents.select_columns([column])
     if column != "text":
         documents = documents.rename_column(column, "text")
     if builder == "text":
         documents = documents.map(_split_at_blank_lines, batched=True, batch_size=1)
+    elif holds_tokens or types is None:
+        documents = to_check.checked(documents)
     return documents
 
 
