@@ -117,7 +117,7 @@ class StreamBatches:
         self._rows_per_step = num_batches * batch_size
 
     def __iter__(self) -> Iterator[list[list[Row]]]:
-        """Raises ValueError if the stream holds no text."""
+        """Raises UnusableText if the stream holds no text."""
         if self._share.rank:
             return
         steps = (

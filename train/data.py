@@ -17,6 +17,7 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from patching.files.columns import UnusableText
 from patching.files.texts import load_documents
 from train.chats.arguments import ChatArguments
 from train.chats.phases import Phases
@@ -272,7 +273,7 @@ def rows_of_documents(
     """Return rows of token ids. Texts are tokenized, with end-of-text after each one and whatever
     the tokenizer puts before it. Lists of token ids are used as they are.
 
-    A row of one token predicts nothing and is dropped. Raises ValueError for token ids that the
+    A row of one token predicts nothing and is dropped. Raises UnusableText for token ids that the
     tokenizer does not have.
     """
     if isinstance(next(filter(None, documents), None), list):
@@ -304,7 +305,7 @@ def _tokenized(texts: Documents, tokenizer: PreTrainedTokenizerBase) -> list[lis
 def _check_token_ids(documents: list[list[int]], num_tokens: int) -> None:
     for ids in documents:
         if min(ids) < 0 or max(ids) >= num_tokens:
-            raise ValueError(
+            raise UnusableText(
                 f"tokens_column: a document holds token ids {min(ids)} to {max(ids)}, and the "
                 f"teacher's tokenizer has 0 to {num_tokens - 1}: tokenize the text with that one"
             )

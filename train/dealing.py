@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import broadcast
 
 from train.data import ROW_COLUMNS, Share
+from train.ranks import FirstRankFailed
 from train.stream import Row
 
 DealtRow = dict[str, numpy.ndarray]
@@ -30,7 +31,7 @@ class Parts(NamedTuple):
 
 def deal(parts: Parts | None, share: Share, device: torch.device) -> list[list[DealtRow]]:
     """Return this rank's micro-batches of a step, of which only the first rank has to give the
-    parts. If it gives None, because it cannot read on, the others raise RuntimeError.
+    parts. If it gives None, because it cannot read on, the others raise FirstRankFailed.
     """
     is_first, num_ranks = share.rank == 0, share.world_size
     given = parts if is_first else None
@@ -39,7 +40,9 @@ def deal(parts: Parts | None, share: Share, device: torch.device) -> list[list[D
     stops = ends.tolist()
     if FAILED in stops:
         if not is_first:
-            raise RuntimeError("the first rank cannot read the stream any further, see its error")
+            raise FirstRankFailed(
+                "the first rank cannot read the stream any further, see its error"
+            )
         return []
     if given is None:
         numbers = torch.empty(stops[-1], dtype=torch.int32, device=device)

@@ -12,6 +12,10 @@ from train.training_args import DistillationArguments
 LONGEST_WAIT = timedelta(days=30)
 
 
+class FirstRankFailed(RuntimeError):
+    """The first rank, which reads for all, cannot read on and has said why."""
+
+
 @contextmanager
 def first_rank_first(args: DistillationArguments, name: str) -> Iterator[None]:
     """Run the block on the first rank of a node, then on its others. `name` is used once per run.

@@ -26,7 +26,8 @@ from patching.checkpoints.hub import check_can_push
 from patching.checkpoints.origin import origin_of
 from patching.checkpoints.splice import OutOfRange
 from patching.checkpoints.tokenizers import read_tokenizer
-from patching.cli.command_line import user_errors
+from patching.cli.command_line import one_line, user_errors
+from patching.files.columns import UnusableText
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import LogitChange, logit_change
@@ -62,7 +63,7 @@ from train.masking import Masking
 from train.model_args import ModelArguments
 from train.order_of_student import measure_order
 from train.packing import check_separates_documents, check_varlen
-from train.ranks import first_rank_first
+from train.ranks import FirstRankFailed, first_rank_first
 from train.refused_flags import ignored_flags
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
 from train.sharding import check_replicas, reads_weights, without_weights
@@ -72,6 +73,9 @@ from train.student import cast_parameters, check_range, new_student, student_com
 from train.teacher_cache import TOP_K, TeacherCache, settings_of
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
+
+WHILE_READING = (TextChanged, UnusableText, FirstRankFailed)
+"""What a user can cause and only reading a stream shows."""
 
 
 def run(
@@ -187,6 +191,9 @@ def run(
         if trainer.stop_on_sigterm.stopped:
             exit_after_sigterm(trainer)
         save_run(made, trainer, companions)
+    except WHILE_READING as error:
+        print(f"error: {one_line(str(error))}{how_to_go_on(args)}", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
@@ -195,9 +202,6 @@ def run(
         if args.process_index == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except TextChanged as error:
-        print(f"error: {error}{how_to_go_on(args)}", file=sys.stderr)
-        sys.exit(2)
     except OutOfRange as error:
         exit_out_of_range(args, error)
     print_on_main_process(args, f"student saved in {args.save_directory}")

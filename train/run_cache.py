@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
+from patching.files.columns import UnusableText
 from patching.parents import usable_device
 from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
@@ -24,6 +25,7 @@ from train.loss import IGNORED_LABEL
 from train.packing import check_varlen
 from train.run import read_teacher_config
 from train.speed import reuse_freed_memory
+from train.stream import TextChanged
 from train.student import cast_parameters
 from train.teacher_cache import CacheWriter, key_of_row, settings_of, top_tokens
 
@@ -59,7 +61,7 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
     num_before = len(writer.rows)
     teacher.to(device).eval()
     missing = missing_rows(rows, writer, arguments.max_rows)
-    with tqdm(unit=" rows") as progress:
+    with user_errors((TextChanged, UnusableText)), tqdm(unit=" rows") as progress:
         while batch := list(islice(missing, arguments.batch_size)):
             add_rows(writer, teacher, change, batch, arguments)
             progress.update(len(batch))

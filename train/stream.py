@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from datasets import IterableDataset
 
+from patching.files.columns import UnusableText
 from patching.files.texts import state_of_files
 
 Row = dict[str, list[int]]
@@ -49,8 +50,8 @@ class Stream(Protocol):
     def resume(self, position: Position) -> None: ...
 
     def check(self, num_rows: int) -> str | None:
-        """Raise ValueError if a text holds no row. Return a line to print, if there is one, such as
-        that a pass over the text is less than the `num_rows` of a step. Must not be called once
+        """Raise UnusableText if a text holds no row. Return a line to print, if there is one, such
+        as that a pass over the text is less than the `num_rows` of a step. Must not be called once
         rows were read.
         """
 
@@ -62,7 +63,8 @@ class TextChanged(OSError):
 class TextStream:
     """The rows of the text `name`, pass after pass. `workers` cut chunks of documents into rows.
 
-    Raises TextChanged, when it is read, if the text is local and its files changed. Not noticed
+    Raises UnusableText, when it is read, if the text cannot be read any further or what it holds
+    cannot be used, and TextChanged if it is local and its files changed. No change is noticed
     unless it `reads_files`, which is False for a copy of the text.
     """
 
@@ -106,7 +108,7 @@ class TextStream:
         return {**at, "row": row}
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises ValueError if the text holds no row."""
+        """Raises UnusableText if the text holds no row."""
         start = self.position or {"pass": 0, "block": 0, "text": None, "chunk": 0, "row": 0}
         skipped, last_pass_with_rows = start["row"], start["pass"]
         is_new = self.position is None
@@ -116,7 +118,7 @@ class TextStream:
             if rows:
                 last_pass_with_rows = at["pass"]
             elif at["pass"] > last_pass_with_rows + 1:  # a resumed pass may be at its end
-                raise ValueError(
+                raise UnusableText(
                     f"dataset={self.name}: there is no text in it to train on; its first "
                     "documents are held out (--heldout_documents)"
                 )
@@ -153,6 +155,13 @@ class TextStream:
     def _read_block(self, reader: Iterator[dict[str, Any]]) -> Documents:
         try:
             return [document["text"] for document in islice(reader, self._block_size)]
+        except UnusableText:
+            raise
+        except Exception as error:  # parsers and decompressors raise errors of their own
+            raise UnusableText(
+                f"dataset={self.name} cannot be read any further: "
+                f"{str(error) or type(error).__name__}"
+            ) from error
         finally:  # also in place of what a parser makes of half a line
             if self._files is not None and state_of_files(self.name) != self._files:
                 raise TextChanged(f"dataset={self.name}: its files changed while they were read")

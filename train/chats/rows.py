@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from patching.files.columns import UnusableText
 from patching.files.texts import open_dataset
 from train.chats.arguments import ChatArguments
 from train.chats.masks import Chat, MarkedChat, Refused, mark_responses, special_ids
@@ -215,8 +216,8 @@ def fill(lengths: list[int], max_length: int) -> list[list[int]]:
 class ChatStream(TextStream):
     """The rows of chats, pass after pass, and a count of those that were refused.
 
-    Raises ValueError, when it is read, if more than `max_refused` of the chats so far were. Counts
-    are part of a position, so a resumed stream goes on counting.
+    Raises UnusableText, when it is read, if more than `max_refused` of the chats so far were.
+    Counts are part of a position, so a resumed stream goes on counting.
     """
 
     def __init__(self, *arguments: Any, max_refused: float) -> None:
@@ -244,7 +245,7 @@ class ChatStream(TextStream):
             self.num_chats += cut.num_chats
             self.refused.update(cut.refused)
             if self.refused.total() > self._max_refused * self.num_chats:
-                raise ValueError(
+                raise UnusableText(
                     f"sft_dataset={self.name}: {self.summary()}; correct the chats or their "
                     "template, or raise --sft_max_refused"
                 )
