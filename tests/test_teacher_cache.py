@@ -327,6 +327,62 @@ def test_ranks_read_the_cache_of_a_stream_as_one_process_does(pair_folders, text
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
+STREAM = ["--streaming", "True", "--measure_order", "False"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--shuffle_buffer", "2"], "(its shuffle_buffer is 1000, not 2)"),
+        (["--seed", "5"], "(its seed is 0, not 5)"),
+        (["--max_length", "16"], "(its max_length is 32, not 16)"),
+        (["--packing", "cross"], "(its packing is documents, not cross)"),
+        (["--heldout_documents", "5"], "(its heldout_documents is 4, not 5)"),
+    ],
+)
+def test_other_rows_of_a_stream_are_refused_before_weights_load(
+    change, message, pair_folders, text_file, tmp_path, monkeypatch, capsys
+):
+    cache = tmp_path / "c"
+    flags = cache_flags(pair_folders[0], text_file, cache, *STREAM, "--max_rows", "48")
+    cache_teacher.main(flags)
+    monkeypatch.setattr(train.run, "load_teacher", None)
+    capsys.readouterr()
+    of_run = [*STREAM, "--teacher_cache", str(cache), *change]
+    with pytest.raises(SystemExit) as raised:
+        train.train.main(train_flags(pair_folders[0], text_file, tmp_path / "s", *of_run))
+    assert raised.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "rows are not in it" in error
+    assert message in error
+    assert "run train.cache_teacher with the same --dataset" in error
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_row_that_is_missing_later_in_a_stream_ends_the_run_in_one_line(
+    is_mixed, pair_folders, text_file, tmp_path, capsys
+):
+    """One document is a row, so a text that goes on otherwise has the same rows at first."""
+    lines = text_file.read_text().splitlines()
+    other, second = tmp_path / "other.jsonl", tmp_path / "second.jsonl"
+    other.write_text("\n".join([*lines[:30], json.dumps({"text": "Nobody read this."})]) + "\n")
+    second.write_text("".join(json.dumps({"text": line[::-1]}) + "\n" for line in lines))
+    texts = [f"{text}=1,{second}=1" if is_mixed else text for text in (text_file, other)]
+    stream = [*STREAM, "--packing", "False", "--shuffle_buffer", "1"]
+    flags = cache_flags(pair_folders[0], texts[0], tmp_path / "c", *stream, "--max_rows", "80")
+    cache_teacher.main(flags)
+    of_run = [*stream, "--teacher_cache", str(tmp_path / "c"), "--save_strategy", "steps"]
+    of_run += ["--save_steps", "1", "--per_device_train_batch_size", "8", "--max_steps", "5"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        train.train.main(train_flags(pair_folders[0], texts[1], tmp_path / "s", *of_run))
+    assert raised.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: teacher_cache=")
+    assert "of 16 rows are not in it (its dataset is" in error
+    assert "--resume_from_checkpoint last continues from" in error
+
+
 def test_another_teacher_is_refused(pair_folders, text_file, whole_cache, tmp_path, capsys):
     shutil.copytree(pair_folders[0], tmp_path / "other")
     weights = tmp_path / "other" / "model.safetensors"

@@ -4,7 +4,7 @@ Shapes: B rows, T positions.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
@@ -150,6 +150,8 @@ class Cache(Protocol):
 
     def add_to(self, batch: Batch) -> Batch: ...
 
+    def check_holds(self, rows: Iterable[Row]) -> None: ...
+
 
 class StepPrefetcher:
     """The micro-batches of each optimizer step, fetched while the step before is computed.
@@ -239,6 +241,8 @@ class StepPrefetcher:
         if self._stream is None:
             return [self.complete(batch) for batch in islice(iterator, num_batches)], None
         step = next(iterator, [])
+        if self._cache is not None:  # where an error reaches all ranks, not where one needs a row
+            self._cache.check_holds(row for rows in step for row in rows)
         if not self._deals:
             fetched = [self.complete(collate(rows)) for rows in step]
         else:

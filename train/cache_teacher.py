@@ -7,9 +7,9 @@
 
 For each token, DIR gets the --top_k most probable next tokens and the probability of all others
 together. The KL term is then between these top_k + 1 events, which is at most the whole one. Use
-the same flags for text, --max_length, --packing, --seed and --temperature in both commands. A
-command that was stopped continues when it runs again. A masked language model hides other tokens at
-every step, so its predictions cannot be kept.
+the same flags for text, --max_length, --packing, --seed, --temperature and, for a stream,
+--shuffle_buffer in both commands. A command that was stopped continues when it runs again. A masked
+language model hides other tokens at every step, so its predictions cannot be kept.
 """
 
 import math

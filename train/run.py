@@ -4,6 +4,7 @@ import copy
 import signal
 import sys
 import warnings
+from itertools import islice
 from typing import Any, NoReturn
 
 import torch
@@ -70,11 +71,11 @@ from train.sharding import check_replicas, reads_weights, without_weights
 from train.speed import check_liger_knows, compile_if_long, reuse_freed_memory
 from train.stream import TextChanged
 from train.student import cast_parameters, check_range, new_student, student_companions
-from train.teacher_cache import TOP_K, TeacherCache, settings_of
+from train.teacher_cache import TOP_K, TeacherCache, UnusableCache, origin_of_rows, settings_of
 from train.trainer import DistillationTrainer
 from train.training_args import DistillationArguments
 
-WHILE_READING = (TextChanged, UnusableText, FirstRankFailed)
+WHILE_READING = (TextChanged, UnusableText, UnusableCache, FirstRankFailed)
 """What a user can cause and only reading a stream shows."""
 
 
@@ -142,7 +143,7 @@ def run(
         settings |= text_settings(rows, sources, data_args)
         if chat_args.sft_dataset is not None:
             settings["chat_template"] = template_key(tokenizer)
-        cache = open_cache(model_args, args, teacher_config, tokenizer, rows)
+        cache = open_cache(model_args, data_args, args, teacher_config, tokenizer, rows)
         if cache is not None:
             settings[TOP_K] = cache.made_by["top_k"]
         if checkpoint is not None:
@@ -394,6 +395,7 @@ def choose_compilation(
 
 def open_cache(
     model_args: ModelArguments,
+    data_args: DataArguments,
     args: DistillationArguments,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -402,8 +404,8 @@ def open_cache(
     """Return the cache of the teacher's predictions, if this run reads one.
 
     Raises ValueError unless the loss needs nothing else, and the cache holds these rows, made by
-    the same teacher at the same temperature. A stream's rows are only known during training; their
-    number is compared.
+    the same teacher at the same temperature. Of a stream, the number of rows is compared, and those
+    of the first step are looked up; the others are as they are read.
     """
     if model_args.teacher_cache is None:
         return None
@@ -415,14 +417,18 @@ def open_cache(
     if not args.loss_weights.kl:
         raise ValueError("teacher_cache: only the KL term reads it, and that is off")
     reference = Reference(model_args.teacher_model_name_or_path, model_args.revision)
-    cache = TeacherCache(model_args.teacher_cache)
+    wanted = origin_of_rows(data_args, args.text_seed)
+    cache = TeacherCache(model_args.teacher_cache, wanted)
     cache.check(settings_of(reference, config, tokenizer, args.temperature))
     cache.check_holds(rows.held_out or ())
     if not rows.is_stream:
         cache.check_holds(rows.train)
     else:
-        needed = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        cache.check_has_rows(needed * args.max_steps)
+        num_rows = rows_per_step(args, args.world_size)
+        cache.check_has_rows(num_rows * args.max_steps)
+        if args.process_index == 0:
+            cache.check_holds(islice(rows.train, num_rows))
+            rows.train.resume(None)
     return cache
 
 

@@ -27,7 +27,7 @@ from train.run import read_teacher_config
 from train.speed import reuse_freed_memory
 from train.stream import TextChanged
 from train.student import cast_parameters
-from train.teacher_cache import CacheWriter, key_of_row, settings_of, top_tokens
+from train.teacher_cache import CacheWriter, key_of_row, origin_of_rows, settings_of, top_tokens
 
 
 def run(arguments: CacheArguments, data_args: DataArguments) -> None:
@@ -39,7 +39,8 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         tokenizer = read_tokenizer(reference, config, arguments.trust_remote_code)
         made_by = settings_of(reference, config, tokenizer, arguments.temperature)
         made_by["top_k"] = arguments.top_k
-        writer = CacheWriter(arguments.teacher_cache, made_by)
+        origin = origin_of_rows(data_args, arguments.seed)
+        writer = CacheWriter(arguments.teacher_cache, made_by, origin)
         rows = load_rows(data_args, tokenizer, arguments.seed, data_args.num_set_aside)
         if rows.is_stream and arguments.max_rows is None:
             raise ValueError(

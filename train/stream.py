@@ -47,7 +47,8 @@ class Stream(Protocol):
 
     def __iter__(self) -> Iterator[Row]: ...
 
-    def resume(self, position: Position) -> None: ...
+    def resume(self, position: Position | None) -> None:
+        """Go to a position, or back to the start."""
 
     def check(self, num_rows: int) -> str | None:
         """Raise UnusableText if a text holds no row. Return a line to print, if there is one, such
@@ -83,7 +84,7 @@ class TextStream:
         self._block_size = max(shuffle_buffer, DOCUMENTS_PER_CHUNK)
         self.position: Position | None = None
 
-    def resume(self, position: Position) -> None:
+    def resume(self, position: Position | None) -> None:
         self.position = position
 
     def check(self, num_rows: int = 1) -> str | None:
@@ -189,11 +190,13 @@ class Mixture:
             return None
         return {"texts": positions, "num_tokens": list(self._num_tokens)}
 
-    def resume(self, position: Position) -> None:
+    def resume(self, position: Position | None) -> None:
+        num_streams = len(self._streams)
+        if position is None:
+            position = {"texts": [None] * num_streams, "num_tokens": [0] * num_streams}
         self._num_tokens = list(position["num_tokens"])
         for stream, of_stream in zip(self._streams, position["texts"]):
-            if of_stream is not None:
-                stream.resume(of_stream)
+            stream.resume(of_stream)
 
     def check(self, num_rows: int) -> str | None:
         total = sum(self._weights)

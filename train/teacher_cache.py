@@ -10,7 +10,9 @@ Shapes: B rows, T positions, N tokens, K tokens per prediction, V vocabulary, D 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,8 @@ from patching.recipe import Reference
 from patching.running.chunks import CHUNK_LOGITS, slices
 from patching.running.logits import LogitChange
 from train.batches import Batch
+from train.checkpoints.identity import bytes_of_text
+from train.data_args import DEFAULT_SHUFFLE_BUFFER, DataArguments
 from train.loss import IGNORED_LABEL
 from train.vocabulary_loss import TopTokens
 
@@ -37,10 +41,16 @@ ROWS_READ = "rows_read"
 """Entry of that file: how many rows to train on were read, from the beginning of the text."""
 TOP_K = "teacher_top_k"
 """Setting of a run that reads a cache: the tokens per prediction."""
+ORIGIN = "origin_of_rows"
+"""Entry of that file: what decided the rows that were read last."""
 TOKENS_PER_FILE = 2**18
 KEY_BYTES = 16
 LEAST_LOG = -80.0
 """Logarithm of a mass too small to matter, where there are no other tokens."""
+
+
+class UnusableCache(ValueError):
+    """A cache lacks a row, or a row of it is damaged. Of a stream, only reading it shows that."""
 
 
 @torch.no_grad()
@@ -81,6 +91,17 @@ def settings_of(
         "temperature": temperature,
         "vocab_size": config.vocab_size,
     }
+
+
+def origin_of_rows(data_args: DataArguments, seed: int) -> dict[str, Any]:
+    """Return what decides which rows are read, and in which order those of a stream are."""
+    values: dict[str, Any] = {"seed": seed} | asdict(data_args)
+    del values["tokenizer_processes"]
+    values["shuffle_buffer"] = data_args.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER
+    if os.path.exists(data_args.dataset):
+        values["dataset"] = os.path.abspath(data_args.dataset)
+    values["bytes_of_text"] = [bytes_of_text(source.name) for source in data_args.sources]
+    return values
 
 
 class CachedRow(NamedTuple):
@@ -145,12 +166,22 @@ def rows_in(path: Path, top_k: Any) -> dict[bytes, CachedRow]:
     }
 
 
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    return [
+        f"its {name} is {found.get(name)}, not {value}"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+
+
 class TeacherCache:
     """The predictions of a teacher in a folder."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read what the folder holds. Raises ValueError if it holds no cache."""
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, wanted: dict[str, Any] | None = None) -> None:
+        """Read what the folder holds. `wanted` is what decides the rows that will be looked up, to
+        say why some are missing. Raises ValueError if the folder holds no cache.
+        """
+        self.folder, self._wanted = Path(folder), wanted or {}
         if not (self.folder / CACHE_FILE_NAME).is_file():
             raise ValueError(
                 f"teacher_cache={folder}: no {CACHE_FILE_NAME} there, write one with "
@@ -164,28 +195,28 @@ class TeacherCache:
 
     def check(self, expected: dict[str, Any]) -> None:
         """Raise ValueError, naming every difference, if the cache was made by something else."""
-        problems = [
-            f"its {name} is {self.made_by.get(name)}, not {value}"
-            for name, value in expected.items()
-            if self.made_by.get(name) != value
-        ]
-        if problems:
+        if problems := _differences(self.made_by, expected):
             raise ValueError(
                 f"teacher_cache={self.folder}: {'; '.join(problems)}: use the flags it was made "
                 "with, or make another"
             )
 
     def check_holds(self, rows: Iterable[dict[str, list[int]]]) -> None:
-        """Raise ValueError unless all these rows are in the cache."""
+        """Raise UnusableCache unless all these rows are in the cache."""
         num_rows = num_missing = 0
         for row in rows.with_format("numpy") if isinstance(rows, Dataset) else rows:
             num_rows += 1
             num_missing += key_of_row(row) not in self.rows
         if num_missing:
-            raise ValueError(
-                f"teacher_cache={self.folder}: {num_missing} of {num_rows} rows are not in it; run "
-                "train.cache_teacher with the same flags for the text, such as --max_length, "
-                "--packing, --seed, --heldout_documents and --measure_order"
+            found = self.made_by.get(ORIGIN)
+            known = found if isinstance(found, dict) else {}
+            wanted = {name: value for name, value in self._wanted.items() if name in known}
+            others = ", ".join(_differences(known, wanted))
+            raise UnusableCache(
+                f"teacher_cache={self.folder}: {num_missing} of {num_rows} rows are not in it"
+                f"{others and f' ({others})'}; run train.cache_teacher with the same --dataset, "
+                "--max_length, --packing, --seed, --heldout_documents, --measure_order, "
+                "--shuffle_buffer and other flags of the text"
             )
 
     def check_has_rows(self, num_rows: int) -> None:
@@ -203,7 +234,7 @@ class TeacherCache:
     def add_to(self, batch: Batch) -> Batch:
         """Return the batch with `teacher_top`, the packed predictions at each of its positions.
 
-        Raises ValueError for a row that is not in the cache, or has tokens that do not exist.
+        Raises UnusableCache for a row that is not in it, or has tokens that do not exist.
         """
         (num_rows, num_positions), top_k = batch["input_ids"].shape, self.made_by["top_k"]
         ids_BTK = torch.zeros(num_rows, num_positions, top_k, dtype=torch.int32)
@@ -213,12 +244,12 @@ class TeacherCache:
             if not length:
                 continue
             if key not in self.rows:
-                raise ValueError(f"teacher_cache={self.folder}: a row of the text is not in it")
+                raise UnusableCache(f"teacher_cache={self.folder}: a row of the text is not in it")
             path, start, stop = self.rows[key]
             file = self._file(path)
             ids_BTK[i, :length] = file.get_slice("ids")[start:stop].to(torch.int32)
             if not 0 <= ids_BTK[i].min() <= ids_BTK[i].max() < self.made_by["vocab_size"]:
-                raise ValueError(
+                raise UnusableCache(
                     f"{path} is damaged (a token that the vocabulary lacks): remove it and run "
                     "train.cache_teacher again"
                 )
@@ -239,9 +270,14 @@ class CacheWriter:
     comes before the first row.
     """
 
-    def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
-        """Raises ValueError if the folder holds a cache that was made by something else."""
+    def __init__(
+        self, folder: Path, made_by: dict[str, Any], origin: dict[str, Any] | None = None
+    ) -> None:
+        """`origin` is what decides the rows, which may be others than those that the folder has.
+        Raises ValueError if the folder holds a cache that was made by something else.
+        """
         self.folder, self.made_by = folder, made_by
+        self._written = made_by | {ORIGIN: origin or {}}
         self.rows: set[bytes] = set()
         if (folder / CACHE_FILE_NAME).exists():
             begun = TeacherCache(folder)
@@ -255,7 +291,7 @@ class CacheWriter:
         """Make the folder, once nothing can be wrong any more with what the user gave."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / CACHE_FILE_NAME).exists():
-            write_json(self.folder / CACHE_FILE_NAME, self.made_by | {"complete": False})
+            write_json(self.folder / CACHE_FILE_NAME, self._written | {"complete": False})
 
     def add(self, key: bytes, top: TopTokens) -> None:
         """Add a row's predictions, one for each of its tokens."""
@@ -273,7 +309,7 @@ class CacheWriter:
         before = TeacherCache(self.folder).made_by
         read = {} if num_rows is None else {ROWS_READ: max(num_rows, before.get(ROWS_READ, 0))}
         write_json(
-            self.folder / CACHE_FILE_NAME, self.made_by | {"complete": num_rows is None} | read
+            self.folder / CACHE_FILE_NAME, self._written | {"complete": num_rows is None} | read
         )
 
     def _write(self) -> None:
