@@ -83,8 +83,8 @@ def positions(document_lengths: list[int] | numpy.ndarray, row_length: int) -> T
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a micro-batch of this host on a device, without waiting for what the device computes,
-    and with the number of documents, which to count there would mean to wait.
+    """Return a micro-batch of this host on a device, without waiting for what the device computes.
+    `num_documents` is counted here, because counting on the device would mean waiting for it.
     """
 
     def move(values: Any) -> Any:
