@@ -28,7 +28,7 @@ from train.data import lengths_in_rows
 from train.distillation import install_distillation_forward
 from train.loss import NO_TARGET, LossWeights, count
 from train.masking import generator_for
-from train.packing import check_separates_documents, check_varlen
+from train.packing import check_flex, check_separates_documents, check_varlen
 from train.train import main
 
 LENGTHS = (7, 11, 1, 5, 9, 2, 13)
@@ -158,6 +158,16 @@ def test_masked_models_predict_hidden_first_tokens_too():
     assert hidden["labels"].tolist() == [[9, 8, 7, 6]]
     assert (hidden["input_ids"] == MASKING.mask_token_id).any()
     assert hidden["position_ids"].tolist() == [[0, 1, 0, 1]]
+
+
+def test_wrong_flex_kernels_are_refused(monkeypatch):
+    capability = "AVX2"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with pytest.raises(ValueError, match="wrong numbers on a CPU without AVX-512; choose sdpa"):
+        check_flex(CPU)
+    check_flex(torch.device("cuda"))
+    capability = "AVX512"
+    check_flex(CPU)
 
 
 def varlen_attention(
@@ -299,6 +309,10 @@ def test_compiled_layers_call_it_document_by_document():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2",
+    reason="PyTorch's flex attention is wrong at such lengths on a CPU without AVX-512",
+)
 @pytest.mark.parametrize("model_type", ["qwen3", "bert"])
 def test_flex_attention_stops_at_boundaries(model_type):
     settings = {"head_dim": 16} if model_type == "qwen3" else {}

@@ -25,6 +25,7 @@ from patching.running.documents import needs_boundaries
 from patching.running.hidden_states import hidden_states_at
 from patching.running.varlen import VARLEN, is_plain
 from train.data_args import Packing
+from train.hardware_peak import has_no_avx512
 from train.sharding import with_room_for_weights, without_weights
 
 MLP_WIDTHS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
@@ -34,6 +35,7 @@ LENGTHS = (5, 8)
 """Tokens of the two documents that the instance reads."""
 TOLERANCE = 1e-3
 """Largest difference, relative to the largest number, that rounding in fp32 may cause."""
+FLEX = "flex_attention"
 RECORDER = "recording_flash_attention"
 
 
@@ -71,6 +73,17 @@ def check_varlen(config: PreTrainedConfig, packing: Packing) -> None:
     else:
         return
     raise ValueError(f"attn_implementation={VARLEN}: {obstacle}; choose sdpa, or leave it out")
+
+
+def check_flex(device: torch.device) -> None:
+    """Raise ValueError on a CPU without AVX-512, where PyTorch 2.13 compiles flex attention to
+    kernels that are wrong unless a row is a multiple of their blocks.
+    """
+    if has_no_avx512(device):
+        raise ValueError(
+            f"attn_implementation={FLEX}: PyTorch's kernels give wrong numbers on a CPU without "
+            "AVX-512; choose sdpa, or leave it out"
+        )
 
 
 def _is_plain(config: PreTrainedConfig) -> bool:

@@ -59,11 +59,12 @@ from train.fp8 import check_fp8, use_fp8
 from train.fsdp_config import check_layer_classes
 from train.global_batch import split_global_batch
 from train.gradient_reduction import choose_reduction
+from train.hardware_peak import has_no_avx512
 from train.local_batches import check_enough_rows, rows_per_step
 from train.masking import Masking
 from train.model_args import ModelArguments
 from train.order_of_student import measure_order
-from train.packing import check_separates_documents, check_varlen
+from train.packing import FLEX, check_flex, check_separates_documents, check_varlen
 from train.ranks import FirstRankFailed, first_rank_first
 from train.refused_flags import ignored_flags
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
@@ -125,6 +126,8 @@ def run(
             check_fp8(args)
         if model_args.attn_implementation == VARLEN:
             check_varlen(teacher_config, data_args.packing)
+        if model_args.attn_implementation == FLEX:
+            check_flex(args.device)
         tokenizer = read_tokenizer(reference, teacher_config, model_args.trust_remote_code)
         check_chats(chat_args, model_args, teacher_config)
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None
@@ -155,6 +158,9 @@ def run(
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
         f"{as_layer_list(layer_map.kept)}",
     )
+    if args.bf16 and has_no_avx512(args.device):
+        line = "on this CPU, products in bf16 take many times as long as in fp32: try --bf16 False"
+        print_on_main_process(args, line)
 
     set_seed(args.seed)
     with user_errors():
