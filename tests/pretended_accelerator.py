@@ -100,7 +100,7 @@ def on_values(function, args: tuple, kwargs: dict[str, Any]) -> Any:
     def to_device(result: Any) -> Any:
         if not is_here or not isinstance(result, torch.Tensor):
             return result
-        return same.get(id(result)) if id(result) in same else OnDevice(result)
+        return same[id(result)] if id(result) in same else OnDevice(result)
 
     return tree_map(to_device, results)
 

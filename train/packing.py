@@ -64,6 +64,19 @@ def check_separates_documents(
         raise ValueError(f"{name} could not be checked ({error}); {remedy}") from error
 
 
+def check_attention(
+    attn_implementation: str | None,
+    config: PreTrainedConfig,
+    packing: Packing,
+    device: torch.device,
+) -> None:
+    """Raise ValueError for attention that cannot be computed as asked."""
+    if attn_implementation == VARLEN:
+        check_varlen(config, packing)
+    if attn_implementation == FLEX:
+        check_flex(device)
+
+
 def check_varlen(config: PreTrainedConfig, packing: Packing) -> None:
     """Raise ValueError unless attention can be computed one document after another."""
     if packing != "documents":

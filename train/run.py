@@ -32,7 +32,6 @@ from patching.files.columns import UnusableText
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
 from patching.running.logits import LogitChange, logit_change
-from patching.running.varlen import VARLEN
 from patching.student_config import StudentConfig
 from train.chats.arguments import ChatArguments
 from train.checkpoints.find import (
@@ -64,7 +63,7 @@ from train.local_batches import check_enough_rows, rows_per_step
 from train.masking import Masking
 from train.model_args import ModelArguments
 from train.order_of_student import measure_order
-from train.packing import FLEX, check_flex, check_separates_documents, check_varlen
+from train.packing import check_attention, check_separates_documents
 from train.ranks import FirstRankFailed, first_rank_first
 from train.refused_flags import ignored_flags
 from train.saving import Made, is_finished, recorded_settings, repository_of, save_run, upload
@@ -124,10 +123,8 @@ def run(
         choose_reduction(args, teacher_config, layer_map, data_args.max_length)
         if model_args.teacher_fp8:
             check_fp8(args)
-        if model_args.attn_implementation == VARLEN:
-            check_varlen(teacher_config, data_args.packing)
-        if model_args.attn_implementation == FLEX:
-            check_flex(args.device)
+        attention = model_args.attn_implementation
+        check_attention(attention, teacher_config, data_args.packing, args.device)
         tokenizer = read_tokenizer(reference, teacher_config, model_args.trust_remote_code)
         check_chats(chat_args, model_args, teacher_config)
         masking = Masking.of(tokenizer) if predicts_masked_tokens(teacher_config) else None

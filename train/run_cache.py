@@ -16,13 +16,12 @@ from patching.parents import usable_device
 from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
 from patching.running.logits import LogitChange
-from patching.running.varlen import VARLEN
 from train.batches import collate, to_device
 from train.cache_teacher import CacheArguments
 from train.data import Rows, load_rows
 from train.data_args import DataArguments
 from train.loss import IGNORED_LABEL
-from train.packing import check_varlen
+from train.packing import check_attention
 from train.run import read_teacher_config
 from train.speed import reuse_freed_memory
 from train.stream import TextChanged
@@ -48,13 +47,12 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
             )
         if rows.is_stream:
             rows.train.check(1)
-        if arguments.attn_implementation == VARLEN:
-            check_varlen(config, data_args.packing)
+        device = usable_device(None)
+        check_attention(arguments.attn_implementation, config, data_args.packing, device)
         teacher = load_model(
             reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
         )
         writer.begin()
-    device = usable_device(None)
     if device.type == "cpu":
         reuse_freed_memory()
     if arguments.bf16:
@@ -62,7 +60,8 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
     num_before = len(writer.rows)
     teacher.to(device).eval()
     missing = missing_rows(rows, writer, arguments.max_rows)
-    with user_errors((TextChanged, UnusableText)), tqdm(unit=" rows") as progress:
+    unusable = (TextChanged, UnusableText, FloatingPointError)
+    with user_errors(unusable), tqdm(unit=" rows") as progress:
         while batch := list(islice(missing, arguments.batch_size)):
             add_rows(writer, teacher, change, batch, arguments)
             progress.update(len(batch))
@@ -115,9 +114,8 @@ def add_rows(
             hidden_ND = hidden_TD[labels_T != IGNORED_LABEL]
             top = top_tokens(hidden_ND, head, change, arguments.top_k, arguments.temperature)
             if top.log_q.isnan().any():
-                with user_errors():
-                    raise ValueError(
-                        "the teacher's predictions are not finite: check its weights, or try "
-                        "--bf16 False"
-                    )
+                raise FloatingPointError(
+                    "the teacher's predictions are not finite: check its weights, or try "
+                    "--bf16 False"
+                )
             writer.add(key_of_row(row), top)

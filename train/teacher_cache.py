@@ -283,7 +283,7 @@ class CacheWriter:
             begun = TeacherCache(folder)
             begun.check(made_by)
             self.rows = set(begun.rows)
-        self._num_files = 0
+        self._file_idx = 0
         self._keys: list[bytes] = []
         self._parts: list[TopTokens] = []
 
@@ -324,8 +324,8 @@ class CacheWriter:
             "log_q": log_q.to(torch.float16),
             "log_rest": log_rest,
         }
-        while (path := self.folder / f"rows-{self._num_files:05}.safetensors").exists():
-            self._num_files += 1  # a damaged file may have been removed, so they are not counted
+        while (path := self.folder / f"rows-{self._file_idx:05}.safetensors").exists():
+            self._file_idx += 1  # a damaged file may have been removed, so they are not counted
         incomplete = path.with_suffix(".incomplete")
         save_file(tensors, incomplete)
         incomplete.rename(path)

@@ -16,7 +16,7 @@ def check_can_push(repository: str, public: bool) -> None:
     """
     api = HfApi()
     repository = whole_name(api, repository)
-    if not public and is_public(api, repository):
+    if not public and api.repo_exists(repository) and is_public(api, repository):
         raise ValueError(
             f"--push_to_hub {repository}: this repository is public; add --public or choose another"
         )
@@ -31,7 +31,7 @@ def whole_name(api: HfApi, repository: str) -> str:
 
 
 def is_public(api: HfApi, repository: str) -> bool:
-    return api.repo_exists(repository) and not api.repo_info(repository).private
+    return not api.repo_info(repository).private
 
 
 def push(
@@ -53,7 +53,7 @@ def push(
         ModelCard.load(folder / CARD_FILE_NAME).validate(repo_type="model")
         repository = whole_name(api, repository)
         existed = api.repo_exists(repository)
-        if not public and is_public(api, repository):
+        if existed and not public and is_public(api, repository):
             raise ValueError(f"{repository} has become public, and --public was not given")
         address = api.create_repo(repository, private=not public, exist_ok=True)
         there = f"{repository} on the hub is " + ("as it was" if existed else "new and still empty")
