@@ -1,13 +1,11 @@
 """A run whose numbers are no longer finite stops, keeps what was good, and never looks finished."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from conftest import ROOT, run_module, save_pair
-from safetensors.torch import load_file, save_file
-from training_runs import trainer_for
+from training_runs import copy_with_nan, trainer_for
 
 from train.checkpoints.find import find_checkpoint
 from train.divergence import Diverged
@@ -86,10 +84,7 @@ def test_the_loss_of_a_step_is_its_own(tmp_path):
 
 
 def test_a_teacher_that_is_not_finite_is_to_blame(pair_folders, text_file, tmp_path, capsys):
-    shutil.copytree(pair_folders[0], tmp_path / "teacher")
-    weights = load_file(tmp_path / "teacher" / "model.safetensors")
-    weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    copy_with_nan(pair_folders[0], tmp_path / "teacher")
     with pytest.raises(SystemExit):
         main(command(tmp_path / "teacher", tmp_path / "s", text_file))
     error = capsys.readouterr().err

@@ -11,6 +11,7 @@ from datasets import Dataset
 from masked_models import encoder_config, word_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_runs import copy_with_nan
 
 import train.run
 import train.train
@@ -250,10 +251,7 @@ def test_a_lost_file_is_written_again_and_no_other(pair_folders, text_file, tmp_
 
 
 def test_predictions_that_are_not_finite_are_not_kept(pair_folders, text_file, tmp_path, capsys):
-    shutil.copytree(pair_folders[0], tmp_path / "teacher")
-    weights = load_file(tmp_path / "teacher" / "model.safetensors")
-    weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    copy_with_nan(pair_folders[0], tmp_path / "teacher")
     with pytest.raises(SystemExit) as ended:
         cache_teacher.main(cache_flags(tmp_path / "teacher", text_file, tmp_path / "c"))
     assert ended.value.code == 2

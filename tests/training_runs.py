@@ -1,5 +1,6 @@
 """Trainers of small random models on rows of random tokens."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from conftest import tiny_config, tiny_model
 from datasets import Dataset
 from masked_models import SPECIAL_TOKENS, encoder_config, word_tokenizer
 from masked_models import VOCAB_SIZE as NUM_WORDS
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from patching.architectures.models import predicts_masked_tokens
@@ -73,3 +75,11 @@ def trainer_for(
 def log_of(trainer: DistillationTrainer) -> list[dict[str, float]]:
     """Return the lines of the log that report a training loss."""
     return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def copy_with_nan(teacher: Path, folder: Path) -> None:
+    """Copy a teacher whose states are then not finite."""
+    shutil.copytree(teacher, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
