@@ -21,7 +21,7 @@ test: $(VENV)/requirements_dev.done
 	$(RUN) -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/requirements_dev.done
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow -n auto --dist worksteal
 
 test-faults: $(VENV)/requirements_dev.done
 	$(RUN) -m pytest -m faults

@@ -4,8 +4,8 @@ import os
 
 import torch
 
+from patching.devices import usable_device
 from patching.files.outputs import num_ranks
-from patching.parents import usable_device
 
 
 def device_of_rank(name: str | None) -> torch.device:

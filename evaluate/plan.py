@@ -62,9 +62,8 @@ class Plan:
     @classmethod
     def of(cls, arguments: EvaluationArguments, device: torch.device) -> "Plan":
         """Raises ValueError or OSError if something is missing or does not fit together."""
-        family = arguments.open_family(
-            dtype=arguments.dtype,
-            device=device,
+        family = arguments.open_measured(
+            device,
             device_map=arguments.device_map,
             attn_implementation=arguments.attn_implementation,
         )

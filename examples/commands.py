@@ -12,6 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SECONDS_TO_STOP = 10
 """How long a command may take to end after Ctrl-C."""
+IN_FP32 = {
+    "train.train": ("--bf16", "False"),
+    "evaluate.evaluate": ("--dtype", "float32"),
+    "patching.orders": ("--dtype", "float32"),
+}
+"""The flag that makes a command compute in fp32."""
 
 
 def run(module: str, *arguments: object) -> None:
@@ -48,7 +54,15 @@ def run_here(module: str, *arguments: object) -> None:
 
 
 def printed(module: str, arguments: Sequence[object]) -> list[str]:
-    """Print a command line, and return the words after the module."""
+    """Print a command line, and return the words after the module. It computes in fp32 on a machine
+    that takes many times as long in bf16.
+    """
     words = [str(argument) for argument in arguments]
+    if module in IN_FP32:
+        from patching.devices import has_no_avx512, usable_device  # imports torch, which is slow
+
+        flag, value = IN_FP32[module]
+        if flag not in words and has_no_avx512(usable_device(None)):
+            words += [flag, value]
     print(f"\n$ python -m {module} {shlex.join(words)}", flush=True)
     return words

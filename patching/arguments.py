@@ -13,6 +13,8 @@ from patching.cli.units import parse_ranges
 from patching.patch_order import SEARCHED_ORDERS, current_spelling
 
 if TYPE_CHECKING:
+    import torch
+
     from patching.family import Family
     from patching.running.calibration import Calibration
 
@@ -204,3 +206,13 @@ class MeasuringArguments(FamilyArguments):
         default=None,
         metadata={"help": "cuda, cuda:1, mps or cpu; by default a GPU if there is one"},
     )
+
+    def open_measured(self, device: torch.device, **how: Any) -> Family:
+        """The family these flags name, in the dtype that they name, on a device. It raises what
+        `open_family` does, and warns of a dtype that is slow on the device.
+        """
+        from patching.devices import warn_if_slow
+
+        family = self.open_family(dtype=self.dtype, device=device, **how)
+        warn_if_slow(device, family.dtype, "--dtype float32")
+        return family

@@ -205,21 +205,6 @@ def plain_model(parent: Parent, model: nn.Module) -> PreTrainedModel:
     raise ValueError(f"the {parent} is a {kind}, not a transformers model: {remedy}")
 
 
-def usable_device(name: str | None) -> torch.device:
-    """The named device, by default the accelerator if there is one. Raises ValueError if this
-    machine does not have it.
-    """
-    if name is None:
-        # PyTorch may be built for an accelerator that this machine does not have.
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used here: {reason}") from error
-
-
 def _name_of(model: Model) -> str:
     return model.name_or_path if isinstance(model, PreTrainedModel) else os.fspath(model)
 

@@ -230,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def searching(arguments: PatchArguments, family: Family):
     """The family on the accelerator if there is one, and what its order is searched with."""
+    from patching.devices import usable_device
     from patching.orders.measurements import Measurements
-    from patching.parents import usable_device
 
     if problems := arguments.check_calibration(f"--order {arguments.order} is measured on text"):
         raise ValueError("; ".join(problems))

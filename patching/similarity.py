@@ -87,13 +87,13 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(folder)
 
         from patching.assemble import assemble
+        from patching.devices import usable_device
         from patching.files.plot import plot_lines, save_figure
-        from patching.parents import usable_device
         from patching.recipe import initial_student
         from patching.running.similarity import similarity_to_teacher
 
         device = usable_device(arguments.device)
-        family = arguments.open_family(dtype=arguments.dtype, device=device)
+        family = arguments.open_measured(device)
         text = arguments.read_calibration()
         batches = text.batches(family.tokenizer, family.configs["teacher"])
         models = family.parents.load(("teacher", "student"))

@@ -97,6 +97,22 @@ def test_the_student_has_the_chosen_layers(teacher_folder, text_file, tmp_path, 
     assert run["arguments"]["calibration"] == str(text_file)
 
 
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, "auto"), (False, torch.float32)])
+def test_training_in_fp32_chooses_layers_in_fp32(
+    bf16, dtype, teacher_folder, text_file, tmp_path, monkeypatch
+):
+    dtypes = []
+
+    def load(*arguments):
+        dtypes.append(arguments[1])
+        return load_model(*arguments)
+
+    load_model = choose_layers.load_model
+    monkeypatch.setattr(choose_layers, "load_model", load)
+    main(flags(teacher_folder, tmp_path, text_file, "--bf16", str(bf16)))
+    assert dtypes == [dtype]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

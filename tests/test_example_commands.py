@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from examples.commands import run, run_here
+from examples.commands import printed, run, run_here
 
 HEARS_CTRL_C = """
 import signal
@@ -35,6 +35,22 @@ run_command(lambda: run("child"), "the same command goes on")
 def child(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path / "child.py"
+
+
+@pytest.mark.parametrize(
+    ("capability", "words", "added"),
+    [
+        ("AVX512", ["--k", 9], []),
+        ("AVX2", ["--k", 9], ["--bf16", "False"]),
+        ("AVX2", ["--bf16", True], []),
+    ],
+)
+def test_commands_compute_in_fp32_where_bf16_is_slow(capability, words, added, monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)
+    words = [str(word) for word in words]
+    assert printed("train.train", words) == [*words, *added]
+    assert printed("evaluate.report", words) == words
 
 
 @pytest.mark.parametrize(

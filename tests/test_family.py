@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from patching.architectures.models import load_model
 from patching.assemble import assemble
 from patching.checkpoints.layout import layout_of
+from patching.devices import usable_device
 from patching.family import Family
-from patching.parents import usable_device
 from patching.patch import build_intermediate_model, iter_family
 from patching.recipe import intermediate_model, patched_model
 from patching.running.placement import device_map_of, dispatch

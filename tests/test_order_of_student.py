@@ -10,6 +10,7 @@ import torch
 from conftest import byte_tokenizer, run_module
 from datasets import Dataset
 from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
 
 from patching.family import Family
 from patching.orders.findings import best_order
@@ -124,6 +125,16 @@ def test_what_names_the_machine_is_not_uploaded(run, monkeypatch):
     text = (folder / "student_config.json").read_text()
     assert str(folder.parent) not in text and "set aside" in text
     assert HfApi  # the hub is never asked
+
+
+def test_training_in_fp32_measures_the_order_in_fp32(pair_folders, text_file, tmp_path):
+    """Also of a teacher stored in bf16, which a CPU without AVX-512 runs 100 times slower."""
+    teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0], dtype=torch.bfloat16)
+    for part in (teacher, TOKENIZER):
+        part.save_pretrained(tmp_path / "teacher")
+    main(command(tmp_path / "teacher", tmp_path / "student", text_file))
+    found = json.loads((tmp_path / "student" / "order.json").read_text())
+    assert found["settings"]["dtype"] == "float32"
 
 
 @pytest.mark.slow

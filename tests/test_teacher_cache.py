@@ -6,12 +6,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import run_module, tiny_model
+from conftest import byte_tokenizer, run_module, tiny_model
 from datasets import Dataset
 from masked_models import encoder_config, word_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from training_runs import copy_with_nan
+from transformers import AutoModelForCausalLM
 
 import train.run
 import train.train
@@ -167,6 +168,21 @@ def whole_cache(pair_folders, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "whole"
     cache_teacher.main(cache_flags(pair_folders[0], text_file, folder, "--top_k", "257"))
     return folder
+
+
+def test_a_cache_in_fp32_does_not_depend_on_the_dtype_of_the_file(
+    pair_folders, text_file, tmp_path
+):
+    caches = []
+    for dtype in (torch.bfloat16, torch.float32):
+        teacher = AutoModelForCausalLM.from_pretrained(pair_folders[0], dtype=torch.bfloat16)
+        folder = tmp_path / str(dtype)
+        for part in (teacher.to(dtype), byte_tokenizer()):
+            part.save_pretrained(folder)
+        cache_teacher.main(cache_flags(folder, text_file, folder / "cache", "--max_rows", "2"))
+        (path,) = (folder / "cache").glob("*.safetensors")
+        caches.append(path.read_bytes())
+    assert caches[0] == caches[1]
 
 
 @pytest.mark.slow

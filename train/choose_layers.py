@@ -19,7 +19,7 @@ from patching.running.calibration import Calibration
 from patching.running.documents import attention_of_whole_texts
 from patching.running.similarity import similarity_by_depth
 from train.model_args import ModelArguments
-from train.training_args import DistillationArguments
+from train.training_args import DistillationArguments, measuring_dtype
 
 
 def choose_layers(
@@ -43,7 +43,7 @@ def choose_layers(
         trust = model_args.trust_remote_code
         tokenizer = read_tokenizer(reference, config, trust)
         attention = attention_of_whole_texts(model_args.attn_implementation)
-        teacher = load_model(reference, "auto", trust, attention)
+        teacher = load_model(reference, measuring_dtype(args), trust, attention)
         batches = text.batches(tokenizer, config)
         similarity_JJ = similarity_by_depth(teacher.to(args.device), batches)
         chosen = fitting_map(model_args, similarity_JJ, config, len(default.kept))

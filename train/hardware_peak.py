@@ -41,13 +41,6 @@ def peak_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return measured_flops_per_second(device, dtype) if peak is None else peak
 
 
-def has_no_avx512(device: torch.device) -> bool:
-    """Whether a device is a CPU without AVX-512. On one, PyTorch's products in bf16 took 70 times
-    as long as those in fp32.
-    """
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 def vendors_peak(name: str) -> float | None:
     """Return the peak of a GPU in half precision by its name, None if it is not known."""
     words = set(re.split(r"[\s-]+", name))

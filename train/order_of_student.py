@@ -49,7 +49,7 @@ from train.saving import (
     repository_of,
 )
 from train.student_card import training_facts, write_student_card
-from train.training_args import DistillationArguments
+from train.training_args import DistillationArguments, measuring_dtype
 
 TOKENS_PER_DOCUMENT = 256
 """Tokens that are read of each document, as in KLPatch."""
@@ -158,6 +158,7 @@ def measure_order(
             folder,
             match_scale=False,
             revision=model_args.revision,
+            dtype=measuring_dtype(args),
             device=args.device,
             attn_implementation=attention_of_whole_texts(model_args.attn_implementation),
             trust_remote_code=model_args.trust_remote_code,

@@ -20,12 +20,12 @@ from transformers.masking_utils import flash_attention_mask
 from patching.architectures.config import config_for
 from patching.architectures.table import ARCHITECTURES
 from patching.blocks import LayerMap
+from patching.devices import has_no_avx512
 from patching.recipe import initial_student
 from patching.running.documents import needs_boundaries
 from patching.running.hidden_states import hidden_states_at
 from patching.running.varlen import VARLEN, is_plain
 from train.data_args import Packing
-from train.hardware_peak import has_no_avx512
 from train.sharding import with_room_for_weights, without_weights
 
 MLP_WIDTHS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")

@@ -28,6 +28,7 @@ from patching.checkpoints.origin import origin_of
 from patching.checkpoints.splice import OutOfRange
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import one_line, user_errors
+from patching.devices import warn_if_slow
 from patching.files.columns import UnusableText
 from patching.patch_order import recommended_order
 from patching.recipe import Reference
@@ -58,7 +59,6 @@ from train.fp8 import check_fp8, use_fp8
 from train.fsdp_config import check_layer_classes
 from train.global_batch import split_global_batch
 from train.gradient_reduction import choose_reduction
-from train.hardware_peak import has_no_avx512
 from train.local_batches import check_enough_rows, rows_per_step
 from train.masking import Masking
 from train.model_args import ModelArguments
@@ -155,9 +155,8 @@ def run(
         f"student of {len(layer_map.kept)} layers from {layer_map.num_teacher_layers}: "
         f"{as_layer_list(layer_map.kept)}",
     )
-    if args.bf16 and has_no_avx512(args.device):
-        line = "on this CPU, products in bf16 take many times as long as in fp32: try --bf16 False"
-        print_on_main_process(args, line)
+    if args.process_index == 0:
+        warn_if_slow(args.device, args.compute_dtype, "--bf16 False")
 
     set_seed(args.seed)
     with user_errors():

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from patching.architectures.models import load_model, predicts_masked_tokens
 from patching.checkpoints.tokenizers import read_tokenizer
 from patching.cli.command_line import user_errors
+from patching.devices import usable_device, warn_if_slow
 from patching.files.columns import UnusableText
-from patching.parents import usable_device
 from patching.recipe import Reference
 from patching.running.hidden_states import hidden_states_at
 from patching.running.logits import LogitChange
@@ -55,8 +55,9 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
         writer.begin()
     if device.type == "cpu":
         reuse_freed_memory()
-    if arguments.bf16:
-        cast_parameters(teacher, torch.bfloat16)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    warn_if_slow(device, dtype, "--bf16 False")
+    cast_parameters(teacher, dtype)
     num_before = len(writer.rows)
     teacher.to(device).eval()
     missing = missing_rows(rows, writer, arguments.max_rows)

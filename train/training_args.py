@@ -260,3 +260,10 @@ class DistillationArguments(PaperArguments):
             temperature=self.temperature,
             compile_backend=self.torch_compile_backend if self.torch_compile else None,
         )
+
+
+def measuring_dtype(args: DistillationArguments) -> torch.dtype | str:
+    """Return the dtype in which models are measured before and after training: the teacher's own,
+    or fp32 if training computes in fp32.
+    """
+    return torch.float32 if args.compute_dtype == torch.float32 else "auto"

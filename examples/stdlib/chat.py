@@ -23,7 +23,7 @@ from examples.stdlib.chat_data import TEMPLATE, write_chats, write_tasks
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
 from examples.stdlib.demo import TEACHER
 from examples.stdlib.tasks import write_tasks as write_text_tasks
-from examples.stdlib.training import Batch, save, train
+from examples.stdlib.training import Batch, autocast, save, train
 from patching.cli.command_line import run_command
 from train.batches import collate
 from train.chats.rows import rows_of_chats
@@ -84,7 +84,7 @@ def labelled_loss(
     model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor
 ) -> Tensor:
     """Mean cross entropy of the tokens that have a label, in nats."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
     targets_BT = labels_BT[:, 1:].where(labels_BT[:, 1:] >= 0, IGNORED_LABEL)
     return nn.functional.cross_entropy(

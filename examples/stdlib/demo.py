@@ -26,8 +26,6 @@ from examples.own_folder import OwnFolder, Sign
 from examples.stdlib.corpus import is_held_out, iter_modules, write_corpus
 from examples.stdlib.tasks import TASK_NAMES, write_tasks
 from patching.cli.command_line import run_command, user_errors
-from patching.parents import usable_device
-from train.hardware_peak import has_no_avx512
 
 TEACHER = Path(__file__).parent / "teacher"
 SAVED_SIZE = 3
@@ -153,7 +151,6 @@ def distillation(folder: Path, name: str, *flags: object) -> list[object]:
         *("--eval_dataset", folder / "corpus" / "heldout.jsonl"),
         *("--resume_from_checkpoint", "last"),
         *as_flags(DISTILLATION),
-        *(("--bf16", False) if is_slow_in_bf16() else ()),
         *flags,
     ]
 
@@ -170,14 +167,8 @@ def evaluation(folder: Path, student: Path, name: str, *flags: object) -> list[o
         *("--student_model_name_or_path", student, "--save_directory", folder / name),
         *("--num_layers_to_patch", "all", "--tasks", ",".join(TASK_NAMES)),
         *("--include_path", folder / "tasks", "--eval_batch_size", "16"),
-        *(("--dtype", "float32") if is_slow_in_bf16() else ()),
         *flags,
     ]
-
-
-def is_slow_in_bf16() -> bool:
-    """Whether this machine takes many times as long in bf16, the default, as in fp32."""
-    return has_no_avx512(usable_device(None))
 
 
 def complete(model_folder: Path, prompt: str) -> str:

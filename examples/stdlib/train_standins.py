@@ -40,7 +40,7 @@ from examples.commands import run
 from examples.stdlib.corpus import Module, is_held_out, iter_modules
 from examples.stdlib.demo import as_flags
 from examples.stdlib.train_teacher import train_tokenizer
-from examples.stdlib.training import Batch, held_out_loss, save, save_tokenizer, train
+from examples.stdlib.training import Batch, autocast, held_out_loss, save, save_tokenizer, train
 from patching.architectures.distilbert import (
     CONFIG_FIELDS,
     TOKEN_TYPES,
@@ -209,7 +209,7 @@ def look_at_neighbors(model: BertForMaskedLM) -> None:
 
 def loss_of(model: PreTrainedModel, input_ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
     """Mean cross entropy over the targets, in nats."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         mask_BT = (labels_BT != IGNORED_LABEL).long()
         logits_BTV = model(input_ids=input_ids_BT, attention_mask=mask_BT).logits
     if not isinstance(model, BertForMaskedLM):

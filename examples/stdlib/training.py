@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patching.architectures.lookup import architecture_of
+from patching.devices import has_no_avx512
 from train.loss import IGNORED_LABEL
 
 LOG_EVERY_STEPS = 25
@@ -92,9 +93,15 @@ def train(
     return Run(steps, trained_tokens, round(time.time() - started), log)
 
 
+def autocast() -> torch.autocast:
+    """Compute in bf16, except on a CPU that takes many times as long in it as in fp32."""
+    device = torch.device("cpu")
+    return torch.autocast(device.type, torch.bfloat16, enabled=not has_no_avx512(device))
+
+
 def next_token_loss(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     """Mean cross entropy of each next token, in nats."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     return nn.functional.cross_entropy(
         logits_BTV[:, :-1].float().flatten(0, 1), tokens_BT[:, 1:].flatten()

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = arguments.save_directory
         check_writable(folder)
 
+        from patching.devices import usable_device
         from patching.files.plot import save_figure
         from patching.orders.findings import (
             best_order_text,
@@ -84,10 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         from patching.orders.measurements import MEASURED_FILE_NAME, Measurements
         from patching.orders.search import all_sets
-        from patching.parents import usable_device
 
         device = usable_device(arguments.device)
-        family = arguments.open_family(dtype=arguments.dtype, device=device)
+        family = arguments.open_measured(device)
         if family.max_layers_to_patch < 2:
             raise ValueError(
                 f"this student has {family.max_layers_to_patch} patchable layers: there is no size "
