@@ -362,6 +362,7 @@ def test_the_page_has_the_recorded_tables():
 @pytest.mark.slow
 def test_a_pair_is_trained_and_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "measure_regret", lambda *_: None)  # takes minutes
+    monkeypatch.setattr(study, "TEXTS", 8)
     flags = ["--seeds", "0", "--steps", "2", "--student_steps", "2"]
     flags += ["--students", "student,student_auto"]
     main(["llama", "--folder", str(tmp_path), *flags])

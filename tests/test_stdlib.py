@@ -256,7 +256,7 @@ def test_a_folder_of_an_earlier_version_is_known_by_what_it_holds(commands, tmp_
 def test_the_demo_shows_the_phenomenon(tmp_path):
     """`make demo` from end to end: each size beats the smaller ones, and naive pruning."""
     command = [sys.executable, "-m", "examples.stdlib.demo", "--save_directory", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2700)
     assert done.returncode == 0, done.stderr[-3000:]
 
     def bits(series: str, k: int) -> float:
