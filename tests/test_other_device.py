@@ -57,6 +57,7 @@ def test_an_order_is_searched_as_on_a_cpu(pair_folders, text_file, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_of_training_is_that_of_a_cpu(pair_folders):
     found = []
     for runner, device in (((), "cpu"), (ON_OTHER_DEVICE, "pretended")):

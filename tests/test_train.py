@@ -337,6 +337,8 @@ def test_explicit_layers_random_weights_and_half_precision(pair_folders, text_fi
         [
             *documented_command(pair_folders[0], folder, text_file)[:-2],
             *SMALL,
+            "--bf16",
+            "False",
             "--kept_layers",
             "0,2-3",
             "--random_initialization",
