@@ -230,13 +230,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def searching(arguments: PatchArguments, family: Family):
     """The family on the accelerator if there is one, and what its order is searched with."""
-    from patching.devices import usable_device
+    from patching.devices import usable_device, warn_if_slow
     from patching.orders.measurements import Measurements
 
     if problems := arguments.check_calibration(f"--order {arguments.order} is measured on text"):
         raise ValueError("; ".join(problems))
     text = arguments.read_calibration()
-    family = arguments.open_family(dtype=family.dtype, device=usable_device(None))
+    device = usable_device(None)
+    warn_if_slow(device, family.dtype, "the order.json of patching.orders --dtype float32")
+    family = arguments.open_family(dtype=family.dtype, device=device)
     return family, Measurements(family, text)
 
 

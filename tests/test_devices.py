@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from patching import similarity
+from patching import patch, similarity
 from patching.devices import warn_if_slow
 from train import cache_teacher, train
 
@@ -41,6 +41,9 @@ def test_half_precision_is_slow_on_a_cpu_without_avx512(capability):
         (similarity.main, "--student_model_name_or_path STUDENT --save_directory OUT "
                           "--calibration TEXT --calibration_texts 2 --dtype bfloat16",
          "--dtype float32"),
+        (patch.main, "--student_model_name_or_path STUDENT --list "
+                     "--order klpatch --calibration TEXT --calibration_texts 2 --dtype bfloat16",
+         "the order.json of patching.orders --dtype float32"),
     ],
 )  # fmt: skip
 def test_commands_say_which_flag_helps(

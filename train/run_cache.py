@@ -49,14 +49,14 @@ def run(arguments: CacheArguments, data_args: DataArguments) -> None:
             rows.train.check(1)
         device = usable_device(None)
         check_attention(arguments.attn_implementation, config, data_args.packing, device)
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+        warn_if_slow(device, dtype, "--bf16 False")
         teacher = load_model(
             reference, "auto", arguments.trust_remote_code, arguments.attn_implementation
         )
         writer.begin()
     if device.type == "cpu":
         reuse_freed_memory()
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    warn_if_slow(device, dtype, "--bf16 False")
     cast_parameters(teacher, dtype)
     num_before = len(writer.rows)
     teacher.to(device).eval()
